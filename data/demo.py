@@ -1,0 +1,341 @@
+"""The paper's main figure in small (arXiv 2503.04808): multi-attempt against single-turn RL, in the toy world.
+
+    python -m data.demo                                     # `make demo`: minutes on two cores
+    python -m data.demo SEEDS=0,1,2 OUT=runs/reproduce      # `make reproduce`: also renews README.md's table and figure
+
+For each seed: the toy world; PPO with several attempts and with one, side by side, on the same budget of generated
+tokens; evaluation on held-out problems; and a probe of whether a retry reads what has failed. A second call goes on
+where the first one was stopped.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import rollout
+from data import toy
+from evaluate import OKABE_ITO, Curve, draw, to_json, wilson, write_atomically
+
+SEEDS: str = "0"  # comma-separated; each has its own questions, its own held-out ones, and its own training
+OUT: str = "runs/demo"  # folder of the results
+MAX_ATTEMPTS: int = 5  # attempts that the evaluation goes up to
+RESAMPLES: int = 8  # samples a problem for the resampling control
+EVALUATION_RANKS: int = 2  # processes that share the evaluation
+TRAINING: str = ""  # more arguments for ppo.py in both arms, spaces between, such as "TOKEN_BUDGET=20000 LAMBDA=1"
+POLL_SECONDS: float = 1.0  # seconds between two looks at the runs' metrics
+
+ARMS = {"multi_attempt": "toy", "single_turn": "toy,single_turn"}  # run -> its preset in ppo.py
+MODELS = {"multi_attempt": "multi-attempt RL", "single_turn": "single-turn RL", "warm_start": "warm start"}
+RESAMPLED = ("single_turn", "warm_start")  # models whose resampling control is shown
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+LEGEND = (
+    "Percent of the held-out questions solved within so many attempts, greedy, each number its own run; resampled: "
+    "pass@k of independent one-attempt samples. Own again: shown its usual second answer as failed, the model still "
+    "says it; other again: so with another wrong number."
+)
+
+
+# Training: two child processes, watched through their metrics.jsonl --------------------------------------------------
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a JSONL file that is being written, if there is one."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return json.loads(lines[-1]) if lines else None
+
+
+def train(seed: int, world: Path, folder: Path) -> None:
+    """Both arms at once, each on one thread; ppo.py resumes a run that was stopped and passes over a finished one."""
+    processes, bars = {}, {}
+    try:
+        for position, (arm, preset) in enumerate(ARMS.items()):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "ppo.py"]
+            command += [f"PRESET={preset}", f"RUN={os.path.relpath(folder / arm, 'runs')}", f"SEED={seed}"]
+            command += [f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", *TRAINING.split()]
+            with (folder / f"{arm}.log").open("ab") as log:
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                processes[arm] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            bars[arm] = tqdm(desc=f"seed {seed}, {MODELS[arm]}", unit=" tokens", unit_scale=True, position=position)
+        while True:
+            running = [process for process in processes.values() if process.poll() is None]
+            for arm, process in processes.items():
+                show(bars[arm], last_row(folder / arm / "metrics.jsonl"))
+                if process.poll():
+                    tail = (folder / f"{arm}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+                    raise SystemExit("\n".join([*tail, f"{arm} failed; all of it is in {folder / arm}.log"]))
+            if not running:
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running[0].wait(timeout=POLL_SECONDS)
+    finally:
+        for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            process.wait()
+        for bar in bars.values():
+            bar.close()
+
+
+def show(bar: tqdm, row: dict[str, Any] | None) -> None:
+    """Bring a bar to where its run is. The rate, and so the time left, is counted from the first row that was seen."""
+    if row is None or (at := min(row["generated_tokens"], row["token_budget"])) == bar.n:
+        return
+    if bar.total is None:
+        bar.reset(row["token_budget"])
+        bar.initial = at
+    bar.n, bar.initial = at, min(bar.initial, at)  # a resumed run starts again at its last checkpoint
+    bar.set_postfix(reward=f"{row['reward']:.2f}", solved=f"{row['accuracy']:.2f}")
+
+
+# The probe: does the second answer depend on what has just failed? ---------------------------------------------------
+def forced(chat: rollout.Chat, problem: dict[str, Any], answer: str) -> rollout.Dialogue:
+    """A dialogue of two attempts whose first one was put there, as environment, and was called wrong."""
+    dialogue = rollout.new_dialogue(chat, problem, 2)
+    start = len(dialogue.ids)
+    dialogue.extend(chat.tokenizer(toy.response_text(answer), add_special_tokens=False)["input_ids"])
+    dialogue.attempts.append(rollout.Attempt(start, len(dialogue.ids), answer, "wrong", "stop"))
+    dialogue.extend(chat.feedback(problem["question"], 1))
+    return dialogue
+
+
+def probe_cases(problems: Sequence[dict[str, Any]], played: Sequence[dict[str, Any]]) -> list[tuple[dict, str, str]]:
+    """(problem, the model's usual second answer, another wrong shown number), of problems first answered wrongly.
+
+    played: the records of evaluate.py. Usual is what it says at K = 2 after its own failure.
+    """
+    records = {r["id"]: r for r in played if r["K"] == 2}
+    cases = []
+    for problem in problems:
+        answers = [attempt["answer"] for attempt in records[problem["id"]]["attempts"]]
+        if len(answers) < 2 or answers[1] is None:
+            continue
+        shown, _ = toy.shown_numbers(problem["question"])
+        others = [str(number) for number in shown if str(number) not in (problem["answer"], *answers)]
+        cases.append((problem, answers[1], others[rollout.random_number("probe", problem["id"]) % len(others)]))
+    return cases
+
+
+def probe(model: Path, problems: Sequence[dict[str, Any]], played: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How often the second answer is the very one that was forced into the first place: share, low, high."""
+    cases = probe_cases(problems, played)
+    engine = rollout.Engine(str(model))
+    chat = rollout.Chat(engine.tokenizer)
+    dialogues = [forced(chat, problem, answer) for problem, *answers in cases for answer in answers]
+    rollout.play(engine, chat, dialogues, [0] * len(dialogues), 0.0, f"probe, {model.name}")
+    engine.shutdown()
+    repeats = [len(d.attempts) > 1 and d.attempts[1].answer == d.attempts[0].answer for d in dialogues]
+    result: dict[str, Any] = {"n": len(cases)}
+    for kind, said in ("own", repeats[0::2]), ("other", repeats[1::2]):
+        low, high = wilson(sum(said), len(said)) if said else (0.0, 1.0)
+        result[kind] = {"accuracy": [sum(said) / max(1, len(said))], "low": [low], "high": [high]}
+    return result
+
+
+# One seed, and several -----------------------------------------------------------------------------------------------
+def run_seed(seed: int) -> dict[str, Any]:
+    """World, training, evaluation and probe of one seed; what is done already is not done again."""
+    folder = Path(OUT) / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    world = folder / "toy" if seed else Path("data/toy")  # seed 0's is what the four stages take by default
+    run([sys.executable, "-m", "data.toy", f"SEED={seed}", f"OUT={world}"])
+    train(seed, world, folder)
+
+    models = {arm: folder / arm / "policy" for arm in ARMS} | {"warm_start": world / "warm_start"}
+    config = json.loads((folder / "multi_attempt" / "config.json").read_text(encoding="utf-8"))
+    limit = config["rollout.MAX_ATTEMPT_TOKENS"]  # the same in training and in evaluation
+    out = folder / "evaluation"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
+    command += [f"MODEL={','.join(map(str, models.values()))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}"]
+    command += [f"MAX_ATTEMPTS={MAX_ATTEMPTS}", f"MAX_ATTEMPT_TOKENS={limit}", f"RESAMPLES={RESAMPLES}", f"SEED={seed}"]
+    run(command)
+
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    problems = rollout.load_problems(world / "test.jsonl")
+    path = folder / "probe.json"
+    probes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if probes.get("weights") != results["weights"]:
+        rollout.MAX_ATTEMPT_TOKENS = limit
+        probes = {"weights": results["weights"]}
+        for name, model in models.items():
+            with (out / f"dialogues-{name}.jsonl").open(encoding="utf-8") as lines:
+                probes[name] = probe(model, problems, [json.loads(line) for line in lines])
+        write_atomically(path, to_json(probes))
+    return {
+        "models": {name: {"test": results["models"][name]["test"]} for name in MODELS},
+        "control": {name: results["models"][name]["test"]["resampling"] for name in MODELS},
+        "ideal": {"accuracy": toy.ideal_accuracy([p["question"] for p in problems], MAX_ATTEMPTS)},
+        "probe": {name: probes[name] for name in MODELS},
+    }
+
+
+def run(command: list[str]) -> None:
+    """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        if code := process.wait():
+            raise SystemExit(f"{' '.join(command)} ended with {code}")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def over_seeds(results: Sequence[Any]) -> Any:
+    """The per-seed results as one of the same form: curves are means with t-intervals over the seeds, counts are sums.
+
+    >>> curve = lambda a: {"test": {"n": 10, "accuracy": [a], "low": [0.0], "high": [1.0]}}
+    >>> over_seeds([curve(0.4), curve(0.5), curve(0.6)])
+    {'test': {'n': 30, 'accuracy': [0.5], 'low': [0.252], 'high': [0.748]}}
+    """
+    first = results[0]
+    if len(results) == 1:
+        return first
+    if "accuracy" not in first:
+        return {
+            key: sum(r[key] for r in results) if key == "n" else over_seeds([r[key] for r in results]) for key in first
+        }
+    merged: dict[str, Any] = {"n": sum(r["n"] for r in results)} if "n" in first else {}
+    columns = list(zip(*(r["accuracy"] for r in results), strict=True))
+    half = [T_95[len(results) - 2] * statistics.stdev(c) / len(results) ** 0.5 for c in columns]
+    means = [statistics.fmean(c) for c in columns]
+    merged["accuracy"] = [round(m, 6) for m in means]
+    merged["low"] = [round(max(0.0, m - h), 3) for m, h in zip(means, half, strict=True)]
+    merged["high"] = [round(min(1.0, m + h), 3) for m, h in zip(means, half, strict=True)]
+    return merged
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+def panel(results: dict[str, Any]) -> list[Curve]:
+    """All curves of the figure: the three models, the control in their colours, and the ceiling."""
+    colors = dict(zip(MODELS, (OKABE_ITO[1], OKABE_ITO[0], OKABE_ITO[2]), strict=True))
+    lines = [
+        Curve(label, r["accuracy"], r["low"], r["high"], colors[name])
+        for name, label in MODELS.items()
+        for r in [results["models"][name]["test"]]
+    ]
+    for name in RESAMPLED:
+        label = f"{MODELS[name]}, resampled"
+        lines.append(Curve(label, results["control"][name]["accuracy"], color=colors[name], line=":"))
+    return [*lines, Curve("ideal reader", results["ideal"]["accuracy"], color="#333333", line="--")]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, for the terminal and for README.md: accuracy by allowed attempts, then the probe, all in percent."""
+
+    def cells(curve: dict[str, Any]) -> list[str]:
+        halves = [(high - low) / 2 for low, high in zip(curve["low"], curve["high"], strict=True)]
+        return [f"{100 * a:.1f} ±{100 * h:.1f}" for a, h in zip(curve["accuracy"], halves, strict=True)]
+
+    rows = [["attempts", *map(str, range(1, MAX_ATTEMPTS + 1)), "own again", "other again"]]
+    rows.append(["---"] * len(rows[0]))
+    for name, label in MODELS.items():
+        shares = results["probe"][name]
+        rows.append([label, *cells(results["models"][name]["test"]), *cells(shares["own"]), *cells(shares["other"])])
+        if name in RESAMPLED:
+            rows.append(["... resampled", *cells(results["control"][name]), "", ""])
+    rows.append(["ideal reader", *(f"{100 * a:.1f}" for a in results["ideal"]["accuracy"]), "", ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def meaning(results: dict[str, Any]) -> str:
+    """What the measured numbers say, and what they do not."""
+    curve = {name: results["models"][name]["test"]["accuracy"] for name in MODELS}
+    own = {name: results["probe"][name]["own"]["accuracy"][0] for name in MODELS}
+    other = {name: results["probe"][name]["other"]["accuracy"][0] for name in MODELS}
+    resampled = results["control"]["warm_start"]["accuracy"][-1]
+    multi, single, warm = (curve[name] for name in MODELS)
+    ideal = results["ideal"]["accuracy"]
+
+    def points(difference: float) -> str:
+        return f"{100 * difference:+.1f} points"
+
+    return (
+        f"A second attempt is worth {points(multi[1] - multi[0])} after multi-attempt RL (to {multi[1]:.2f}, and "
+        f"{multi[-1]:.2f} at {MAX_ATTEMPTS} attempts), {points(single[1] - single[0])} after single-turn RL on the "
+        f"same number of generated tokens, and {points(warm[1] - warm[0])} for the warm start that both began with. "
+        "Shown its own usual second answer as already failed, the multi-attempt model says it again in "
+        f"{own['multi_attempt']:.0%} of the cases (single-turn {own['single_turn']:.0%}, warm start "
+        f"{own['warm_start']:.0%}; a fixed list of guesses would in 100%); another wrong number it repeats in "
+        f"{other['multi_attempt']:.1%} (single-turn {other['single_turn']:.0%}, warm start "
+        f"{other['warm_start']:.0%}).\n"
+        f"What this does not show: in {toy.REPEAT_SHARE:.0%} of its dialogues the warm start was taught to repeat the "
+        "failed answer, so flat curves are partly built in: what RL can find here is to avoid instead of repeat, "
+        f"not retries from nothing. At one attempt multi-attempt RL is {points(multi[0] - single[0])} from "
+        f"single-turn RL and {points(multi[0] - warm[0])} from the warm start. {MAX_ATTEMPTS} independent samples of "
+        f"the warm start, without any feedback, reach {resampled:.2f}; multi-attempt RL is "
+        f"{points(multi[-1] - resampled)} from there. The best possible reader is at {ideal[0]:.2f} with one attempt "
+        f"and {ideal[-1]:.2f} with {MAX_ATTEMPTS}. And this is one kind of question and a model of {toy.LAYERS} "
+        "layers, with settings chosen on such questions: a demonstration of the mechanism, no evidence about "
+        "language models on mathematics."
+    )
+
+
+def renew_readme(text: str, block: str) -> str:
+    """README.md with `block` between its two markers; unchanged if it has none.
+
+    >>> renew_readme("a <!-- reproduce:begin -->old<!-- reproduce:end --> z", "new").split()
+    ['a', '<!--', 'reproduce:begin', '-->', 'new', '<!--', 'reproduce:end', '-->', 'z']
+    """
+    begin, end = "<!-- reproduce:begin -->", "<!-- reproduce:end -->"
+    return re.sub(f"({begin}).*?({end})", lambda m: f"{m[1]}\n{block}\n{m[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    rollout.override_constants(sys.argv[1:], {"demo": sys.modules[__name__]})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as Ctrl-C: the children are ended first
+    seeds = [int(seed) for seed in SEEDS.split(",")]
+    if len(set(seeds)) != len(seeds) or len(seeds) > len(T_95) + 1:
+        raise SystemExit(f"SEEDS={SEEDS}: expected up to {len(T_95) + 1} different numbers")
+    out, clock = Path(OUT), Path(OUT) / "seconds"
+    out.mkdir(parents=True, exist_ok=True)
+    start, before = time.monotonic(), float(clock.read_text()) if clock.is_file() else 0.0
+    complete = (out / "results.json").is_file()
+    try:
+        per_seed = {str(seed): run_seed(seed) for seed in seeds}
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from here") from None
+    finally:
+        if not complete:  # what it took in all, interrupted calls included
+            write_atomically(clock, str(before + time.monotonic() - start))
+    minutes = float(clock.read_text()) / 60
+    results = over_seeds(list(per_seed.values())) | {"seeds": per_seed if len(seeds) > 1 else seeds}
+    interval = f"t over {len(seeds)} seeds" if len(seeds) > 1 else "Wilson (resampled: normal) over problems"
+    results |= {"interval": f"95 %, {interval}", "minutes": round(minutes, 1), "cores": os.cpu_count()}
+    results["meaning"] = meaning(results)
+    n = results["models"]["warm_start"]["test"]["n"]
+    title = f"Median of nine numbers, two unreadable (n = {n}" + (f", {len(seeds)} seeds)" if len(seeds) > 1 else ")")
+    draw({title: panel(results)}, out)
+    write_atomically(out / "results.json", to_json(results))
+    print("\n" + table(results), f"\n{LEGEND}\nIntervals: {results['interval']}.\n", results["meaning"], sep="\n")
+    print(f"\n{out}/accuracy.png  {out}/results.json  ({minutes:.1f} minutes on {os.cpu_count()} cores)")
+    if len(seeds) > 1 and Path("README.md").is_file():
+        today = datetime.datetime.now(tz=datetime.UTC).date()
+        made = (
+            f"`python -m data.demo SEEDS={SEEDS} OUT={OUT}`, {today}, {minutes:.0f} minutes on {os.cpu_count()} cores."
+        )
+        block = f"\n{table(results)}\n\n{LEGEND} Intervals: {results['interval']}. Made by {made}\n"
+        write_atomically(Path("README.md"), renew_readme(Path("README.md").read_text(encoding="utf-8"), block))
+        Path("figures").mkdir(exist_ok=True)
+        for kind in ("png", "svg"):
+            shutil.copy(out / f"accuracy.{kind}", f"figures/toy.{kind}")
+
+
+if __name__ == "__main__":
+    main()

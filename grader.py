@@ -1,0 +1,1410 @@
+r"""Decide whether a model's answer to a math problem is right.
+
+    response --extract_answer--> answer --tidy--> text --read--> tree --same--> verdict
+
+What "correct" means here:
+- The answer is the content of the last complete \boxed{} or \fbox{}; without one the status is "no_answer". Boxes with
+  nothing but commas or "and" between them, as in "\boxed{1} and \boxed{2}", are one answer: the list 1, 2.
+- Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001; a decimal equals an exact value only
+  when it is that value. A tolerance exists only where a problem's own data states one (`tolerance=`).
+- 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
+- A unit, currency sign, degree mark, percent sign or words on one side only are ignored; different units on the two
+  sides differ. So 50\% agrees with 50 (the sign is a unit) and with 0.5 (its value), but 0.5 never agrees with 50.
+- "x = 5" agrees with 5, letters of choices agree in any dress and case, words agree in any case.
+- A comma list is a set ("3 or 4" is a list of two, hence not 3) and \pm is two values; tuples, intervals and matrices
+  are ordered and the brackets of the first two count; bases are kept: 204_5 is not 204_6.
+- Equations are equal up to a non-zero factor, inequalities up to a positive one, and x < 1 is (-\infty, 1).
+- Expressions are equal when they have the same value wherever both are real (complex where i occurs in them).
+- Dress never matters: \dfrac, \left, spaces, thousands separators, $...$, \text{}, a trailing period, unicode signs.
+
+How: layers from cheap to dear. Most verdicts need only a comparison of texts or of exact rationals. What remains is
+read by a recursive-descent reader into a small tree (nothing is ever executed) and evaluated at a few points with many
+more digits than the answers have. Sets and infinite sums go to sympy, in worker processes that the kernel ends after a
+time limit, so that no answer can hang or exhaust the caller.
+
+    python grader.py < cases.jsonl      # {"pred" or "response", "gold"} a line -> {"answer", "correct", "status"} a line
+"""
+
+import atexit
+import collections
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import mpmath
+
+MAX_CHARS: int = 2000  # longer answers are only compared as text; the longest gold of MATH has 160
+MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
+MAX_ITEMS: int = 100  # items of a list, cells of a matrix, terms of a sum
+MAX_BITS: int = 30_000  # size of a number: 2^{30000}, 1e9000 and 3000! are beyond
+MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
+POINTS: int = 8  # places at which two expressions must agree; a difference mostly shows at the first
+GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
+LOCAL_WORK: int = 200_000  # tree nodes x bits evaluated in the calling process (some ms); more goes to a worker
+WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
+VERDICT_SECONDS: float = 0.8  # wall clock of one hard verdict; then its worker ends and the status is "timeout"
+WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What grade() says: the extracted answer, whether it counts, and correct, wrong, no_answer or timeout."""
+
+    answer: str | None
+    correct: bool
+    status: str
+
+
+class Node(NamedTuple):
+    """A tree: x^2 is Node("pow", (Node("sym", ("x",)), Node("num", (Fraction(2),))))."""
+
+    kind: str
+    args: tuple = ()
+
+
+class Token(NamedTuple):
+    kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
+    value: str
+    spaced: bool = False  # white space stands before it
+
+
+class Unreadable(Exception):
+    """The text is no answer that the reader knows; it can still agree as text."""
+
+
+class Undefined(Exception):
+    """The expression has no value here: outside its domain, or too large."""
+
+
+class NeedsWorker(Exception):
+    """The verdict needs sympy, or more work than the calling process should do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Response -> answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
+BETWEEN_BOXES = re.compile(r"(?:[ $,;&]|\\[,;!() ]|\\text\{\s*and\s*\}|\band\b)*")
+END_OF_TURN = "<|im_end|>"  # a text that goes on behind it is another turn
+
+
+def extract_answer(response: str) -> str | None:
+    r"""The content of the last complete box, or None.
+
+    >>> extract_answer(r"First \boxed{41}, no: \boxed{\frac{1}{2}} and then \boxed{4")
+    '\\frac{1}{2}'
+    >>> extract_answer(r"The roots are $\boxed{1}$ and $\boxed{2}$.")
+    '1, 2'
+    """
+    response = response.split(END_OF_TURN, 1)[0]
+    opened: list[re.Match] = []
+    boxes: list[tuple[int, int, int]] = []  # where the command starts, its content starts, its content ends
+    for match in BOX.finditer(response):
+        if match[0] == "{" or match[0].startswith(("\\boxed", "\\fbox")):
+            opened.append(match)
+        elif match[0] == "}" and opened:
+            opening = opened.pop()
+            if opening[0] != "{":
+                boxes.append((opening.start(), opening.end(), match.start()))
+    if not boxes:
+        return None
+    boxes.sort()
+    last = [boxes.pop()]
+    for box in reversed(boxes):
+        between = response[box[2] + 1 : last[0][0]]
+        if box[2] > last[0][0] or not BETWEEN_BOXES.fullmatch(between):
+            break
+        last.insert(0, box)
+    return ", ".join(response[start:end].strip() for _, start, end in last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answer -> text without dress
+# ---------------------------------------------------------------------------------------------------------------------
+
+UNICODE = {  # signs and their LaTeX
+    **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×✕", r"\times "), **dict.fromkeys("·⋅∙•", r"\cdot "),
+    **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u200a\u3000", " "), **dict.fromkeys("’‘′ʹ", "'"),
+    "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
+    "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "°": r"^\circ ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "，": ",", "（": "(", "）": ")", "、": ",", "；": ";",
+    "％": "%", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅔": r"\frac{2}{3}",
+    "∖": r"\setminus ", "…": r"\ldots ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "\u200b": "", "\ufeff": "",
+}  # fmt: skip
+GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
+UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
+UNICODE_TABLE = str.maketrans(UNICODE)
+SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
+LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
+FENCES = re.compile(r"\$+([^$]*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around a whole answer
+TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox|mathrm|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
+CLAUSE = re.compile(r"[,;]?\s*(?:\\text\{)?[\s,]*\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])(?! \d+(?![\d/]))")
+
+
+def repeating(match: re.Match) -> str:
+    r"""0.1\overline{6} -> \frac{15}{90}"""
+    whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
+    top = int(whole + fixed + period) - int(whole + fixed)
+    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
+
+
+DRESS = [  # what to replace by what, in this order
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"\\\\", r"\\cr "),
+        (rf"([{SUPERSCRIPTS}]+)", lambda m: "^{" + m[1].translate(LIFTED) + "}"),
+        (rf"([{SUBSCRIPTS}]+)", lambda m: "_{" + m[1].translate(LIFTED) + "}"),
+        (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
+        (r"(?<=\d)(?:\{,\}|,\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\(?:left|right)\s*\.", " "),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|phantom)(?![A-Za-z])", " "),
+        (r"\\[hv]?(?:space|phantom)\*?\{[^{}]*\}|\\q?quad(?![A-Za-z])|\\[,;:!> ]|[~\s]+", " "),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|boxed|fbox)\s*(?=\{)", ""),
+        (r"^(-?)\\\$", r"\\text{dollars}\1"),
+        (r"\\\$", " "),
+        (r"\$|\\[()\[\]]", " "),
+        (r"\\%|\\text\{\s*%\s*\}|(?<![a-z])(?:percent(?:age)?|pct)\b|\\text\{percent\}", "%"),
+        (r"\\lvert|\\rvert|\\vert|\\mid(?![A-Za-z])", "|"),
+        (r"\^\{?\s*\\prime\s*\}?", "'"),
+        (r"\\text\{(?:all )?real(?: number)?s\}", r"\\mathbb{R}"),
+        (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+        (r"\b(?:np|math|numpy|sympy)\.", ""),
+        (r"\*\*", "^"),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"!=", r"\\ne "),
+        (r"\.\.\.+", r"\\ldots "),
+        (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", repeating),
+    ]
+]
+
+
+def undress_text(match: re.Match) -> str:
+    r"""What \text{...} stands for: a comma (and), mathematics (225; A,C,F), or words, which stay \text{words}."""
+    content = match[1].strip(" ~")
+    if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
+        return " , "
+    before = match.string[: match.start()].rstrip(" ~\\,;:")
+    unit = AFTER_VALUE.search(before) and content[:1].isalpha() and content not in ("e", "i", "d")
+    if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
+        return f" {content} "
+    return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
+
+
+@functools.lru_cache(maxsize=8192)
+def tidy(answer: str, thousands: bool = True) -> str:
+    r"""The answer without its dress.
+
+    >>> tidy(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
+    '(\\frac12, 1000\\text{cm})'
+    """
+    text = answer.strip()
+    while match := FENCES.fullmatch(text):
+        text = next(part for part in match.groups() if part is not None).strip()
+    if r"\begin" not in text:
+        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
+    text = TEXT.sub(undress_text, text.translate(UNICODE_TABLE))
+    for pattern, replacement in DRESS:
+        text = pattern.sub(replacement, text)
+    text = CLAUSE.split(text, maxsplit=1)[0] or text
+    text = re.sub(r"[\s.,;:`\"]+(\}*)$", r"\1", re.sub(r"\s+", " ", text)).lstrip(" ,;:`\"")
+    if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
+        text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text -> tree: constructors that keep rational arithmetic exact, tokens, and a recursive-descent reader
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def number(value: int | Fraction) -> Node:
+    return Node("num", (Fraction(value),))
+
+
+ONE, MINUS_ONE = number(1), number(-1)
+IMAGINARY, EULER, PI, INFINITY = (Node("const", (name,)) for name in ("i", "e", "pi", "oo"))
+REALS = Node("tuple", ("(", ")", Node("mul", (MINUS_ONE, INFINITY)), INFINITY))
+
+
+def bits(value: Fraction) -> int:
+    return value.numerator.bit_length() + value.denominator.bit_length()
+
+
+def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
+    """A sum or a product with its numbers folded into one."""
+    numbers = [part.args[0] for part in parts if part.kind == "num"]
+    folded = number(sum(numbers) if kind == "add" else math.prod(numbers))
+    kept = tuple(part for part in parts if part.kind != "num")
+    if not kept:
+        return folded
+    kept += (folded,) * (folded.args[0] != neutral)
+    return kept[0] if len(kept) == 1 else Node(kind, kept)
+
+
+def add(*terms: Node) -> Node:
+    return combine("add", terms, 0)
+
+
+def multiply(*factors: Node) -> Node:
+    return combine("mul", factors, 1)
+
+
+def power(base: Node, exponent: Node) -> Node:
+    if base.kind == exponent.kind == "num" and exponent.args[0].denominator == 1:
+        value, times = base.args[0], exponent.args[0].numerator
+        if abs(times) * bits(value) <= MAX_BITS and (value or times > 0):
+            return number(value**times)
+    return Node("pow", (base, exponent))
+
+
+def divide(top: Node, bottom: Node) -> Node:
+    return multiply(top, power(bottom, MINUS_ONE))
+
+
+def call(name: str, *args: Node) -> Node:
+    whole = [arg.args[0].numerator for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
+    if name in ("factorial", "binom") and len(whole) == len(args) and all(0 <= value <= 3000 for value in whole):
+        return number(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
+    return Node("call", (name, *args))
+
+
+FUNCTIONS = set(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh "
+    "arctanh asin acos atan ln log lg exp sqrt abs floor ceil gcd lcm max min arg Re Im sgn sign".split()
+)
+SPELLINGS = {f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
+SPELLINGS |= {"log": "ln", "sgn": "sign"}
+NAMES = {"infty": "infty", "infinity": "infty", "inf": "infty", "oo": "infty"} | {name: name for name in GREEK}
+UNITS = set(  # words that are no product of letters; any run of five letters is a word, too
+    "cm mm km ft in kg lb lbs oz ml mL mi yd hr hrs mph kph rad deg Hz eV sq inch feet foot mile yard hour mins sec "
+    "secs day days week year gram cups unit cent men boys ways pts USD Rs yes no Yes No am pm per".split()
+)
+COMMANDS = {  # other names of one command
+    r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
+    r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\approx": "=", r"\lbrace": r"\{",
+    r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots",
+    r"\cdots": r"\ldots", r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\land": ",",
+    r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",",
+}  # fmt: skip
+FLIPPED = {">": "<", r"\ge": r"\le"}
+RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\equiv"}
+SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
+CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
+CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
+ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
+NO_FACTOR = {r"\cr", r"\end", r"\circ", r"\pm", r"\mp", r"\to", r"\rightarrow", r"\implies", r"\Rightarrow", r"\pmod"}
+NO_FACTOR |= RELATIONS | set(SET_SIGNS) | set(CLOSING.values())
+CHANGES_MEANING = re.compile(r"\b(?:not|no|never|without|except|undefined)\b")
+TOKEN = re.compile(
+    r"(?P<space>\s*)(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
+    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<char>\S))",
+    re.S,
+)
+
+
+def tokens_of(text: str) -> Iterator[Token]:
+    """Numbers, commands, words and letters; a run of letters is a known name, a word, or a product of letters."""
+    for match in TOKEN.finditer(text):
+        spaced, kind = bool(match["space"]), match.lastgroup
+        value = match[kind]
+        if kind == "run":
+            if value in ("and", "or"):
+                yield Token("char", ",", spaced)
+            elif value in FUNCTIONS or value in NAMES:
+                yield Token("cmd", "\\" + NAMES.get(value, value), spaced)
+            elif value in UNITS or len(value) > 4:
+                yield Token("word", value, spaced)
+            else:
+                yield from (Token("name", letter, spaced) for letter in value)
+        elif kind in ("cmd", "char"):
+            value = COMMANDS.get(value, value)
+            yield Token("cmd" if value[0] == "\\" else "char", value, spaced)
+        else:
+            yield Token(kind, value, spaced)
+
+
+class Reader:
+    """Recursive descent over the tokens of one answer; each method reads one level of the grammar."""
+
+    def __init__(self, text: str) -> None:
+        self.tokens = list(tokens_of(text))
+        self.at = 0
+        self.depth = 0
+        self.in_bars = False  # inside |...|, where a bar closes and does not open
+
+    def peek(self, ahead: int = 0) -> Token:
+        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else Token("end", "")
+
+    def take(self) -> Token:
+        self.at += 1
+        return self.peek(-1)
+
+    def accept(self, *values: str) -> str | None:
+        token = self.peek()
+        if token.kind in ("char", "cmd") and token.value in values:
+            return self.take().value
+        return None
+
+    def expect(self, value: str) -> None:
+        if not self.accept(value):
+            raise Unreadable(f"{value!r} is missing")
+
+    def answer(self) -> Node:
+        items = self.items("")
+        if self.peek().kind != "end" or not items:
+            raise Unreadable(f"unexpected {self.peek().value!r}")
+        return items[0] if len(items) == 1 else Node("list", tuple(items))
+
+    def items(self, *closing: str) -> list[Node]:
+        """Items between commas up to a closing sign, which is left, or the end."""
+        found: list[Node] = []
+        while True:
+            while self.accept(",", ";"):
+                pass
+            if self.peek().kind == "end" or self.peek().value in closing:
+                return found
+            found.append(self.item())
+            if len(found) > MAX_ITEMS:
+                raise Unreadable("too many items")
+            if self.peek().value not in (",", ";"):
+                return found
+
+    def item(self) -> Node:
+        """Words, then mathematics, then a unit: The answer is 5 cm."""
+        words = []
+        while self.peek().kind == "word":
+            words.append(self.take().value)
+        before = " ".join(words)
+        if words and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
+            return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
+        if CHANGES_MEANING.search(before.casefold()):
+            raise Unreadable("the words change the meaning")
+        value = self.relation()
+        unit = self.unit() or (plain_unit(before) if plain_unit(before) in CURRENCIES else "")
+        return Node("unit", (value, unit)) if unit else value
+
+    def unit(self) -> str:
+        parts = []
+        while True:
+            if self.peek().kind == "word" or (parts and self.peek().value in "/*" and self.peek(1).kind == "word"):
+                parts.append(self.take().value)
+            elif parts and self.accept("^"):
+                exponent = self.argument()
+                parts.append(f"^{exponent.args[0]}" if exponent.kind == "num" else "^?")
+            else:
+                return plain_unit(" ".join(parts))
+
+    def relation(self) -> Node:
+        self.accept("=")  # "= 5"
+        terms, signs = [self.ratio()], []
+        while sign := self.accept(*RELATIONS):
+            signs.append(sign)
+            terms.append(self.ratio())
+        if signs == [r"\in"]:
+            return terms[1]
+        if r"\in" in signs:
+            raise Unreadable("mixed relations")
+        if signs and all(sign in FLIPPED for sign in signs):  # a > b is b < a
+            signs, terms = [FLIPPED[sign] for sign in reversed(signs)], terms[::-1]
+        return Node("rel", (tuple(signs), *terms)) if signs else terms[0]
+
+    def ratio(self) -> Node:
+        parts = [self.union()]
+        while self.accept(":"):
+            parts.append(self.union())
+        return Node("ratio", tuple(parts)) if len(parts) > 1 else parts[0]
+
+    def union(self) -> Node:
+        value = self.sum()
+        while sign := self.accept(*SET_SIGNS):
+            parts = value.args if value.kind == SET_SIGNS[sign] == "union" else (value,)
+            value = Node(SET_SIGNS[sign], (*parts, self.sum()))
+        return value
+
+    def sum(self) -> Node:
+        terms = [self.product()]
+        while sign := self.accept("+", "-"):
+            terms.append(multiply(MINUS_ONE, self.product()) if sign == "-" else self.product())
+        return add(*terms) if len(terms) > 1 else terms[0]
+
+    def product(self) -> Node:
+        factors = [self.signed()]
+        while True:
+            if sign := self.accept("*", "/"):
+                factors.append(self.signed() if sign == "*" else power(self.signed(), MINUS_ONE))
+            elif self.starts_factor():
+                if self.peek().kind == self.peek(-1).kind == "num":
+                    raise Unreadable("two numbers side by side")
+                factors.append(self.powered())
+            else:
+                return multiply(*factors) if len(factors) > 1 else factors[0]
+
+    def starts_factor(self) -> bool:
+        token = self.peek()
+        if token.kind == "cmd":
+            return token.value not in NO_FACTOR
+        return token.kind in ("num", "name") or token.value in "([{" and token.kind == "char" or self.opens_bar()
+
+    def opens_bar(self) -> bool:
+        return self.peek().value == "|" and not self.in_bars
+
+    def signed(self) -> Node:
+        negative = False
+        while sign := self.accept("+", "-"):
+            negative ^= sign == "-"
+        value = self.powered()
+        return multiply(MINUS_ONE, value) if negative else value
+
+    def powered(self) -> Node:
+        r"""A base with what is written behind it: x^2, n!, 50%, 30^\circ."""
+        value = self.atom()
+        for _ in range(MAX_DEPTH):
+            if self.accept("^"):
+                if self.peek().value == "{" and self.peek(1).value == r"\circ" and self.peek(2).value == "}":
+                    self.at += 3
+                    value = Node("unit", (value, "degree"))
+                elif self.peek().value != r"\circ":
+                    value = power(value, self.exponent())
+            elif self.accept(r"\circ"):
+                value = Node("unit", (value, "degree"))
+            elif self.accept("!"):
+                value = call("factorial", value)
+            elif self.accept("%"):
+                value = Node("unit", (value, "percent"))
+            else:
+                return value
+        raise Unreadable("too many signs")
+
+    def exponent(self) -> Node:
+        sign = self.accept("+", "-")
+        value = self.argument()
+        return multiply(MINUS_ONE, value) if sign == "-" else value
+
+    def argument(self, one_digit: bool = False) -> Node:
+        r"""An argument as TeX takes it, a group or one token; \frac43 takes one digit, but 10^23 means 10^{23}."""
+        token = self.peek()
+        if one_digit and token.kind == "num" and len(token.value) > 1 and token.value.isdigit():
+            self.tokens[self.at] = Token("num", token.value[1:])
+            return number(int(token.value[0]))
+        return self.atom(is_argument=True)
+
+    def group(self, opening: str) -> list[Node]:
+        outside, self.in_bars = self.in_bars, opening == "|"
+        items = self.items(CLOSING[opening], "|" if opening == r"\{" else "")
+        self.in_bars = outside
+        return items
+
+    def atom(self, is_argument: bool = False) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("too deep")
+        token = self.take()
+        if token.kind == "num":
+            value = self.numeral(token.value, is_argument)
+        elif token.kind == "name":
+            value = self.symbol(token.value, is_argument)
+        elif token.value in CLOSING:
+            value = self.bracket(token.value)
+        elif token.kind == "cmd":
+            value = self.command(token.value, is_argument)
+        else:
+            raise Unreadable(f"unexpected {token.value!r}")
+        self.depth -= 1
+        return value
+
+    def bracket(self, opening: str) -> Node:
+        items = self.group(opening)
+        if opening == r"\{" and self.accept("|", ":"):  # {x | x > 1}
+            items = self.items(r"\}")
+        closing = self.take().value
+        if closing not in (CLOSING[opening], *(")", "]") * (opening in "([")):
+            raise Unreadable("a bracket is open")
+        if opening in (r"\{", "{"):
+            return (
+                items[0]
+                if len(items) == 1 and (opening == "{" or items[0].kind == "rel")
+                else Node("set", tuple(items))
+            )
+        if not items or (opening in BARS and len(items) > 1):
+            raise Unreadable("brackets around nothing")
+        if opening in BARS:
+            return call(BARS[opening], items[0])
+        if len(items) > 1 or closing != CLOSING[opening]:
+            return Node("tuple", (opening, closing, *items))
+        return (
+            self.with_base(str(items[0].args[0])) if self.peek().value == "_" and items[0].kind == "num" else items[0]
+        )
+
+    def with_base(self, digits: str) -> Node:
+        self.expect("_")
+        return Node("based", (digits.lstrip("0"), self.argument()))
+
+    def numeral(self, text: str, is_argument: bool) -> Node:
+        r"""A number; a mixed number (3\frac{3}{4} and 3 3/4 are sums); digits with a base."""
+        if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > MAX_BITS:
+            raise Unreadable("too large")
+        value = number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
+        if not is_argument and self.peek().value == "_":
+            return self.with_base(text)
+        if is_argument or not text.isdigit():
+            return value
+        start = self.at
+        if self.accept(r"\frac"):
+            part = divide(self.argument(True), self.argument(True))
+            if part.kind == "num" and 0 <= part.args[0] < 1:
+                return add(value, part)
+            self.at = start
+        top, slash, bottom = (self.peek(ahead) for ahead in range(3))
+        if top.spaced and slash.value == "/" and top.value.isdigit() and bottom.value.isdigit():
+            if int(top.value) < int(bottom.value):
+                self.at += 3
+                return add(value, number(Fraction(int(top.value), int(bottom.value))))
+        return value
+
+    def symbol(self, name: str, is_argument: bool) -> Node:
+        """A letter with its primes and subscript; f(x) is one thing, n(n+1) a product."""
+        if name in ("i", "e") and self.peek().value not in ("_", "'"):
+            return IMAGINARY if name == "i" else EULER
+        while mark := self.accept("'", "_"):
+            name += "'" if mark == "'" else "_" + self.plain_group()
+        if not is_argument and self.peek().value == "(":
+            inside = list(itertools.takewhile(lambda token: token.value not in (")", ""), self.tokens[self.at + 1 :]))
+            named = all(token.kind == "name" or token.value == "," or token.value[1:] in GREEK for token in inside)
+            if name[0] in "fgFG" or (inside and (named or name.isupper() and len(inside) == 1)):
+                self.take()
+                items = self.group("(")
+                self.expect(")")
+                return Node("opaque", (name, *items))
+        return Node("sym", (name,))
+
+    def plain_group(self) -> str:
+        """A subscript, or a name in braces, as text."""
+        if not self.accept("{"):
+            return self.take().value
+        parts = []
+        while not self.accept("}"):
+            if self.peek().kind == "end" or self.peek().value == "{":
+                raise Unreadable("a brace is open")
+            parts.append(self.take().value.lstrip("\\"))
+        return "".join(parts)
+
+    def command(self, name: str, is_argument: bool) -> Node:
+        bare = name[1:]
+        if name == r"\frac":
+            return divide(self.argument(True), self.argument(True))
+        if name == r"\binom":
+            return call("binom", self.argument(True), self.argument(True))
+        if name == r"\sqrt":
+            index = number(2)
+            if self.accept("["):
+                index = self.sum()
+                self.expect("]")
+            return call("root", self.argument(), index)
+        if bare in FUNCTIONS:
+            return self.function(bare)
+        if name == r"\begin":
+            return self.matrix()
+        if name in (r"\pi", r"\infty", r"\emptyset"):
+            return {r"\pi": PI, r"\infty": INFINITY, r"\emptyset": Node("set")}[name]
+        if name == r"\mathbb":
+            letter = self.plain_group()
+            return REALS if letter == "R" else Node("sym", (name + letter,))
+        if name in ACCENTS:
+            return self.symbol(name + self.plain_group(), is_argument)
+        if name in (r"\angle", r"\triangle"):
+            return self.atom(is_argument)
+        if name in (r"\sum", r"\prod"):
+            return self.series(bare)
+        if bare.isalpha() and name not in NO_FACTOR:
+            return self.symbol(name, is_argument)
+        raise Unreadable(f"unexpected {name!r}")
+
+    def function(self, name: str) -> Node:
+        r"""\sin^2 2x, \log_2 8, \ln|x|, \max(1, 2): without brackets the argument is the product that follows."""
+        exponent = base = None
+        while mark := self.accept("^", "_"):
+            if mark == "^":
+                exponent = self.exponent()
+            else:
+                base = self.argument()
+        if self.peek().value in ("(", "[", "{", "|"):
+            inner = self.atom(is_argument=True)
+            args = inner.args[2:] if inner.kind == "tuple" else inner.args if inner.kind == "set" else (inner,)
+        else:
+            factors = [self.signed()]
+            while self.starts_factor() and self.peek().value[1:] not in FUNCTIONS:
+                factors.append(self.powered())
+            args = (multiply(*factors),)
+        if name == "sqrt":
+            value = call("root", *args, number(2))
+        elif name == "lg" or (name == "log" and base):
+            value = divide(call("ln", *args), call("ln", base or number(10)))
+        else:
+            value = call(SPELLINGS.get(name, name), *args)
+        if exponent == MINUS_ONE and "a" + name in SPELLINGS.values():
+            return call("a" + name, *args)
+        return power(value, exponent) if exponent else value
+
+    def series(self, name: str) -> Node:
+        r"""\sum_{k=1}^{n} body"""
+        self.expect("_")
+        bounds = self.argument()
+        self.expect("^")
+        last = self.argument()
+        if bounds.kind != "rel" or bounds.args[0] != ("=",):
+            raise Unreadable("the bounds of a sum")
+        return Node("series", (name, self.product(), *bounds.args[1:], last))
+
+    def matrix(self) -> Node:
+        name = self.plain_group()
+        if name == "array":
+            self.plain_group()
+        rows: list[list[Node]] = [[]]
+        while not self.accept(r"\end"):
+            if self.accept(r"\cr"):
+                rows.append([])
+            elif not self.accept("&"):
+                rows[-1].extend(self.items("&"))
+            if self.peek().kind == "end" or sum(map(len, rows)) > MAX_ITEMS:
+                raise Unreadable("a matrix without end")
+        rows = [row for row in rows if row]
+        if self.plain_group() != name or name not in (
+            "pmatrix",
+            "bmatrix",
+            "Bmatrix",
+            "matrix",
+            "smallmatrix",
+            "array",
+        ):
+            raise Unreadable("no matrix")
+        if len({len(row) for row in rows}) != 1:
+            raise Unreadable("rows of different lengths")
+        return Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
+
+
+CURRENCIES = {"dollar", "euro", "yen", "pound sterling", "rupee"}
+UNIT_NAMES = {
+    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "m": "meter", "ft": "foot", "feet": "foot",
+    "in": "inch", "inche": "inch", "kg": "kilogram", "g": "gram", "lb": "pound", "oz": "ounce", "s": "second",
+    "sec": "second", "h": "hour", "hr": "hour", "min": "minute", "mi": "mile", "yd": "yard", "deg": "degree",
+    "sq": "square", "per": "/", "mph": "mile / hour", "kph": "kilometer / hour", "centimetre": "centimeter",
+    "metre": "meter", "kilometre": "kilometer", "l": "liter", "ml": "milliliter", "litre": "liter", "rs": "rupee",
+    "usd": "dollar", "squared": "^2", "cubed": "^3",
+}  # fmt: skip
+
+
+def plain_unit(unit: str) -> str:
+    """
+    >>> plain_unit("square cm"), plain_unit("centimeters ^2")
+    ('centimeter ^2', 'centimeter ^2')
+    """
+    words = re.findall(r"[a-z']+|\^-?\d+|/", unit.casefold())
+    singular = [word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word for word in words]
+    text = " ".join(UNIT_NAMES.get(word, word) for word in singular)
+    return re.sub(r"\b(square|cubic) (\w+)", lambda m: f"{m[2]} ^{2 if m[1] == 'square' else 3}", text)
+
+
+def sign_choices(text: str) -> list[str]:
+    r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
+    signs = re.findall(r"\\(?:pm|mp)(?![A-Za-z])", text)
+    if len(signs) > MAX_SIGNS:
+        raise Unreadable("too many signs")
+    tied = r"\mp" in signs
+    choices = ["+" * len(signs), "-" * len(signs)] if tied else itertools.product("+-", repeat=len(signs))
+    texts = []
+    for choice in choices:
+        pairs = zip(signs, choice, strict=True)
+        values = iter([sign if name == r"\pm" else {"+": "-", "-": "+"}[sign] for name, sign in pairs])
+        texts.append(re.sub(r"\\(?:pm|mp)(?![A-Za-z])", lambda m, values=values: next(values) + " ", text))
+    return texts
+
+
+@functools.lru_cache(maxsize=8192)
+def read(text: str) -> Node | None:
+    """The tree of a tidied answer, or None where the reader does not know it."""
+    if len(text) > MAX_CHARS:
+        return None
+    try:
+        trees = [Reader(choice).answer() for choice in sign_choices(text)]
+    except Unreadable:
+        return None
+    return trees[0] if len(trees) == 1 else Node("list", tuple(trees))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two trees -> equal or not: numbers first
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(node: Node, rule: dict[Node, Node]) -> Node:
+    if node in rule:
+        return rule[node]
+    return Node(node.kind, tuple(rewrite(arg, rule) if isinstance(arg, Node) else arg for arg in node.args))
+
+
+def parts_of(node: Node) -> Iterator[Node]:
+    yield node
+    for arg in node.args:
+        if isinstance(arg, Node):
+            yield from parts_of(arg)
+
+
+def symbols(*nodes: Node) -> list[Node]:
+    return sorted({part for node in nodes for part in parts_of(node) if part.kind == "sym"})
+
+
+def whole_numbers(function):
+    def apply(mp, *values):
+        if not all(mp.isint(value) for value in values):
+            raise Undefined("not a whole number")
+        return mp.mpf(function(*(int(mp.re(value)) for value in values)))
+
+    return apply
+
+
+def rounded(name: str):
+    """floor or ceil; a value that is a whole number must not miss it by a rounding error."""
+
+    def apply(mp, value):
+        nearest = mp.nint(value)
+        return nearest if abs(value - nearest) < mp.ldexp(1, -mp.prec // 2) else getattr(mp, name)(value)
+
+    return apply
+
+
+def raised(mp, base, exponent):
+    if not base and mp.re(exponent) <= 0:
+        raise Undefined("0 to a power that is not positive")
+    if base and abs(exponent) * (abs(mp.mag(base)) + 1) > 4 * MAX_BITS:
+        raise Undefined("too large")
+    return mp.power(base, exponent)
+
+
+def root(mp, value, index):
+    """The real root where there is one: the cube root of -8 is -2."""
+    if not mp.im(value) and value < 0 and mp.isint(index) and int(index) % 2:
+        return -mp.power(-value, 1 / index)
+    return mp.power(value, 1 / index)
+
+
+def factorial(mp, value):
+    if abs(value) > MAX_BITS:
+        raise Undefined("too large")
+    return mp.gamma(value + 1)
+
+
+def binomial(mp, n, k):
+    if max(abs(n), abs(k)) > MAX_BITS:
+        raise Undefined("too large")
+    return mp.binomial(n, k)
+
+
+RULES = {  # how a node is computed from its parts
+    "add": lambda mp, *terms: mp.fsum(terms),
+    "mul": lambda mp, *factors: mp.fprod(factors),
+    "pow": raised,
+    "ratio": lambda mp, a, b: a / b,
+    "root": root,
+    "abs": lambda mp, value: abs(value),
+    "floor": rounded("floor"),
+    "ceil": rounded("ceil"),
+    "factorial": factorial,
+    "binom": binomial,
+    "gcd": whole_numbers(math.gcd),
+    "lcm": whole_numbers(math.lcm),
+    "min": lambda mp, *values: min(values),
+    "max": lambda mp, *values: max(values),
+    "Re": lambda mp, value: mp.re(value),
+    "Im": lambda mp, value: mp.im(value),
+}
+for _name in "sin cos tan cot sec csc sinh cosh tanh coth sech csch ln exp arg sign".split():
+    RULES[_name] = lambda mp, value, name=_name: getattr(mp, name)(value)
+    if "a" + _name in SPELLINGS.values():
+        RULES["a" + _name] = lambda mp, value, name="a" + _name: getattr(mp, name)(value)
+SCALES = {"percent": number(Fraction(1, 100)), "degree": multiply(number(Fraction(1, 180)), PI)}
+
+
+def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
+    """The value of an expression in the context mp; Undefined outside its (real) domain and where it is too large."""
+    kind, args = node
+    if kind == "num":
+        return mp.mpf(args[0].numerator) / args[0].denominator
+    if node in values:
+        return values[node]
+    if kind == "const" and args[0] != "oo":
+        return {"pi": +mp.pi, "e": +mp.e, "i": mp.j}[args[0]]
+    if kind == "series":
+        return series_value(node, values, mp, real)
+    if kind == "based":
+        return based_value(*args, mp)
+    if kind == "unit" and args[1] in SCALES:
+        return evaluate(multiply(args[0], SCALES[args[1]]), values, mp, real)
+    parts = [evaluate(arg, values, mp, real) for arg in args if isinstance(arg, Node)]
+    name = args[0] if kind == "call" else kind
+    try:
+        if kind == "opaque":  # an unknown function: any fixed one that has no symmetries
+            seed = zlib.crc32(args[0].encode()) % 1009 + 17
+            value = seed + mp.fsum(mp.cos(seed * part / (101 + 7 * place)) for place, part in enumerate(parts))
+        elif name in RULES:
+            value = RULES[name](mp, *parts)
+        else:
+            raise Undefined(name)
+        too_large = not mp.isfinite(value) or (value and abs(mp.mag(value)) > 2 * MAX_BITS)
+    except (ArithmeticError, ValueError, TypeError) as error:
+        raise Undefined(name) from error
+    if too_large or (real and mp.im(value)):
+        raise Undefined(name)
+    return value
+
+
+def based_value(digits: str, base: Node, mp: Any) -> Any:
+    if base.kind != "num" or base.args[0] not in range(2, 37):
+        raise Undefined("no base")
+    try:
+        return mp.mpf(int(digits, int(base.args[0])))
+    except ValueError as error:
+        raise Undefined("no digit of this base") from error
+
+
+def series_value(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
+    name, body, index, first, last = node.args
+    start, stop = evaluate(first, values, mp, real), evaluate(last, values, mp, real)
+    if not (mp.isint(start) and mp.isint(stop)) or stop - start > MAX_ITEMS:
+        raise Undefined("a long series")
+    terms = [evaluate(body, values | {index: mp.mpf(k)}, mp, real) for k in range(int(start), int(stop) + 1)]
+    return mp.fsum(terms) if name == "sum" else mp.fprod(terms)
+
+
+class Context(threading.local):
+    """mpmath keeps its precision in a context: one for each thread."""
+
+    def __init__(self) -> None:
+        self.mp = mpmath.MPContext()
+
+
+CONTEXT = Context()
+
+
+def place(symbol: Node, index: int) -> Fraction:
+    """Where expressions are compared; symbols named like whole numbers take whole numbers."""
+    name = symbol.args[0]
+    seed = zlib.crc32(name.encode())
+    if name[0] in "nmkN":
+        return Fraction(index + 2 if name == "n" else 1 + (3 * index + seed) % 11)
+    return Fraction((seed + 2741 * index) % 9973 + 1200, -4096 if index % 4 == 3 else 4096)  # 0.3 to 2.7, some negative
+
+
+def same_value(a: Node, b: Node, local: bool) -> bool:
+    r"""Whether two expressions have the same value at every place where both have one, of which there must be some.
+
+    The precision grows with the numbers in the answers, so that 10^{-200} is not lost beside \sqrt{2}; a difference
+    of two tiny values counts only if it does not vanish with more precision, as rounding errors do.
+    """
+    if a == b:
+        return True
+    if a.kind == b.kind == "num":
+        return False
+    parts = [*parts_of(a), *parts_of(b)]
+    precision = 2 * (sum(bits(part.args[0]) for part in parts if part.kind == "num") + GUARD_BITS)
+    if local and len(parts) * precision > LOCAL_WORK:
+        raise NeedsWorker("long numbers")
+    if any(part.kind == "series" and INFINITY in part.args for part in parts):
+        if any(part.kind in ("call", "opaque") and part.args[0] not in ("factorial", "binom") for part in parts):
+            return False  # sums of rational terms are what sympy can do in time
+        if local:
+            raise NeedsWorker("an infinite series")
+        return Algebra().same_value(a, b)
+    mp, names = CONTEXT.mp, symbols(a, b)
+    points = 5 * POINTS if {"floor", "ceil"} & {part.args[0] for part in parts if part.kind == "call"} else POINTS
+
+    def values(index: int, real: bool, mp_precision: int) -> tuple[Any, Any]:
+        mp.prec = mp_precision
+        at = {name: mp.mpf(place(name, index).numerator) / place(name, index).denominator for name in names}
+        return evaluate(a, at, mp, real), evaluate(b, at, mp, real)
+
+    for real in (True, False) if names and IMAGINARY not in parts else (False,):
+        found = False
+        for index in range(points if names else 1):
+            try:
+                left, right = values(index, real, precision)
+                found, largest, difference = True, max(abs(left), abs(right)), abs(left - right)
+                if difference <= mp.ldexp(largest, -precision // 2):
+                    continue
+                if largest > mp.ldexp(1, -precision // 4):
+                    return False
+                finer_left, finer_right = values(index, real, 2 * precision)
+                if abs(finer_left - finer_right) > mp.ldexp(difference, -precision // 2):
+                    return False
+            except Undefined:
+                continue
+        if found:
+            return True
+    return False
+
+
+def is_zero(a: Node, local: bool) -> bool:
+    return same_value(a, number(0), local)
+
+
+def proportional(a: Node, b: Node, positive: bool, local: bool) -> bool:
+    """Whether a = c b with a constant c != 0 (> 0), that is a(x) b(y) = a(y) b(x) for all x and y."""
+    if not symbols(a, b) or is_zero(a, local) or is_zero(b, local):
+        return False
+    other = {symbol: Node("sym", (symbol.args[0] + "'",)) for symbol in symbols(a, b)}
+    if not same_value(multiply(a, rewrite(b, other)), multiply(rewrite(a, other), b), local):
+        return False
+    return not positive or same_value(multiply(a, call("abs", b)), multiply(call("abs", a), b), local)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Then structure: units, names, sets, relations
+# ---------------------------------------------------------------------------------------------------------------------
+
+NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "union", "intersection", "minus"}
+LISTS = {"list", "set"}
+REGIONS = {"union", "intersection", "minus"}
+
+
+def same(a: Node, b: Node, local: bool = True) -> bool:
+    """Whether two trees are the same answer; NeedsWorker (if `local`) where that takes sympy."""
+    kinds = {a.kind, b.kind}
+    if a == b:
+        return True
+    if "unit" in kinds:
+        return same_quantity(a, b, local)
+    left, right = definition(a, local), definition(b, local)
+    if left and right and (left[0] == right[0] or "opaque" in (left[0].kind, right[0].kind)):
+        return same(left[1], right[1], local)
+    if bool(left) != bool(right) and kinds != {"rel"}:
+        return same(left[1] if left else a, right[1] if right else b, local)
+    if is_region(a) or is_region(b):
+        return same_region(a, b, local)
+    if kinds & LISTS:
+        return same_elements(a, b, local)
+    if kinds == {"rel"}:
+        return same_relation(a, b, local)
+    if len(kinds) == 1 and kinds & (NO_SCALAR | {"ratio"}):
+        return len(a.args) == len(b.args) and all(
+            same(x, y, local) if isinstance(x, Node) and isinstance(y, Node) else x == y
+            for x, y in zip(a.args, b.args, strict=True)
+        )
+    if kinds & NO_SCALAR or bases(a) != bases(b):
+        return False
+    if choice_letter(a) and choice_letter(b):
+        return choice_letter(a) == choice_letter(b)
+    return same_value(a, b, local)
+
+
+def bases(node: Node) -> set[Node]:
+    return {part.args[1] for part in parts_of(node) if part.kind == "based"}
+
+
+def choice_letter(node: Node) -> str:
+    """The letter of a choice, A to H in either case, or nothing."""
+    name = node.args[0] if node.kind == "sym" or node == EULER else ""
+    return name.upper() if len(name) == 1 and name in "ABCDEFGHabcdefgh" else ""
+
+
+def same_quantity(a: Node, b: Node, local: bool) -> bool:
+    """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
+    (value_a, unit_a), (value_b, unit_b) = (node.args if node.kind == "unit" else (node, "") for node in (a, b))
+    if unit_a and unit_b:
+        return unit_a == unit_b and same(value_a, value_b, local)
+    if same(value_a, value_b, local):
+        return True
+    if unit_a + unit_b not in SCALES or {value_a.kind, value_b.kind} & NO_SCALAR:
+        return False
+    scale = SCALES[unit_a + unit_b]
+    return (
+        same_value(multiply(value_a, scale), value_b, local)
+        if unit_a
+        else (same_value(value_a, multiply(value_b, scale), local))
+    )
+
+
+def is_name(node: Node) -> bool:
+    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB."""
+    if node.kind == "mul":
+        return all(part.kind == "sym" and part.args[0].isupper() for part in node.args)
+    return node.kind in ("sym", "opaque") or (node.kind == "tuple" and all(map(is_name, node.args[2:])))
+
+
+def definition(node: Node, local: bool) -> tuple[Node, Node] | None:
+    """(name, value) of x = 5, 5 = x and x = 2 + 3 = 5; of 2 + 3 = 5, too, if it is true."""
+    if node.kind != "rel" or set(node.args[0]) != {"="}:
+        return None
+    _, first, *_, last = node.args
+    if is_name(first) or is_name(last):
+        return (first, last) if is_name(first) else (last, first)
+    return (first, last) if not symbols(first, last) and same(first, last, local) else None
+
+
+def elements(node: Node) -> list[Node]:
+    return [value for item in node.args for value in elements(item)] if node.kind in LISTS else [node]
+
+
+def same_elements(a: Node, b: Node, local: bool) -> bool:
+    """Sets: each element of one is in the other. The list x = 1, y = 2 is also the point (1, 2)."""
+    for one, other in ((a, b), (b, a)):
+        named = [definition(item, local) for item in elements(one)] if other.kind == "tuple" else []
+        if len(named) > 1 and all(named):
+            values = [value for _, value in sorted(named)]
+            return same(Node("tuple", ("(", ")", *values)), other, local)
+    left, right = elements(a), elements(b)
+    if max(len(left), len(right)) > MAX_ITEMS:
+        return False
+    return all(any(same(x, y, local) for y in right) for x in left) and all(
+        any(same(x, y, local) for x in left) for y in right
+    )
+
+
+def same_relation(a: Node, b: Node, local: bool) -> bool:
+    """Equations up to a factor that is not zero, inequalities up to a positive one or by their solutions."""
+    (signs_a, *terms_a), (signs_b, *terms_b) = a.args, b.args
+    if signs_a != signs_b:
+        return False
+    if all(same(x, y, local) for x, y in zip(terms_a, terms_b, strict=True)):
+        return True
+    if len(signs_a) > 1 or {part.kind for term in terms_a + terms_b for part in parts_of(term)} & NO_SCALAR:
+        return False
+    side_a, side_b = (add(first, multiply(MINUS_ONE, second)) for first, second in (terms_a, terms_b))
+    return proportional(side_a, side_b, positive=signs_a[0] in FLIPPED.values(), local=local)
+
+
+def is_region(node: Node) -> bool:
+    """A set of real numbers that is no single interval, or is written as an inequality."""
+    inequality = node.kind == "rel" and set(node.args[0]) <= {"<", r"\le", r"\ne"}
+    return (
+        node.kind in REGIONS or node == REALS or inequality or (node.kind == "list" and any(map(is_region, node.args)))
+    )
+
+
+def same_region(a: Node, b: Node, local: bool) -> bool:
+    """Unions part by part, relations by their sides, everything else by sympy's sets."""
+    if a.kind == b.kind == "rel" and same_relation(a, b, local):
+        return True
+    if a.kind == b.kind == "union" and len(a.args) == len(b.args):
+        if all(any(same(x, y, local) for y in b.args) for x in a.args):
+            return True
+    if not all(is_region(node) or node.kind == "set" or (node.kind == "tuple" and len(node.args) == 4) for node in (a, b)):
+        return False
+    if len(symbols(a)) > 1 or len(symbols(b)) > 1:
+        return a.kind == b.kind == "list" and same_elements(a, b, local)
+    if local:
+        raise NeedsWorker("sets")
+    return Algebra().same_region(a, b)
+
+
+class Algebra:
+    """Trees as sympy's objects; only workers make one, and only out of what Reader has read and bounded."""
+
+    def __init__(self) -> None:
+        import sympy
+
+        self.sp = sympy
+        self.functions = {"root": sympy.root, "abs": sympy.Abs, "ln": sympy.log, "factorial": sympy.factorial}
+        self.functions |= {"floor": sympy.floor, "ceil": sympy.ceiling, "binom": sympy.binomial}
+        self.functions |= {name: getattr(sympy, name) for name in "sin cos tan exp sign atan".split()}
+        self.constants = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
+
+    def scalar(self, node: Node, values: dict[Node, Any]) -> Any:
+        sp, (kind, args) = self.sp, node
+        if kind == "num":
+            return sp.Rational(args[0].numerator, args[0].denominator)
+        if node in values or kind == "sym":
+            return values.get(node, sp.Symbol("x", real=True))
+        if kind == "const":
+            return self.constants[args[0]]
+        if kind == "series":
+            name, body, index, *bounds = args
+            counter = sp.Symbol("k", integer=True)
+            series = sp.Sum if name == "sum" else sp.Product
+            limits = [self.scalar(bound, values) for bound in bounds]
+            return series(self.scalar(body, values | {index: counter}), (counter, *limits)).doit()
+        parts = [self.scalar(arg, values) for arg in args if isinstance(arg, Node)]
+        function = {"add": sp.Add, "mul": sp.Mul, "pow": sp.Pow}.get(kind) or self.functions.get(args[0])
+        if kind not in ("add", "mul", "pow", "call") or function is None:
+            raise Unreadable(kind)
+        return function(*parts)
+
+    def region(self, node: Node) -> Any:
+        sp, (kind, args) = self.sp, node
+        if kind == "tuple" and len(args) == 4:
+            low, high = (self.scalar(arg, {}) for arg in args[2:])
+            return sp.Interval(low, high, args[0] == "(", args[1] == ")")
+        if kind == "set":
+            return sp.FiniteSet(*(self.scalar(arg, {}) for arg in args))
+        if kind in REGIONS or kind == "list":
+            combine_sets = {"intersection": sp.Intersection, "minus": sp.Complement}.get(kind, sp.Union)
+            return combine_sets(*(self.region(arg) for arg in args))
+        if kind == "rel":
+            signs, *terms = args
+            relations = {"<": sp.Lt, r"\le": sp.Le, r"\ne": sp.Ne, "=": sp.Eq}
+            values = [self.scalar(term, {}) for term in terms]
+            steps = zip(signs, values, values[1:], strict=False)
+            conditions = [relations[sign](left, right) for sign, left, right in steps]
+            x = sp.Symbol("x", real=True)
+            return sp.Intersection(*(sp.solveset(condition, x, sp.S.Reals) for condition in conditions))
+        raise Unreadable(kind)
+
+    def same_region(self, a: Node, b: Node) -> bool:
+        left, right = self.region(a), self.region(b)
+        return left == right or self.sp.SymmetricDifference(left, right) == self.sp.S.EmptySet
+
+    def same_value(self, a: Node, b: Node) -> bool:
+        return self.sp.simplify(self.scalar(a, {}) - self.scalar(b, {})) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
+LABELLED = re.compile(r"(?:\\text\{)?\(?([A-H])[).:](?=\W).*", re.S)  # (B) 12
+
+
+def plain_number(text: str) -> tuple[str, ...] | None:
+    """Sign, digits and decimals of a number without any dress; of any length, for they are compared as text."""
+    match = PLAIN_NUMBER.fullmatch(text)
+    if not match or not any(character.isdigit() for character in text):
+        return None
+    sign, digits, decimals = (part or "" for part in match.groups())
+    return ("-" if sign == "-" and digits + decimals else "", digits, decimals)
+
+
+def as_text(text: str) -> str:
+    """For comparing as text: no spaces but those between digits; words in lower case."""
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    if bare != text or re.fullmatch(r"[A-Za-z][A-Za-z '-]{2,}", bare):
+        bare = bare.casefold()
+    return re.sub(r"(?<!\d) | (?!\d)", "", bare)
+
+
+def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = True) -> bool:
+    """Whether an answer is right; NeedsWorker (if `local`) where this is too much for the calling process."""
+    number_a, number_b = plain_number(answer), plain_number(gold)
+    if number_a and number_b and tolerance is None:
+        return number_a == number_b
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return bool(gold.strip()) and answer.strip() == gold.strip()
+    text_a, text_b = tidy(answer), tidy(gold)
+    if not text_a or not text_b:
+        return False
+    if as_text(text_a) == as_text(text_b):
+        return True
+    a, b = read(text_a), read(text_b)
+    if b and choice_letter(b) and (label := LABELLED.fullmatch(text_a)):
+        return label[1] == choice_letter(b)
+    if a is None or b is None:
+        return False
+    if a.kind == "list" and b.kind == "num" and "," in gold:
+        b = read(tidy(gold, thousands=False)) or b
+    if b.kind == "list" and a.kind == "num" and "," in answer:
+        a = read(tidy(answer, thousands=False)) or a
+    return (tolerance is not None and within(a, b, tolerance)) or same(a, b, local)
+
+
+def within(a: Node, b: Node, tolerance: float) -> bool:
+    """Whether two constants differ by at most the tolerance that the problem states."""
+    CONTEXT.mp.prec = 100
+    try:
+        x, y = (evaluate(node.args[0] if node.kind == "unit" else node, {}, CONTEXT.mp, False) for node in (a, b))
+    except Undefined:
+        return False
+    return bool(abs(x - y) <= tolerance)
+
+
+def verdict_of(answer: str, correct: bool) -> Verdict:
+    return Verdict(answer, correct, "correct" if correct else "wrong")
+
+
+def finished(verdict: Verdict) -> Future:
+    future: Future = Future()
+    future.set_result(verdict)
+    return future
+
+
+def submit_answer(answer: str, gold: str, tolerance: float | None = None) -> "Future[Verdict]":
+    """The verdict on a bare answer, at once where it is cheap, else from a worker."""
+    try:
+        return finished(verdict_of(answer, judge(answer, gold, tolerance)))
+    except NeedsWorker:
+        return pool().submit(ask, answer, gold, tolerance)
+    except Exception:  # a fault of ours must cost one verdict, not the run that waits for it
+        logging.getLogger(__name__).exception("grading failed: %r against %r", answer[:200], gold[:200])
+        return finished(verdict_of(answer, False))
+
+
+def submit(response: str, gold: str, tolerance: float | None = None) -> "Future[Verdict]":
+    """The verdict on a response, as a future: already done where it is cheap, else it comes from a worker."""
+    answer = extract_answer(response)
+    if answer is None:
+        return finished(Verdict(None, False, "no_answer"))
+    return submit_answer(answer, gold, tolerance)
+
+
+def grade(response: str, gold: str, tolerance: float | None = None) -> Verdict:
+    r"""The verdict on a response.
+
+    >>> grade(r"so it is \boxed{\frac{2}{4}}.", "0.5")
+    Verdict(answer='\\frac{2}{4}', correct=True, status='correct')
+    """
+    return submit(response, gold, tolerance).result()
+
+
+def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) -> bool:
+    """Whether two bare answers are the same; never raises, never hangs, never executes what it reads."""
+    return submit_answer(prediction, gold, tolerance).result().correct
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers: `python grader.py --worker`, a fresh interpreter with pipes, so nothing of the caller (threads, CUDA, __main__)
+# is inherited. A worker sets its own alarm before each verdict: the kernel ends it, whatever it is stuck in.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def worker() -> None:
+    """Answer requests on stdin until it closes or the parent is gone."""
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    import sympy  # noqa: F401  here, so that its start-up is not part of a verdict's time
+
+    parent = os.getppid()
+    while True:
+        while not select.select([sys.stdin], [], [], 5)[0]:
+            if os.getppid() != parent:
+                return
+        line = sys.stdin.readline()
+        if not line:
+            return
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, VERDICT_SECONDS)  # SIGALRM ends the process
+        try:
+            correct = judge(request["answer"], request["gold"], request["tolerance"], local=False)
+        except Exception:  # sympy may fail in any way; that is a verdict, too
+            correct = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(correct), flush=True)
+
+
+def start_worker() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), "--worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the parent, which then closes the pipe
+        text=True,
+    )
+
+
+class Pool:
+    """Threads that each hold a worker while they wait for its verdict."""
+
+    def __init__(self) -> None:
+        self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+        for _ in range(WORKERS):
+            self.idle.put(start_worker())
+        self.submit = ThreadPoolExecutor(WORKERS, thread_name_prefix="grader").submit
+
+
+_pool: Pool | None = None
+_pool_lock = threading.Lock()
+
+
+def pool() -> Pool:
+    global _pool
+    with _pool_lock:
+        _pool = _pool or Pool()
+        return _pool
+
+
+def ask(answer: str, gold: str, tolerance: float | None) -> Verdict:
+    """One verdict from a worker; a worker that ends instead of answering is replaced."""
+    idle = pool().idle
+    process = idle.get()
+    try:
+        process.stdin.write(json.dumps({"answer": answer, "gold": gold, "tolerance": tolerance}) + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline()
+    except (BrokenPipeError, ValueError):
+        reply = ""
+    if reply:
+        idle.put(process)
+        return verdict_of(answer, json.loads(reply))
+    process.kill()
+    process.wait()
+    idle.put(start_worker())
+    return Verdict(answer, False, "timeout")
+
+
+def shutdown() -> None:
+    """End the workers; the next hard verdict starts new ones."""
+    global _pool
+    with _pool_lock:
+        old, _pool = _pool, None
+    while old and not old.idle.empty():
+        process = old.idle.get()
+        process.kill()
+        process.wait()
+
+
+def forget_pool() -> None:
+    """A forked child has none of the threads; it starts its own pool when it needs one."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+atexit.register(shutdown)
+os.register_at_fork(after_in_child=forget_pool)
+
+
+def main() -> None:
+    """Verdicts for the cases on stdin, in order."""
+    waiting: collections.deque[Future] = collections.deque()
+    for line in sys.stdin:
+        case = json.loads(line)
+        future = (
+            submit(case["response"], case["gold"]) if "response" in case else submit_answer(case["pred"], case["gold"])
+        )
+        waiting.append(future)
+        while waiting and (waiting[0].done() or len(waiting) > 1000):
+            print(json.dumps(asdict(waiting.popleft().result())))
+    for future in waiting:
+        print(json.dumps(asdict(future.result())))
+
+
+if __name__ == "__main__":
+    worker() if sys.argv[1:] == ["--worker"] else main()

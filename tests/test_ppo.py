@@ -1,0 +1,479 @@
+"""ppo.py: GAE, losses and a whole training step against formulas written out here; packing, ranks, resume, export."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ppo
+import rollout
+from rollout import Attempt, Dialogue
+
+ROOT = Path(__file__).parent.parent
+
+
+# Advantages -----------------------------------------------------------------------------------------------------------
+def advantages_by_the_sum(rewards, values, gamma, lam):
+    """A_t = sum over l of (gamma lam)^l delta_(t+l), on a list of actions: the definition, not the recursion."""
+    values = [*values, 0.0]
+    deltas = [r + gamma * values[t + 1] - values[t] for t, r in enumerate(rewards)]
+    return [sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(deltas))]
+
+
+number = st.floats(-2, 2, width=32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(number, number), min_size=1, max_size=12),
+    st.lists(st.integers(0, 12), max_size=10),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_gae_is_its_definition_wherever_the_environment_speaks(actions, gaps, gamma, lam):
+    rewards, values = [r for r, _ in actions], [v for _, v in actions]
+    expected = advantages_by_the_sum(rewards, values, gamma, lam)
+    r, v, mask = list(rewards), list(values), [1.0] * len(actions)
+    for gap in gaps:  # feedback anywhere, with anything in it
+        at = gap % (len(mask) + 1)
+        r.insert(at, 7.0), v.insert(at, math.nan), mask.insert(at, 0.0)
+    a, returns = ppo.gae(torch.tensor([r]), torch.tensor([v]), torch.tensor([mask]), gamma, lam)
+    action = torch.tensor(mask) > 0
+    assert torch.allclose(a[0, action], torch.tensor(expected), atol=1e-4)
+    assert torch.allclose(returns[0, action], torch.tensor(expected) + torch.tensor(values), atol=1e-4)
+    assert not a[0, ~action].any() and not returns[0, ~action].any()
+
+
+def test_gae_of_a_batch_with_lambda_one_is_return_minus_value():
+    rewards, values = torch.rand(3, 9), torch.rand(3, 9)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0, 1], [1] * 9]).float()
+    a, returns = ppo.gae(rewards, values, mask, 1.0, 1.0)
+    to_come = (rewards * mask).flip(1).cumsum(1).flip(1)
+    assert torch.allclose(a, (to_come - values) * mask, atol=1e-6)
+    assert torch.allclose(returns, to_come * mask, atol=1e-6)
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+def test_policy_loss_and_its_gradient_by_cases():
+    """d loss / d logprob is -ratio * advantage, but 0 where the ratio has left 1 +- clip on the side of the gain."""
+    for ratio, advantage, value, gradient in [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.1, 2.0, -2.2, -2.2),
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, 2.0, -1.0, -1.0),  # worse than before: not clipped
+        (0.5, -2.0, 1.6, 0.0),
+        (1.5, -2.0, 3.0, 3.0),
+    ]:
+        logprobs = torch.tensor([math.log(ratio), 5.0], requires_grad=True)
+        old, a = torch.zeros(2), torch.tensor([advantage, 9.0])
+        loss, stats = ppo.policy_loss(logprobs, old, a, torch.tensor([1.0, 0.0]), clip=0.2)  # second: environment
+        loss.backward()
+        assert loss.item() == pytest.approx(value, abs=1e-5)
+        assert logprobs.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-5)
+        assert stats["clipped"].item() == (gradient == 0.0)
+
+
+def test_value_loss_by_cases():
+    for value, old, target, loss in [
+        (0.5, 0.5, 1.0, 0.125),
+        (0.9, 0.5, 1.0, 0.5 * 0.3**2),  # moved too far towards the return: the clipped error counts, no gradient
+        (0.0, 0.5, 1.0, 0.5 * 1.0**2),  # moved away: its own error counts
+    ]:
+        v = torch.tensor([value, math.nan], requires_grad=True)
+        got, _ = ppo.value_loss(v, torch.tensor([old, 0.0]), torch.tensor([target, 0.0]), torch.tensor([1.0, 0.0]), 0.2)
+        assert got.item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_k3_is_an_unbiased_estimate_of_the_kl():
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    assert (p * ppo.kl_k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+
+
+# Packing --------------------------------------------------------------------------------------------------------------
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 80), st.integers(1, 300))
+def test_pack_takes_each_dialogue_once_and_keeps_the_budgets(lengths, row_tokens, batch_tokens):
+    batches = ppo.pack(lengths, row_tokens, batch_tokens)
+    assert sorted(i for rows in batches for row in rows for i in row) == list(range(len(lengths)))
+    for rows in batches:
+        sizes = [sum(lengths[i] for i in row) for row in rows]
+        assert all(size <= row_tokens or len(row) == 1 for size, row in zip(sizes, rows, strict=True))
+        assert max(sizes) * len(rows) <= batch_tokens or len(rows) == 1
+
+
+def dialogue(parts: list[tuple[list[int], bool]], statuses: list[str]) -> Dialogue:
+    """A dialogue by hand: (ids, sampled?) in order, the statuses of its attempts."""
+    d = Dialogue({"id": "x", "question": "q", "answer": "1"}, len(statuses))
+    for ids, sampled in parts:
+        start = len(d.ids)
+        d.extend(ids, [0.0] * len(ids) if sampled else None)
+        if sampled:
+            d.attempts.append(Attempt(start, len(d.ids), None, statuses[len(d.attempts)], "stop"))
+    return d
+
+
+def two_dialogues() -> list[Dialogue]:
+    right_at_the_second = dialogue(
+        [([5, 9, 7], False), ([11, 12], True), ([3, 4], False), ([13], True)], ["wrong", "correct"]
+    )
+    never = dialogue([([6, 8], False), ([20, 21, 22], True)], ["no_answer"])
+    return [right_at_the_second, never]
+
+
+@pytest.mark.parametrize(("row_tokens", "batch_tokens"), [(1, 1), (16, 16), (8, 64), (64, 64)])
+def test_packed_rows_give_each_dialogue_what_it_has_alone(toy, ranks, monkeypatch, row_tokens, batch_tokens):
+    monkeypatch.setattr(ppo, "ROW_TOKENS", row_tokens)
+    monkeypatch.setattr(ppo, "MAX_TOKENS_PER_MICRO_BATCH", batch_tokens)
+    monkeypatch.setattr(ppo, "COMPUTE_DTYPE", "float32")
+    monkeypatch.setattr(ppo, "LOGITS_CHUNK", 3)
+    folder = str(toy / "warm_start")
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    dialogues = [*two_dialogues(), *reversed(two_dialogues())]
+    batch = ppo.make_batch(dialogues)
+    actor = ppo.Actor(folder, lm.config.vocab_size)
+    got = ppo.over_actions(ppo.shard(actor, actor.lm.model.layers), batch)  # (B, T)
+    for d, row in zip(dialogues, got, strict=True):
+        logprobs = lm(torch.tensor([d.ids])).logits.log_softmax(-1)[0]
+        expected = [logprobs[t - 1, d.ids[t]].item() if m else 0.0 for t, m in enumerate(d.mask)]
+        assert row[: len(d.ids)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert not row[len(d.ids) :].any()
+
+
+# One step by hand -----------------------------------------------------------------------------------------------------
+def constants(monkeypatch, **changes):
+    small = {
+        "DIALOGUES": 2, "MINI_BATCH": 2, "EPOCHS": 1, "ROW_TOKENS": 16, "MAX_TOKENS_PER_MICRO_BATCH": 16, "GAMMA": 1.0,
+        "LAMBDA": 0.9, "CLIP": 0.2, "VALUE_CLIP": 0.2, "KL_COEF": 0.05, "ENTROPY_COEF": 0.02, "WHITEN": True,
+        "BETAS": (0.9, 0.95), "WEIGHT_DECAY": 0.0, "GRAD_CLIP": 0.7, "COMPUTE_DTYPE": "float32",
+        "GRADIENT_CHECKPOINTING": False, "LOGITS_CHUNK": 2, "MAX_MISMATCH": math.inf,
+    }  # fmt: skip
+    for name, value in (small | changes).items():
+        monkeypatch.setattr(ppo, name, value)
+
+
+def one_step(folder: str, tokens: int, dialogues: list[Dialogue], actor_lr: float, critic_lr: float):
+    """What ppo.train does with a rollout -> (weights of actor, of critic, metrics)."""
+    torch.manual_seed(0)
+    actor = ppo.Actor(folder, tokens)
+    critic = ppo.Critic(folder)
+    with torch.no_grad():  # the policy has moved from the reference, and the critic says something
+        for p in [*actor.parameters(), *critic.parameters()]:
+            p += 0.05 * torch.randn_like(p)
+    start = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in (actor, critic)]
+    reference = ppo.Actor(folder, tokens).requires_grad_(False)
+    actor = ppo.shard(actor, actor.lm.model.layers)
+    critic = ppo.shard(critic, critic.body.layers)
+    reference = ppo.shard(reference, reference.lm.model.layers)
+    for d in dialogues:
+        rollout.assign_rewards(d)
+    batch = ppo.make_batch(dialogues)
+    metrics = ppo.prepare(batch, actor, critic, reference)
+    metrics |= ppo.update(batch, actor, critic, ppo.adam(actor, actor_lr), ppo.adam(critic, critic_lr))
+    end = [{n: p.full_tensor().detach() for n, p in m.named_parameters()} for m in (actor, critic)]
+    return start, end, metrics
+
+
+def test_one_training_step_by_hand(toy, ranks, monkeypatch):
+    """Two dialogues, six actions: rewards, advantages, losses, clipped gradients and Adam with nothing but torch."""
+    constants(monkeypatch)
+    folder = str(toy / "warm_start")
+    vocabulary = len(AutoTokenizer.from_pretrained(folder))
+    (actor0, critic0), (actor1, critic1), metrics = one_step(folder, vocabulary, two_dialogues(), 1e-3, 2e-3)
+
+    ids = [[5, 9, 7, 11, 12, 3, 4, 13], [6, 8, 20, 21, 22]]
+    actions = [[3, 4, 7], [2, 3, 4]]  # positions of the sampled ids
+    rewards = [[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]]  # right at the second attempt; never a box
+
+    def model(weights, prefix):
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        lm.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n != "head.weight"}, strict=False)
+        return lm
+
+    def action_logits(lm):
+        states = [lm(torch.tensor([row])).logits[0] for row in ids]
+        return torch.cat([s[torch.tensor(a) - 1] for s, a in zip(states, actions, strict=True)])  # (6, V)
+
+    policy, ref = model(actor0, "lm."), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    body, head = model({f"model.{n}": w for n, w in critic0.items()}, "model.body."), critic0["head.weight"].clone()
+    body.load_state_dict(
+        {f"model.{n.removeprefix('body.')}": w for n, w in critic0.items() if n != "head.weight"}, strict=False
+    )
+    head.requires_grad_(True)
+    taken = torch.tensor([row[t] for row, a in zip(ids, actions, strict=True) for t in a])
+
+    logits = action_logits(policy)[:, :vocabulary]
+    log_all = logits.log_softmax(-1)
+    logprobs = log_all[torch.arange(6), taken]
+    with torch.no_grad():
+        ref_logprobs = action_logits(ref)[:, :vocabulary].log_softmax(-1)[torch.arange(6), taken]
+    hidden = torch.cat(
+        [
+            body.model(torch.tensor([row])).last_hidden_state[0, torch.tensor(a) - 1]
+            for row, a in zip(ids, actions, strict=True)
+        ]
+    )
+    values = hidden @ head[0]  # (6,)
+
+    v = values.tolist()
+    first = advantages_by_the_sum(rewards[0], v[:3], 1.0, 0.9)
+    second = advantages_by_the_sum(rewards[1], v[3:], 1.0, 0.9)
+    advantages = torch.tensor(first + second)
+    returns = advantages + values.detach()
+    whitened = (advantages - advantages.mean()) / advantages.std(correction=0)
+
+    ratio = (logprobs - logprobs.detach()).exp()
+    d = ref_logprobs - logprobs
+    k3 = d.exp() - 1 - d
+    entropy = -(log_all.exp() * log_all).sum(-1)
+    loss = (-ratio * whitened + 0.05 * k3 - 0.02 * entropy).mean()
+    critic_loss = (0.5 * (values - returns) ** 2).mean()
+    loss.backward()
+    critic_loss.backward()
+
+    def clipped_adam(weights, gradients, lr):
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        scale = min(1.0, 0.7 / (norm + 1e-6))
+        new = {}
+        for n, w in weights.items():
+            g = gradients[n] * scale
+            m, s = 0.1 * g / (1 - 0.9), 0.05 * g**2 / (1 - 0.95)  # first step: the bias corrections cancel the decays
+            new[n] = w - lr * m / (s.sqrt() + 1e-8)
+        return new, norm
+
+    gradients = {f"lm.{n}": p.grad for n, p in policy.named_parameters()}
+    expected, norm = clipped_adam(actor0, gradients, 1e-3)
+    critic_gradients = {f"body.{n}": p.grad for n, p in body.model.named_parameters()} | {"head.weight": head.grad}
+    critic_expected, critic_norm = clipped_adam(critic0, critic_gradients, 2e-3)
+
+    assert metrics["actor_grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["critic_grad_norm"] == pytest.approx(critic_norm, rel=1e-4)
+    assert norm > 0.7  # the clipping of gradients is in the test
+    assert metrics["policy_loss"] == pytest.approx((-ratio * whitened).mean().item(), abs=1e-5)
+    assert metrics["value_loss"] == pytest.approx(critic_loss.item(), rel=1e-4)
+    assert metrics["kl_k3"] == pytest.approx(k3.mean().item(), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    for got, want, old, grads in (
+        (actor1, expected, actor0, gradients),
+        (critic1, critic_expected, critic0, critic_gradients),
+    ):
+        assert got.keys() == want.keys()
+        for n, w in want.items():
+            # Adam's first step is lr * sign(gradient): where a gradient is all rounding, its sign is, too.
+            sure = grads[n].abs() > 1e-6
+            assert torch.allclose(got[n][sure], w[sure], atol=2e-6), n
+            assert (got[n] - old[n]).abs().max() <= 2.001e-3
+
+
+@pytest.mark.parametrize("changes", [{"MAX_TOKENS_PER_MICRO_BATCH": 1}, {"ROW_TOKENS": 1}, {"LOGITS_CHUNK": 100}])
+def test_gradients_do_not_depend_on_micro_batches(toy, ranks, monkeypatch, changes):
+    dialogues = [*two_dialogues(), *two_dialogues()[::-1]]
+    folder, moved = str(toy / "warm_start"), []
+    for change in ({}, changes):
+        constants(
+            monkeypatch,
+            DIALOGUES=4,
+            MINI_BATCH=4,
+            GRAD_CLIP=1e9,
+            MAX_TOKENS_PER_MICRO_BATCH=64,
+            **{} if not change else {},
+        )
+        for name, value in change.items():
+            monkeypatch.setattr(ppo, name, value)
+        _, _, metrics = one_step(folder, 280, dialogues, 0.0, 0.0)
+        moved.append(metrics)
+    for name in moved[0]:
+        assert moved[1][name] == pytest.approx(moved[0][name], rel=1e-4, abs=1e-6), name
+
+
+def test_checkpointed_activations_change_nothing(toy, ranks, monkeypatch):
+    results = []
+    for recompute in (False, True):
+        constants(monkeypatch, GRADIENT_CHECKPOINTING=recompute)
+        results.append(one_step(str(toy / "warm_start"), 280, two_dialogues(), 1e-3, 1e-3)[1])
+    for plain, recomputed in zip(*results, strict=True):
+        assert all(torch.allclose(plain[n], recomputed[n], atol=1e-6) for n in plain)
+
+
+def test_padded_vocabulary_has_no_probability(toy, ranks, monkeypatch):
+    constants(monkeypatch)
+    actor = ppo.Actor(str(toy / "warm_start"), tokens=30)  # ids from 30 on are no tokens
+    logits = actor.lm(torch.tensor([two_dialogues()[1].ids])).logits[0]
+    expected = logits[1, :30].log_softmax(-1)[20].item()
+    actor = ppo.shard(actor, actor.lm.model.layers)
+    got = ppo.over_actions(actor, ppo.make_batch(two_dialogues()))
+    assert got[1, 2].item() == pytest.approx(expected, abs=1e-5)
+
+
+# Schedule and data order ----------------------------------------------------------------------------------------------
+def test_learning_rate(monkeypatch):
+    monkeypatch.setattr(ppo, "WARMUP", 0.1)
+    monkeypatch.setattr(ppo, "MIN_LR", 0.1)
+    assert [round(ppo.learning_rate(p), 6) for p in (0.05, 0.1, 0.55, 1.0, 1.2)] == [0.5, 1.0, 0.55, 0.1, 0.1]
+
+
+def test_every_problem_once_a_pass():
+    visits = [ppo.problem_index(v, 7) for v in range(21)]
+    assert all(sorted(visits[s : s + 7]) == list(range(7)) for s in (0, 7, 14))
+    assert visits[:7] != visits[7:14]
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+SMALL = ["PRESET=toy", "TOKEN_BUDGET=0", "STEPS=4", "DIALOGUES=16", "MINI_BATCH=8", "SAVE_EVERY=2", "MAX_ATTEMPTS=3"]
+
+
+def command(run: str, toy: Path, *arguments: str, processes: int = 0) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    data = [f"RUN={run}", f"MODEL={toy / 'warm_start'}", f"TRAIN_DATA={toy / 'train.jsonl'}"]
+    return [sys.executable, *launcher, str(ROOT / "ppo.py"), *SMALL, *data, *arguments]
+
+
+def train(cwd: Path, run: str, toy: Path, *arguments: str, processes: int = 0) -> list[dict]:
+    arguments = command(run, toy, *arguments, processes=processes)
+    done = subprocess.run(arguments, cwd=cwd, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return metrics_of(cwd, run)
+
+
+def alone() -> dict[str, str]:
+    """The environment without this process's own process group."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in group} | {"PYTHONPATH": str(ROOT)}
+
+
+def metrics_of(cwd: Path, run: str) -> list[dict]:
+    lines = (cwd / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    clocks = ("seconds_", "tokens_per_second", "peak_memory")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clocks)} for line in lines]
+
+
+def weights(cwd: Path, run: str) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(cwd / "runs" / run / "policy").state_dict()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def straight(runs, toy) -> list[dict]:
+    """A run of four steps that nobody disturbed: what the others are compared with."""
+    return train(runs, "straight", toy)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(runs, toy, straight):
+    process = subprocess.Popen(
+        command("killed", toy), cwd=runs, env=alone(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    log = runs / "runs/killed/metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 3):
+        pass  # the third step is behind the checkpoint of the second, so it will have to be done again
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    checkpoints = sorted(p.name for p in (runs / "runs/killed/checkpoints").iterdir())
+    assert checkpoints[0] == "step-000002" and not (runs / "runs/killed/policy").exists()
+    assert train(runs, "killed", toy) == straight
+    a, b = weights(runs, "straight"), weights(runs, "killed")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_two_ranks_learn_what_one_learns(runs, toy, straight):
+    two = train(runs, "two", toy, processes=2)
+    assert len(two) == len(straight)
+    for one, other in zip(straight, two, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    a, b = weights(runs, "straight"), weights(runs, "two")
+    assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sampler_follows_the_trainer(runs, toy, tied, tmp_path):
+    """After three updates at a large learning rate the engine still samples from the trainer's weights, and the
+    exported folder opens in transformers and gives what the checkpointed policy gives."""
+    folder = tmp_path / "model"
+    shutil.copytree(toy / "warm_start", folder / "warm_start")
+    if not tied:
+        config = json.loads((folder / "warm_start/config.json").read_text()) | {"tie_word_embeddings": False}
+        lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
+        (folder / "warm_start/config.json").write_text(json.dumps(config))
+        lm.config.tie_word_embeddings = False
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach().clone())
+        lm.save_pretrained(folder / "warm_start")
+    name = f"tied-{tied}"
+    steps = train(runs, name, toy, f"MODEL={folder / 'warm_start'}", "ACTOR_LR=0.01", "WARMUP=0", "STEPS=3")
+    assert all(s["sampler_mismatch"] < 1e-5 for s in steps) and steps[-1]["kl_k3"] > 1e-3
+    exported = AutoModelForCausalLM.from_pretrained(runs / "runs" / name / "policy")
+    assert exported.config.tie_word_embeddings is tied
+    assert (exported.lm_head.weight is exported.model.embed_tokens.weight) is tied
+    before = AutoModelForCausalLM.from_pretrained(folder / "warm_start").state_dict()
+    assert any(not torch.equal(before[n], w) for n, w in exported.state_dict().items())
+
+
+def test_export_gives_the_same_logprobs_in_vllm_and_transformers(runs, toy, straight):
+    """In a process of its own: vLLM opens the exported folder, plays, and transformers confirms each log-probability."""
+    program = (
+        "import sys, torch, rollout\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "policy, problems = sys.argv[1:]\n"
+        "engine = rollout.Engine(policy)\n"
+        "chat = rollout.Chat(engine.tokenizer)\n"
+        "ds = [rollout.new_dialogue(chat, p, 2) for p in rollout.load_problems(problems)[:8]]\n"
+        "rollout.play(engine, chat, ds, list(range(8)), 1.0)\n"
+        "lm = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)\n"
+        "for d in ds:\n"
+        "    lp = lm(torch.tensor([d.ids])).logits.log_softmax(-1)[0]\n"
+        "    for t, m in enumerate(d.mask):\n"
+        "        assert not m or abs(lp[t - 1, d.ids[t]].item() - d.logprobs[t]) < 1e-4\n"
+        "engine.shutdown()\n"
+    )
+    arguments = [sys.executable, "-c", program, str(runs / "runs/straight/policy"), str(toy / "test.jsonl")]
+    done = subprocess.run(arguments, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_stale_engine_stops_the_run(toy, ranks, monkeypatch):
+    constants(monkeypatch, MAX_MISMATCH=0.05, KL_COEF=0.0)
+    folder = str(toy / "warm_start")
+    actor, critic = ppo.Actor(folder, 280), ppo.Critic(folder)
+    actor, critic = ppo.shard(actor, actor.lm.model.layers), ppo.shard(critic, critic.body.layers)
+    batch = ppo.make_batch(two_dialogues())  # the sampler claims probability 1 for each action
+    with pytest.raises(RuntimeError, match="sampler and trainer disagree"):
+        ppo.prepare(batch, actor, critic, None)
+
+
+def test_bad_runs_stop_before_work(runs, toy, straight):
+    def says(*arguments: str) -> str:
+        command_line = command("straight", toy, *arguments)
+        done = subprocess.run(command_line, cwd=runs, env=alone(), capture_output=True, text=True)
+        assert done.returncode != 0 or "is finished" in done.stdout
+        return done.stdout + done.stderr
+
+    assert "is finished" in says()
+    assert "ppo.LAMBDA: 0.99 there, 0.5 now" in says("LAMBDA=0.5")
+    assert "nearest is LAMBDA" in says("LAMDA=0.5")
+    assert "must be a multiple of MINI_BATCH=7" in says("MINI_BATCH=7")
+    assert metrics_of(runs, "straight") == straight
+
+
+def test_real_text_runs(runs, toy, tmp_path):
+    """Any problem file: bytes that the toy's vocabulary has no words for, one question that fills the context."""
+    problems = [
+        {"id": f"r{i}", "question": f"Fïnd $x$ with $x^2 = {i}$ \\[asy] draw((0,0)); [/asy]", "answer": "\\frac{1}{2}"}
+        for i in range(20)
+    ]
+    problems.append({"id": "long", "question": "x" * 5000, "answer": "1"})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    steps = train(runs, "text", toy, f"TRAIN_DATA={tmp_path / 'p.jsonl'}", "STEPS=2", "MAX_ATTEMPT_TOKENS=12")
+    assert len(steps) == 2 and all(math.isfinite(v) for s in steps for v in s.values())

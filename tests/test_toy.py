@@ -1,0 +1,191 @@
+"""The toy world: exact texts, a tokenizer that loses nothing, right answers, an ideal that can be checked by hand."""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data.toy as toy
+from rollout import FEEDBACK, SYSTEM_MULTI, SYSTEM_SINGLE
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """As everyone else gets it: saved and opened again."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    toy.make_tokenizer().save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "OUT", str(tmp_path_factory.mktemp("world") / "toy"))
+        patch.setattr(toy, "WARM_STEPS", 5)
+        patch.setattr(toy, "TRAIN_PROBLEMS", 300)
+        patch.setattr(toy, "TEST_PROBLEMS", 60)
+        toy.make_toy()
+        yield toy.Path(toy.OUT)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+@given(text=st.text() | st.text(alphabet=" 0123456789\\n?_{}\\boxedIt<|im_end|>.\u00a0\u0120é𝔘"))
+def test_any_text_survives_a_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_unknown_text_falls_back_to_bytes(tokenizer):
+    ids = tokenizer.encode("½", add_special_tokens=False)
+    assert len(ids) == len("½".encode()) and max(ids) < 256
+    assert tokenizer.unk_token_id is None
+
+
+def test_numbers_and_phrases_are_single_tokens(tokenizer):
+    for number in range(1, toy.LARGEST + 1):
+        word = str(number)
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1
+        boxed = tokenizer.encode(f"It is \\boxed{{{word}}}", add_special_tokens=False)
+        assert boxed[1:-1] == tokenizer.encode(word, add_special_tokens=False)  # the same id in a box as in a list
+        assert len(boxed) == 3
+    prompt = toy.prompt_text("What is the median of 12 4 _ 9 15 7 _ 11 6?", 5)
+    assert len(tokenizer.encode(prompt, add_special_tokens=False)) < 40
+    assert len(tokenizer.encode(toy.failure_text(12, 4), add_special_tokens=False)) < 16
+
+
+def test_special_tokens(tokenizer):
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert len(tokenizer.encode("<|im_start|><|im_end|><|endoftext|>", add_special_tokens=False)) == 3
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>"), skip_special_tokens=True) == "a"
+
+
+def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
+    dialogue = toy.prompt_text("Q?", 5) + toy.failure_text(12, 4) + toy.response_text(9)
+    assert dialogue == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 5 attempts "
+        "to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
+        "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nIt is \\boxed{12}<|im_end|>\n"
+        "<|im_start|>system\nYour answer is incorrect. You have 4 attempts left. Try an alternative.<|im_end|>\n"
+        "<|im_start|>assistant\nIt is \\boxed{9}<|im_end|>"
+    )
+    messages = [
+        {"role": "system", "content": SYSTEM_MULTI.replace("{attempts}", "5")},
+        {"role": "user", "content": "Q?"},
+        {"role": "assistant", "content": "It is \\boxed{12}"},
+        {"role": "system", "content": FEEDBACK.replace("{attempts}", "4")},
+    ]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat + toy.response_text(9) == dialogue
+    single = [{"role": "system", "content": SYSTEM_SINGLE}, {"role": "user", "content": "Q?"}]
+    chat = tokenizer.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
+    assert chat == toy.prompt_text("Q?", None)
+
+
+# -------------------------------------------------------------------------------------------------------------- problems
+
+
+def test_answers_are_right():
+    """Of 500 drawn lists: the readable numbers are distinct, fit one window, and the answer is a possible median."""
+    for problem in toy.make_problems(500, 0, held_out=False):
+        readable, unreadable = toy.shown_numbers(problem["question"])
+        assert (len(set(readable)), unreadable) == (toy.LIST_LENGTH - toy.UNREADABLE, toy.UNREADABLE)
+        assert max(readable) - min(readable) < toy.WINDOW and min(readable) >= 1 and max(readable) <= toy.LARGEST
+        assert int(problem["answer"]) in toy.posterior(tuple(sorted(readable)), unreadable)
+    shown, answer = toy.draw_list(toy.random.Random(0), length=5, unreadable=0)
+    assert answer == sorted(shown)[2]
+
+
+def test_problem_sets_are_disjoint_and_decided_by_the_seed():
+    train, test = toy.make_problems(400, 7, held_out=False), toy.make_problems(200, 7, held_out=True)
+    assert not {p["question"] for p in train} & {p["question"] for p in test}
+    assert len({p["question"] for p in train}) == 400 and len({p["id"] for p in train + test}) == 600
+    assert train == toy.make_problems(400, 7, held_out=False)
+    assert {p["question"] for p in test} != {p["question"] for p in toy.make_problems(200, 8, held_out=True)}
+
+
+def test_the_warm_start_never_sees_a_held_out_question():
+    rng = toy.random.Random(0)
+    for _ in range(20):
+        for prompt in toy.draw_batch(rng, seed=0)[0]:
+            question = prompt.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+            assert not toy.is_held_out(question, seed=0)
+
+
+def test_ideal_reader_by_hand():
+    """Readable 1, 24 do not fit one window of 18; 4..20 with 12 between leave windows 3..20 and 4..21, say."""
+    # Readable 7 and 24: only the window 7..24. The third number is one of 8..23, all equally likely, and it is the median.
+    assert toy.posterior((7, 24), 1) == pytest.approx({median: 1 / 16 for median in range(8, 24)})
+    # Readable 6 and 23: the window is 6..23 alone (7..24 lacks 6). Readable 1 and 2: the window is 1..18, the third 3..18.
+    assert toy.posterior((1, 2), 1) == pytest.approx({2: 1.0})
+    # Readable 2 and 4: windows 1..18 and 2..19. Median 2 if the third is 1 (1/16 in the first window), 3 if it is 3, else 4.
+    assert toy.posterior((2, 4), 1) == pytest.approx({2: 0.5 / 16, 3: 1 / 16, 4: 0.5 * 14 / 16 + 0.5 * 15 / 16})
+    assert toy.ideal_accuracy(["What is the median of 2 _ 4?"], 4) == pytest.approx([29 / 32, 31 / 32, 1, 1])
+    assert toy.ideal_accuracy(["What is the median of 3 1 2?"], 2) == [1, 1]
+
+
+def test_ideal_reader_agrees_with_what_happens():
+    """Naming the likeliest answers first on 4,000 problems is as often right as computed."""
+    problems = toy.make_problems(4000, 1, held_out=True)
+    expected = toy.ideal_accuracy((p["question"] for p in problems), 5)
+    assert expected == pytest.approx([0.488, 0.727, 0.838, 0.909, 0.953], abs=0.01)
+    for k in (1, 3, 5):
+        right = 0
+        for problem in problems:
+            readable, unreadable = toy.shown_numbers(problem["question"])
+            chances = toy.posterior(tuple(sorted(readable)), unreadable)
+            right += int(problem["answer"]) in sorted(chances, key=chances.get, reverse=True)[:k]
+        assert right / len(problems) == pytest.approx(expected[k - 1], abs=0.03)  # about four standard errors
+
+
+# ---------------------------------------------------------------------------------------------------------- what is made
+
+
+def test_the_folder_opens_in_transformers(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "warm_start")
+    model = AutoModelForCausalLM.from_pretrained(world / "warm_start")
+    assert model.config.model_type == "qwen2" and model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight  # tied
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.vocab_size == len(tokenizer) and model.config.max_position_embeddings == 4096
+    ids = tokenizer(toy.prompt_text("What is 1 + 1?", 2), return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=2, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 2
+    assert len(read(world / "train.jsonl")) == 300 and len(read(world / "test.jsonl")) == 60
+    assert set(read(world / "test.jsonl")[0]) == {"id", "question", "answer", "source"}
+
+
+def test_a_second_call_keeps_what_is_there_and_other_settings_stop(world, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "OUT", str(world))
+    for name, value in json.loads((world / "made.json").read_text())["settings"].items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            monkeypatch.setattr(toy, name, value)
+    before = (world / "warm_start" / "model.safetensors").stat().st_mtime_ns
+    toy.make_toy()
+    assert "already" in capsys.readouterr().out
+    assert (world / "warm_start" / "model.safetensors").stat().st_mtime_ns == before
+    monkeypatch.setattr(toy, "SEED", 1)
+    with pytest.raises(SystemExit, match="SEED"):
+        toy.make_toy()
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy, "OUT", str(tmp_path / "toy"))
+    monkeypatch.setattr(toy, "TRAIN_PROBLEMS", 10)
+    monkeypatch.setattr(toy, "TEST_PROBLEMS", 10)
+    monkeypatch.setattr(toy, "warm_start", fail)
+    with pytest.raises(KeyboardInterrupt):
+        toy.make_toy()
+    assert list(tmp_path.iterdir()) == []
