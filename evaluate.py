@@ -22,6 +22,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -191,7 +192,7 @@ def evaluate(
 
 # Settings and files --------------------------------------------------------------------------------------------------
 def by_name(paths: str, what: str) -> dict[str, Path]:
-    """Comma-separated paths by the names that the results use. Raises SystemExit where two have the same.
+    """Comma-separated paths by the names that the results use. Raises SystemExit where two have the same, or none.
 
     >>> sorted(by_name("data/toy/warm_start,runs/demo/multi_attempt/policy", "models"))
     ['multi_attempt', 'warm_start']
@@ -203,6 +204,8 @@ def by_name(paths: str, what: str) -> dict[str, Path]:
         if name in names:
             raise SystemExit(f"{names[name]} and {path}: two {what} named {name}; rename a folder or a file")
         names[name] = path
+    if not names:
+        raise SystemExit(f"no {what} given")
     return names
 
 
@@ -356,67 +359,75 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved apart to lie at least `gap` from each other; what touches is centred where it wanted to be.
+    """Heights moved up where they must be, to lie at least `gap` apart.
 
-    >>> [round(h, 2) for h in spread([0.5, 0.52, 0.9], 0.1)]
-    [0.46, 0.56, 0.9]
+    >>> spread([0.5, 0.25, 0.875], 0.5)
+    [0.75, 0.25, 1.25]
     """
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    groups: list[list[int]] = []  # neighbours that touch move together, around the mean of what they want
-
-    def center(group: list[int]) -> float:
-        return statistics.fmean(heights[i] for i in group)
-
-    for i in order:
-        groups.append([i])
-        while len(groups) > 1:
-            below, above = groups[-2:]
-            if center(above) - center(below) >= gap * (len(above) + len(below)) / 2:
-                break
-            groups[-2:] = [below + above]
-    placed = {i: center(g) + gap * (j - (len(g) - 1) / 2) for g in groups for j, i in enumerate(g)}
-    return [placed[i] for i in range(len(heights))]
+    placed, floor = list(heights), -math.inf
+    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
+        placed[i] = max(heights[i], floor)
+        floor = placed[i] + gap
+    return placed
 
 
 # python evaluate.py --------------------------------------------------------------------------------------------------
-def main() -> None:
-    override_constants(sys.argv[1:], {"evaluate": sys.modules[__name__], "rollout": rollout})
+def evaluate_model(folder: Path, problems: list[dict[str, Any]], name: str, store: Any) -> list[dict[str, Any]]:
+    """Play on an engine of its own, which is gone on return -> on rank 0 the records of all ranks, in problem order.
+
+    store: of torchrun's ranks, None without torchrun.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" in os.environ:  # under torchrun
+    if store:
         import torch.distributed as dist
 
-        store, _, _ = next(dist.rendezvous("env://"))
+        # The engine's shutdown ends the process group too, so each model has one, under its own prefix of the store.
+        group = {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
+        dist.init_process_group("gloo", timeout=timedelta(hours=GATHER_HOURS), **group)
+    engine = Engine(str(folder), dtype=DTYPE, seed=rollout.SEED)
+    played = evaluate(engine, Chat(engine.tokenizer), problems, rank, world, name if rank == 0 else None)
+    if store:
+        stripes = [None] * world if rank == 0 else None
+        dist.gather_object(played, stripes)
+        played = [r for stripe in stripes or [] for r in stripe]
+    engine.shutdown()
+    index = {(p["benchmark"], p["id"]): i for i, p in enumerate(problems)}
+    played.sort(key=lambda r: (index[r["benchmark"], r["id"]], r["sample"] is not None, r["sample"] or 0, r["K"]))
+    return played
+
+
+def main() -> None:
+    override_constants(sys.argv[1:], {"evaluate": sys.modules[__name__], "rollout": rollout})
+    if rollout.MAX_ATTEMPTS < 1:
+        raise SystemExit(f"MAX_ATTEMPTS={rollout.MAX_ATTEMPTS}: expected at least 1")
     models, benchmarks = by_name(MODEL, "models"), by_name(BENCHMARKS, "benchmarks")
     for folder in models.values():
         if not (folder / "config.json").is_file():
             raise SystemExit(f"{folder}: no model folder (no config.json in it); the toy's is made by `make data`")
     problems = [p | {"benchmark": name} for name, path in benchmarks.items() for p in load_problems(path)]
+    count = Counter((p["benchmark"], p["id"]) for p in problems)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise SystemExit(f"{benchmarks[twice[0][0]]}: several problems with the id {twice[0][1]}")
     out, weights = Path(OUT), {name: fingerprint(folder) for name, folder in models.items()}
     out.mkdir(parents=True, exist_ok=True)
     results = load_results(out / "results.json", settings(benchmarks), weights)
 
-    index = {(p["benchmark"], p["id"]): i for i, p in enumerate(problems)}
+    lead, store = os.environ.get("RANK", "0") == "0", None
+    if "RANK" in os.environ:
+        from torch.distributed import rendezvous
+
+        store, _, _ = next(rendezvous("env://"))
     for name in [m for m in models if m not in results["models"]]:
         start = time.monotonic()
-        if "RANK" in os.environ:
-            where = {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
-            dist.init_process_group("gloo", timeout=timedelta(hours=GATHER_HOURS), **where)
-        engine = Engine(str(models[name]), dtype=DTYPE, seed=rollout.SEED)
-        played = evaluate(engine, Chat(engine.tokenizer), problems, rank, world, name if rank == 0 else None)
-        if "RANK" in os.environ:
-            stripes = [None] * world if rank == 0 else None
-            dist.gather_object(played, stripes)
-            played = [r for stripe in stripes or [] for r in stripe]
-        engine.shutdown()  # takes the process group with it
-        if rank == 0:
-            played.sort(key=lambda r: (index[r["benchmark"], r["id"]], r["sample"] is not None, r["sample"] or r["K"]))
+        played = evaluate_model(models[name], problems, name, store)
+        if lead:
             lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in played]
             write_atomically(out / f"dialogues-{name}.jsonl", "".join(lines))
             results["models"][name] = {b: summarise([r for r in played if r["benchmark"] == b]) for b in benchmarks}
             results["weights"][name] = weights[name]
             results["seconds"][name] = round(time.monotonic() - start, 1)
             write_atomically(out / "results.json", to_json(results))
-    if rank == 0:
+    if lead:
         draw(curves(results["models"]), out)
         print(table(results["models"]), *losses(results["models"]), f"{out}/accuracy.png", sep="\n")
 

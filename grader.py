@@ -19,19 +19,21 @@ What "correct" means here:
 
 How: layers from cheap to dear. Most verdicts need only a comparison of texts or of exact rationals. What remains is
 read by a recursive-descent reader into a small tree (nothing is ever executed) and evaluated at a few points with many
-more digits than the answers have. Sets and infinite sums go to sympy, in worker processes that the kernel ends after a
+more digits than the answers have. Sets of real numbers go to sympy, in worker processes that the kernel ends after a
 time limit, so that no answer can hang or exhaust the caller.
 
-    python grader.py < cases.jsonl      # {"pred" or "response", "gold"} a line -> {"answer", "correct", "status"} a line
+    python grader.py < cases.jsonl    # a line {"pred" or "response", "gold"} -> a line {"answer", "correct", "status"}
 """
 
 import atexit
 import collections
+import contextlib
 import functools
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import re
@@ -50,14 +52,15 @@ from typing import Any, NamedTuple
 
 import mpmath
 
-MAX_CHARS: int = 2000  # longer answers are only compared as text; the longest gold of MATH has 160
+MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix, terms of a sum
-MAX_BITS: int = 30_000  # size of a number: 2^{30000}, 1e9000 and 3000! are beyond
+MAX_BITS: int = 30_000  # size of a number: 2^{30000} and 1e10000 are beyond
+MAX_FACTORIAL: int = 3000  # of what factorials and binomials are computed exactly
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 POINTS: int = 8  # places at which two expressions must agree; a difference mostly shows at the first
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
-LOCAL_WORK: int = 200_000  # tree nodes x bits evaluated in the calling process (some ms); more goes to a worker
+LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 evaluated in the calling process (some ms); more goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
 VERDICT_SECONDS: float = 0.8  # wall clock of one hard verdict; then its worker ends and the status is "timeout"
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
@@ -107,7 +110,9 @@ class NeedsWorker(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
-BETWEEN_BOXES = re.compile(r"(?:[ $,;&]|\\[,;!() ]|\\text\{\s*and\s*\}|\band\b)*")
+BETWEEN_BOXES = re.compile(  # commas, a few words that end in "and", the name of the next value; not a new paragraph
+    r"(?!.*\$\$)[ ,;&$]*(?:[^.?!:\n]{0,24}\band\b)?(?:[ $,;(}]|\\[(, ;]|\\q?quad)*(?:\w+\s*=\s*)?"
+)
 END_OF_TURN = "<|im_end|>"  # a text that goes on behind it is another turn
 
 
@@ -153,17 +158,21 @@ UNICODE = {  # signs and their LaTeX
     "°": r"^\circ ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "，": ",", "（": "(", "）": ")", "、": ",", "；": ";",
     "％": "%", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅔": r"\frac{2}{3}",
     "∖": r"\setminus ", "…": r"\ldots ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "\u200b": "", "\ufeff": "",
+    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}",
+    "\u200b": "", "\ufeff": "",
 }  # fmt: skip
-GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
+words = str.split
+GREEK = words("alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega")
 UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
 UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
-FENCES = re.compile(r"\$+([^$]*)\$+|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around a whole answer
+FENCES = re.compile(
+    r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S
+)  # around a whole answer
 TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox|mathrm|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
-CLAUSE = re.compile(r"[,;]?\s*(?:\\text\{)?[\s,]*\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
+CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])(?! \d+(?![\d/]))")
 
 
@@ -186,11 +195,11 @@ DRESS = [  # what to replace by what, in this order
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
         (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|phantom)(?![A-Za-z])", " "),
-        (r"\\[hv]?(?:space|phantom)\*?\{[^{}]*\}|\\q?quad(?![A-Za-z])|\\[,;:!> ]|[~\s]+", " "),
+        (r"\\[hv]?(?:space|phantom|color)\*?\{[^{}]*\}|\\q?quad|\\[,;:!> ]|[~\s]+", " "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|boxed|fbox)\s*(?=\{)", ""),
+        (r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|underline|boxed|fbox)\s*(?=\{)", ""),
         (r"^(-?)\\\$", r"\\text{dollars}\1"),
         (r"\\\$", " "),
         (r"\$|\\[()\[\]]", " "),
@@ -200,6 +209,10 @@ DRESS = [  # what to replace by what, in this order
         (r"\\text\{(?:all )?real(?: number)?s\}", r"\\mathbb{R}"),
         (r"\b([ap])\.\s?m\b\.?", r"\1m"),
         (r"\b(?:np|math|numpy|sympy)\.", ""),
+        (r"(?<=\d)\s*((?:[kcm]?m|ft|mi|k?g|k?J|N|L)/(?:s|h|hr|min|kg|mol|m)(?:\^\{?\d\}?)?)$", r"\\text{\1}"),
+        (r"\b([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\1'"),  # an inverse function is a name, not a power
+        (r"^\](?=.*,)", "("),  # ]0,1[ is (0,1)
+        (r"(?<=\w)\[$", ")"),
         (r"\*\*", "^"),
         (r"<=", r"\\le "),
         (r">=", r"\\ge "),
@@ -229,7 +242,7 @@ def tidy(answer: str, thousands: bool = True) -> str:
     >>> tidy(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
     '(\\frac12, 1000\\text{cm})'
     """
-    text = answer.strip()
+    text = answer.strip().removesuffix("\\")
     while match := FENCES.fullmatch(text):
         text = next(part for part in match.groups() if part is not None).strip()
     if r"\begin" not in text:
@@ -237,8 +250,10 @@ def tidy(answer: str, thousands: bool = True) -> str:
     text = TEXT.sub(undress_text, text.translate(UNICODE_TABLE))
     for pattern, replacement in DRESS:
         text = pattern.sub(replacement, text)
-    text = CLAUSE.split(text, maxsplit=1)[0] or text
-    text = re.sub(r"[\s.,;:`\"]+(\}*)$", r"\1", re.sub(r"\s+", " ", text)).lstrip(" ,;:`\"")
+    if clause := CLAUSE.search(text):
+        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{") or text
+    core = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"}')
+    text = core + "}" * (text.count("}") - core.count("}"))  # a period may stand before the last braces
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
     return text
@@ -295,36 +310,43 @@ def divide(top: Node, bottom: Node) -> Node:
 
 def call(name: str, *args: Node) -> Node:
     whole = [arg.args[0].numerator for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
-    if name in ("factorial", "binom") and len(whole) == len(args) and all(0 <= value <= 3000 for value in whole):
+    if (
+        name in ("factorial", "binom")
+        and len(whole) == len(args)
+        and all(0 <= value <= MAX_FACTORIAL for value in whole)
+    ):
         return number(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
     return Node("call", (name, *args))
 
 
 FUNCTIONS = set(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh "
-    "arctanh asin acos atan ln log lg exp sqrt abs floor ceil gcd lcm max min arg Re Im sgn sign".split()
+    words("sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec arccsc arcsinh")
+    + words("arccosh arctanh asin acos atan ln log lg exp sqrt abs floor ceil gcd lcm max min arg Re Im sgn sign")
 )
-SPELLINGS = {f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()}
+SPELLINGS = {f"arc{name}": f"a{name}" for name in words("sin cos tan cot sec csc sinh cosh tanh")}
 SPELLINGS |= {"log": "ln", "sgn": "sign"}
-NAMES = {"infty": "infty", "infinity": "infty", "inf": "infty", "oo": "infty"} | {name: name for name in GREEK}
+NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo"), "infty") | {name: name for name in GREEK}
 UNITS = set(  # words that are no product of letters; any run of five letters is a word, too
-    "cm mm km ft in kg lb lbs oz ml mL mi yd hr hrs mph kph rad deg Hz eV sq inch feet foot mile yard hour mins sec "
-    "secs day days week year gram cups unit cent men boys ways pts USD Rs yes no Yes No am pm per".split()
+    words(
+        "cm mm km ft in kg lb lbs oz ml mL mi yd hr hrs mph kph rad deg Hz eV sq inch feet foot mile yard hour mins sec"
+    )
+    + words("secs day days week year gram cups unit cent men boys ways pts USD Rs yes no Yes No am pm AM PM per")
 )
 COMMANDS = {  # other names of one command
     r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
-    r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\approx": "=", r"\lbrace": r"\{",
+    r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{",
     r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots",
     r"\cdots": r"\ldots", r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\land": ",",
     r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",",
 }  # fmt: skip
 FLIPPED = {">": "<", r"\ge": r"\le"}
-RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\equiv"}
+RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\equiv"}
 SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
+MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array"}
 NO_FACTOR = {r"\cr", r"\end", r"\circ", r"\pm", r"\mp", r"\to", r"\rightarrow", r"\implies", r"\Rightarrow", r"\pmod"}
 NO_FACTOR |= RELATIONS | set(SET_SIGNS) | set(CLOSING.values())
 CHANGES_MEANING = re.compile(r"\b(?:not|no|never|without|except|undefined)\b")
@@ -404,11 +426,12 @@ class Reader:
 
     def item(self) -> Node:
         """Words, then mathematics, then a unit: The answer is 5 cm."""
-        words = []
+        found = []
         while self.peek().kind == "word":
-            words.append(self.take().value)
-        before = " ".join(words)
-        if words and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
+            found.append(self.take().value)
+            self.accept(":")  # Answer: 5
+        before = " ".join(found)
+        if found and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
             return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
         if CHANGES_MEANING.search(before.casefold()):
             raise Unreadable("the words change the meaning")
@@ -433,6 +456,10 @@ class Reader:
         while sign := self.accept(*RELATIONS):
             signs.append(sign)
             terms.append(self.ratio())
+        if r"\approx" in signs:  # x = 1/3 \approx 0.33 is x = 1/3, but x \approx 3 is x = 3
+            end = signs.index(r"\approx")
+            exact = end > 0 or not is_name(terms[0])
+            signs, terms = (signs[:end], terms[: end + 1]) if exact else (["="], terms[:2])
         if signs == [r"\in"]:
             return terms[1]
         if r"\in" in signs:
@@ -461,13 +488,16 @@ class Reader:
         return add(*terms) if len(terms) > 1 else terms[0]
 
     def product(self) -> Node:
+        start = self.at  # of the last factor
         factors = [self.signed()]
         while True:
             if sign := self.accept("*", "/"):
+                start = self.at
                 factors.append(self.signed() if sign == "*" else power(self.signed(), MINUS_ONE))
             elif self.starts_factor():
-                if self.peek().kind == self.peek(-1).kind == "num":
+                if self.peek().kind == self.peek(-1).kind == "num" and start == self.at - 1:
                     raise Unreadable("two numbers side by side")
+                start = self.at
                 factors.append(self.powered())
             else:
                 return multiply(*factors) if len(factors) > 1 else factors[0]
@@ -476,10 +506,8 @@ class Reader:
         token = self.peek()
         if token.kind == "cmd":
             return token.value not in NO_FACTOR
-        return token.kind in ("num", "name") or token.value in "([{" and token.kind == "char" or self.opens_bar()
-
-    def opens_bar(self) -> bool:
-        return self.peek().value == "|" and not self.in_bars
+        opens = token.value in ("(", "[", "{") or (token.value == "|" and not self.in_bars)
+        return token.kind in ("num", "name") or (token.kind == "char" and opens)
 
     def signed(self) -> Node:
         negative = False
@@ -552,21 +580,19 @@ class Reader:
         closing = self.take().value
         if closing not in (CLOSING[opening], *(")", "]") * (opening in "([")):
             raise Unreadable("a bracket is open")
-        if opening in (r"\{", "{"):
-            return (
-                items[0]
-                if len(items) == 1 and (opening == "{" or items[0].kind == "rel")
-                else Node("set", tuple(items))
-            )
+        if len(items) == 1 and (opening == "{" or (opening == r"\{" and items[0].kind == "rel")):
+            return items[0]
+        if opening in ("{", r"\{"):
+            return Node("set", tuple(items))
         if not items or (opening in BARS and len(items) > 1):
             raise Unreadable("brackets around nothing")
         if opening in BARS:
             return call(BARS[opening], items[0])
         if len(items) > 1 or closing != CLOSING[opening]:
             return Node("tuple", (opening, closing, *items))
-        return (
-            self.with_base(str(items[0].args[0])) if self.peek().value == "_" and items[0].kind == "num" else items[0]
-        )
+        if items[0].kind == "num" and self.peek().value == "_":
+            return self.with_base(str(items[0].args[0]))
+        return items[0]
 
     def with_base(self, digits: str) -> Node:
         self.expect("_")
@@ -588,10 +614,10 @@ class Reader:
                 return add(value, part)
             self.at = start
         top, slash, bottom = (self.peek(ahead) for ahead in range(3))
-        if top.spaced and slash.value == "/" and top.value.isdigit() and bottom.value.isdigit():
-            if int(top.value) < int(bottom.value):
-                self.at += 3
-                return add(value, number(Fraction(int(top.value), int(bottom.value))))
+        fraction = top.spaced and slash.value == "/" and top.value.isdigit() and bottom.value.isdigit()
+        if fraction and int(top.value) < int(bottom.value):
+            self.at += 3
+            return add(value, number(Fraction(int(top.value), int(bottom.value))))
         return value
 
     def symbol(self, name: str, is_argument: bool) -> Node:
@@ -601,13 +627,13 @@ class Reader:
         while mark := self.accept("'", "_"):
             name += "'" if mark == "'" else "_" + self.plain_group()
         if not is_argument and self.peek().value == "(":
-            inside = list(itertools.takewhile(lambda token: token.value not in (")", ""), self.tokens[self.at + 1 :]))
+            inside = list(itertools.takewhile(lambda token: token.value != ")", self.tokens[self.at + 1 :]))
             named = all(token.kind == "name" or token.value == "," or token.value[1:] in GREEK for token in inside)
-            if name[0] in "fgFG" or (inside and (named or name.isupper() and len(inside) == 1)):
+            if name[0] in "fgFG" or (inside and named) or (name.isupper() and len(inside) == 1):
                 self.take()
-                items = self.group("(")
+                arguments = self.group("(")
                 self.expect(")")
-                return Node("opaque", (name, *items))
+                return Node("opaque", (name, *arguments))
         return Node("sym", (name,))
 
     def plain_group(self) -> str:
@@ -646,8 +672,6 @@ class Reader:
             return self.symbol(name + self.plain_group(), is_argument)
         if name in (r"\angle", r"\triangle"):
             return self.atom(is_argument)
-        if name in (r"\sum", r"\prod"):
-            return self.series(bare)
         if bare.isalpha() and name not in NO_FACTOR:
             return self.symbol(name, is_argument)
         raise Unreadable(f"unexpected {name!r}")
@@ -678,16 +702,6 @@ class Reader:
             return call("a" + name, *args)
         return power(value, exponent) if exponent else value
 
-    def series(self, name: str) -> Node:
-        r"""\sum_{k=1}^{n} body"""
-        self.expect("_")
-        bounds = self.argument()
-        self.expect("^")
-        last = self.argument()
-        if bounds.kind != "rel" or bounds.args[0] != ("=",):
-            raise Unreadable("the bounds of a sum")
-        return Node("series", (name, self.product(), *bounds.args[1:], last))
-
     def matrix(self) -> Node:
         name = self.plain_group()
         if name == "array":
@@ -701,15 +715,10 @@ class Reader:
             if self.peek().kind == "end" or sum(map(len, rows)) > MAX_ITEMS:
                 raise Unreadable("a matrix without end")
         rows = [row for row in rows if row]
-        if self.plain_group() != name or name not in (
-            "pmatrix",
-            "bmatrix",
-            "Bmatrix",
-            "matrix",
-            "smallmatrix",
-            "array",
-        ):
+        if self.plain_group() != name or name not in MATRICES | {"cases"}:
             raise Unreadable("no matrix")
+        if name == "cases":
+            return Node("list", tuple(cell for row in rows for cell in row))
         if len({len(row) for row in rows}) != 1:
             raise Unreadable("rows of different lengths")
         return Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
@@ -731,8 +740,8 @@ def plain_unit(unit: str) -> str:
     >>> plain_unit("square cm"), plain_unit("centimeters ^2")
     ('centimeter ^2', 'centimeter ^2')
     """
-    words = re.findall(r"[a-z']+|\^-?\d+|/", unit.casefold())
-    singular = [word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word for word in words]
+    found = re.findall(r"[a-z']+|\^-?\d+|/", unit.casefold())
+    singular = [word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word for word in found]
     text = " ".join(UNIT_NAMES.get(word, word) for word in singular)
     return re.sub(r"\b(square|cubic) (\w+)", lambda m: f"{m[2]} ^{2 if m[1] == 'square' else 3}", text)
 
@@ -786,15 +795,6 @@ def symbols(*nodes: Node) -> list[Node]:
     return sorted({part for node in nodes for part in parts_of(node) if part.kind == "sym"})
 
 
-def whole_numbers(function):
-    def apply(mp, *values):
-        if not all(mp.isint(value) for value in values):
-            raise Undefined("not a whole number")
-        return mp.mpf(function(*(int(mp.re(value)) for value in values)))
-
-    return apply
-
-
 def rounded(name: str):
     """floor or ceil; a value that is a whole number must not miss it by a rounding error."""
 
@@ -820,16 +820,17 @@ def root(mp, value, index):
     return mp.power(value, 1 / index)
 
 
-def factorial(mp, value):
-    if abs(value) > MAX_BITS:
-        raise Undefined("too large")
-    return mp.gamma(value + 1)
+def bounded(exact, general):
+    """A function that is exact for small whole numbers and otherwise dear: mpmath's gamma at high precision."""
 
+    def apply(mp, *values):
+        if all(mp.isint(value) and 0 <= mp.re(value) <= MAX_FACTORIAL for value in values):
+            return mp.mpf(exact(*(int(mp.re(value)) for value in values)))
+        if max(map(abs, values)) > MAX_BITS or mp.prec > 2000:
+            raise Undefined("too large")
+        return general(mp, *values)
 
-def binomial(mp, n, k):
-    if max(abs(n), abs(k)) > MAX_BITS:
-        raise Undefined("too large")
-    return mp.binomial(n, k)
+    return apply
 
 
 RULES = {  # how a node is computed from its parts
@@ -841,16 +842,14 @@ RULES = {  # how a node is computed from its parts
     "abs": lambda mp, value: abs(value),
     "floor": rounded("floor"),
     "ceil": rounded("ceil"),
-    "factorial": factorial,
-    "binom": binomial,
-    "gcd": whole_numbers(math.gcd),
-    "lcm": whole_numbers(math.lcm),
+    "factorial": bounded(math.factorial, lambda mp, value: mp.gamma(value + 1)),
+    "binom": bounded(math.comb, lambda mp, n, k: mp.binomial(n, k)),
     "min": lambda mp, *values: min(values),
     "max": lambda mp, *values: max(values),
     "Re": lambda mp, value: mp.re(value),
     "Im": lambda mp, value: mp.im(value),
 }
-for _name in "sin cos tan cot sec csc sinh cosh tanh coth sech csch ln exp arg sign".split():
+for _name in words("sin cos tan cot sec csc sinh cosh tanh coth sech csch ln exp arg sign"):
     RULES[_name] = lambda mp, value, name=_name: getattr(mp, name)(value)
     if "a" + _name in SPELLINGS.values():
         RULES["a" + _name] = lambda mp, value, name="a" + _name: getattr(mp, name)(value)
@@ -866,10 +865,6 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
         return values[node]
     if kind == "const" and args[0] != "oo":
         return {"pi": +mp.pi, "e": +mp.e, "i": mp.j}[args[0]]
-    if kind == "series":
-        return series_value(node, values, mp, real)
-    if kind == "based":
-        return based_value(*args, mp)
     if kind == "unit" and args[1] in SCALES:
         return evaluate(multiply(args[0], SCALES[args[1]]), values, mp, real)
     parts = [evaluate(arg, values, mp, real) for arg in args if isinstance(arg, Node)]
@@ -882,7 +877,9 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
             value = RULES[name](mp, *parts)
         else:
             raise Undefined(name)
-        too_large = not mp.isfinite(value) or (value and abs(mp.mag(value)) > 2 * MAX_BITS)
+        size = abs(int(mp.mag(value))) if value and mp.isfinite(value) else 0
+        too_large = size > 2 * MAX_BITS or not mp.isfinite(value)
+        mp.peak = max(mp.peak, size)
     except (ArithmeticError, ValueError, TypeError) as error:
         raise Undefined(name) from error
     if too_large or (real and mp.im(value)):
@@ -890,29 +887,12 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
     return value
 
 
-def based_value(digits: str, base: Node, mp: Any) -> Any:
-    if base.kind != "num" or base.args[0] not in range(2, 37):
-        raise Undefined("no base")
-    try:
-        return mp.mpf(int(digits, int(base.args[0])))
-    except ValueError as error:
-        raise Undefined("no digit of this base") from error
-
-
-def series_value(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
-    name, body, index, first, last = node.args
-    start, stop = evaluate(first, values, mp, real), evaluate(last, values, mp, real)
-    if not (mp.isint(start) and mp.isint(stop)) or stop - start > MAX_ITEMS:
-        raise Undefined("a long series")
-    terms = [evaluate(body, values | {index: mp.mpf(k)}, mp, real) for k in range(int(start), int(stop) + 1)]
-    return mp.fsum(terms) if name == "sum" else mp.fprod(terms)
-
-
 class Context(threading.local):
-    """mpmath keeps its precision in a context: one for each thread."""
+    """mpmath keeps its precision in a context, one for each thread; `peak` is the largest magnitude met, in bits."""
 
     def __init__(self) -> None:
         self.mp = mpmath.MPContext()
+        self.mp.peak = 0
 
 
 CONTEXT = Context()
@@ -930,44 +910,51 @@ def place(symbol: Node, index: int) -> Fraction:
 def same_value(a: Node, b: Node, local: bool) -> bool:
     r"""Whether two expressions have the same value at every place where both have one, of which there must be some.
 
-    The precision grows with the numbers in the answers, so that 10^{-200} is not lost beside \sqrt{2}; a difference
-    of two tiny values counts only if it does not vanish with more precision, as rounding errors do.
+    The precision grows with the numbers in the answers and with those met on the way, so that neither 10^{-200} nor
+    e^{-500} is lost beside 1. A difference of two tiny values counts unless it vanishes with more precision, as
+    rounding errors do.
     """
-    if a == b:
-        return True
-    if a.kind == b.kind == "num":
-        return False
+    if a == b or a.kind == b.kind == "num":
+        return a == b
     parts = [*parts_of(a), *parts_of(b)]
-    precision = 2 * (sum(bits(part.args[0]) for part in parts if part.kind == "num") + GUARD_BITS)
-    if local and len(parts) * precision > LOCAL_WORK:
-        raise NeedsWorker("long numbers")
-    if any(part.kind == "series" and INFINITY in part.args for part in parts):
-        if any(part.kind in ("call", "opaque") and part.args[0] not in ("factorial", "binom") for part in parts):
-            return False  # sums of rational terms are what sympy can do in time
-        if local:
-            raise NeedsWorker("an infinite series")
-        return Algebra().same_value(a, b)
-    mp, names = CONTEXT.mp, symbols(a, b)
-    points = 5 * POINTS if {"floor", "ceil"} & {part.args[0] for part in parts if part.kind == "call"} else POINTS
+    names = symbols(a, b)
+    steps = {"floor", "ceil"} & {part.args[0] for part in parts if part.kind == "call"}
+    places = (5 * POINTS if steps else POINTS) if names else 1
+    lowest = 2 * (sum(bits(part.args[0]) for part in parts if part.kind == "num") + GUARD_BITS)
+    mp = CONTEXT.mp
 
-    def values(index: int, real: bool, mp_precision: int) -> tuple[Any, Any]:
-        mp.prec = mp_precision
+    def values(index: int, real: bool, precision: int) -> tuple[Any, Any]:
+        if local and len(parts) * precision**2 > LOCAL_WORK:
+            raise NeedsWorker("long numbers")
+        mp.prec, mp.peak = precision, 0
         at = {name: mp.mpf(place(name, index).numerator) / place(name, index).denominator for name in names}
         return evaluate(a, at, mp, real), evaluate(b, at, mp, real)
 
+    def differ(index: int, real: bool) -> bool:
+        if lowest > 4 * GUARD_BITS:  # a difference mostly shows with few digits, too
+            left, right = values(index, real, 2 * GUARD_BITS)
+            if abs(left - right) > mp.ldexp(1, 2 * mp.peak - GUARD_BITS):
+                return True
+        precision = lowest
+        left, right = values(index, real, precision)
+        if mp.peak > GUARD_BITS // 2:
+            precision += 2 * mp.peak
+            left, right = values(index, real, precision)
+            if lowest + mp.peak > precision:
+                raise Undefined("a pole, where values grow with the precision")
+        difference, largest = abs(left - right), max(abs(left), abs(right))
+        if difference <= mp.ldexp(largest, -precision // 2) or largest > mp.ldexp(1, -precision // 4):
+            return difference > mp.ldexp(largest, -precision // 2)
+        finer_left, finer_right = values(index, real, 2 * precision)
+        return abs(finer_left - finer_right) > mp.ldexp(difference, -precision // 2)
+
     for real in (True, False) if names and IMAGINARY not in parts else (False,):
         found = False
-        for index in range(points if names else 1):
+        for index in range(places):
             try:
-                left, right = values(index, real, precision)
-                found, largest, difference = True, max(abs(left), abs(right)), abs(left - right)
-                if difference <= mp.ldexp(largest, -precision // 2):
-                    continue
-                if largest > mp.ldexp(1, -precision // 4):
+                if differ(index, real):
                     return False
-                finer_left, finer_right = values(index, real, 2 * precision)
-                if abs(finer_left - finer_right) > mp.ldexp(difference, -precision // 2):
-                    return False
+                found = True
             except Undefined:
                 continue
         if found:
@@ -975,15 +962,12 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
     return False
 
 
-def is_zero(a: Node, local: bool) -> bool:
-    return same_value(a, number(0), local)
-
-
 def proportional(a: Node, b: Node, positive: bool, local: bool) -> bool:
     """Whether a = c b with a constant c != 0 (> 0), that is a(x) b(y) = a(y) b(x) for all x and y."""
-    if not symbols(a, b) or is_zero(a, local) or is_zero(b, local):
+    names = symbols(a, b)
+    if not names or same_value(a, number(0), local) or same_value(b, number(0), local):
         return False
-    other = {symbol: Node("sym", (symbol.args[0] + "'",)) for symbol in symbols(a, b)}
+    other = {name: Node("sym", (name.args[0] + "'",)) for name in names}
     if not same_value(multiply(a, rewrite(b, other)), multiply(rewrite(a, other), b), local):
         return False
     return not positive or same_value(multiply(a, call("abs", b)), multiply(call("abs", a), b), local)
@@ -993,7 +977,7 @@ def proportional(a: Node, b: Node, positive: bool, local: bool) -> bool:
 # Then structure: units, names, sets, relations
 # ---------------------------------------------------------------------------------------------------------------------
 
-NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "union", "intersection", "minus"}
+NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus"}
 LISTS = {"list", "set"}
 REGIONS = {"union", "intersection", "minus"}
 
@@ -1021,15 +1005,11 @@ def same(a: Node, b: Node, local: bool = True) -> bool:
             same(x, y, local) if isinstance(x, Node) and isinstance(y, Node) else x == y
             for x, y in zip(a.args, b.args, strict=True)
         )
-    if kinds & NO_SCALAR or bases(a) != bases(b):
+    if kinds & NO_SCALAR:
         return False
     if choice_letter(a) and choice_letter(b):
         return choice_letter(a) == choice_letter(b)
     return same_value(a, b, local)
-
-
-def bases(node: Node) -> set[Node]:
-    return {part.args[1] for part in parts_of(node) if part.kind == "based"}
 
 
 def choice_letter(node: Node) -> str:
@@ -1038,28 +1018,34 @@ def choice_letter(node: Node) -> str:
     return name.upper() if len(name) == 1 and name in "ABCDEFGHabcdefgh" else ""
 
 
+def quantity(node: Node) -> tuple[Node, str]:
+    """(value, unit); of 5 m, which is read as a product, too, if nothing says otherwise."""
+    if node.kind == "mul" and [part.kind for part in node.args] == ["sym", "num"]:
+        return node.args[1], plain_unit(node.args[0].args[0])
+    return node.args if node.kind == "unit" else (node, "")
+
+
 def same_quantity(a: Node, b: Node, local: bool) -> bool:
     """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
-    (value_a, unit_a), (value_b, unit_b) = (node.args if node.kind == "unit" else (node, "") for node in (a, b))
+    (value_a, unit_a), (value_b, unit_b) = quantity(a), quantity(b)
     if unit_a and unit_b:
         return unit_a == unit_b and same(value_a, value_b, local)
     if same(value_a, value_b, local):
         return True
-    if unit_a + unit_b not in SCALES or {value_a.kind, value_b.kind} & NO_SCALAR:
+    scale = SCALES.get(unit_a + unit_b)
+    if scale is None or {value_a.kind, value_b.kind} & NO_SCALAR:
         return False
-    scale = SCALES[unit_a + unit_b]
-    return (
-        same_value(multiply(value_a, scale), value_b, local)
-        if unit_a
-        else (same_value(value_a, multiply(value_b, scale), local))
-    )
+    scaled = [multiply(value, scale) if unit else value for value, unit in ((value_a, unit_a), (value_b, unit_b))]
+    return same_value(*scaled, local)
 
 
 def is_name(node: Node) -> bool:
-    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB."""
+    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, |AB|, A:B."""
     if node.kind == "mul":
         return all(part.kind == "sym" and part.args[0].isupper() for part in node.args)
-    return node.kind in ("sym", "opaque") or (node.kind == "tuple" and all(map(is_name, node.args[2:])))
+    if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
+        return all(is_name(part) for part in node.args if isinstance(part, Node))
+    return node.kind in ("sym", "opaque")
 
 
 def definition(node: Node, local: bool) -> tuple[Node, Node] | None:
@@ -1081,14 +1067,13 @@ def same_elements(a: Node, b: Node, local: bool) -> bool:
     for one, other in ((a, b), (b, a)):
         named = [definition(item, local) for item in elements(one)] if other.kind == "tuple" else []
         if len(named) > 1 and all(named):
-            values = [value for _, value in sorted(named)]
+            values = [value for _, value in sorted(named, key=lambda pair: str(pair[0]))]
             return same(Node("tuple", ("(", ")", *values)), other, local)
     left, right = elements(a), elements(b)
     if max(len(left), len(right)) > MAX_ITEMS:
         return False
-    return all(any(same(x, y, local) for y in right) for x in left) and all(
-        any(same(x, y, local) for x in left) for y in right
-    )
+    pairs = ((left, right), (right, left))
+    return all(any(same(x, y, local) for y in others) for some, others in pairs for x in some)
 
 
 def same_relation(a: Node, b: Node, local: bool) -> bool:
@@ -1107,85 +1092,70 @@ def same_relation(a: Node, b: Node, local: bool) -> bool:
 def is_region(node: Node) -> bool:
     """A set of real numbers that is no single interval, or is written as an inequality."""
     inequality = node.kind == "rel" and set(node.args[0]) <= {"<", r"\le", r"\ne"}
-    return (
-        node.kind in REGIONS or node == REALS or inequality or (node.kind == "list" and any(map(is_region, node.args)))
-    )
+    several = node.kind == "list" and any(map(is_region, node.args))
+    return node.kind in REGIONS or node == REALS or inequality or several
 
 
 def same_region(a: Node, b: Node, local: bool) -> bool:
     """Unions part by part, relations by their sides, everything else by sympy's sets."""
     if a.kind == b.kind == "rel" and same_relation(a, b, local):
         return True
-    if a.kind == b.kind == "union" and len(a.args) == len(b.args):
-        if all(any(same(x, y, local) for y in b.args) for x in a.args):
+    if a.kind == b.kind and a.kind in ("union", "list"):
+        as_lists = [Node("list", tuple(elements(node)) if node.kind == "list" else node.args) for node in (a, b)]
+        if same_elements(*as_lists, local):
             return True
-    if not all(is_region(node) or node.kind == "set" or (node.kind == "tuple" and len(node.args) == 4) for node in (a, b)):
+    intervals = [node.kind == "set" or (node.kind == "tuple" and len(node.args) == 4) for node in (a, b)]
+    if len(symbols(a)) > 1 or len(symbols(b)) > 1 or not all(map(operator.or_, intervals, map(is_region, (a, b)))):
         return False
-    if len(symbols(a)) > 1 or len(symbols(b)) > 1:
-        return a.kind == b.kind == "list" and same_elements(a, b, local)
     if local:
         raise NeedsWorker("sets")
     return Algebra().same_region(a, b)
 
 
 class Algebra:
-    """Trees as sympy's objects; only workers make one, and only out of what Reader has read and bounded."""
+    """Trees as sympy's sets; only workers make one, and only out of what Reader has read and bounded."""
 
     def __init__(self) -> None:
         import sympy
 
-        self.sp = sympy
-        self.functions = {"root": sympy.root, "abs": sympy.Abs, "ln": sympy.log, "factorial": sympy.factorial}
-        self.functions |= {"floor": sympy.floor, "ceil": sympy.ceiling, "binom": sympy.binomial}
-        self.functions |= {name: getattr(sympy, name) for name in "sin cos tan exp sign atan".split()}
-        self.constants = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
+        self.sp, self.x = sympy, sympy.Symbol("x", real=True)
+        self.functions = {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow, "root": sympy.root, "abs": sympy.Abs}
+        self.functions |= {"ln": sympy.log, "exp": sympy.exp, "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan}
+        self.constants = {"pi": sympy.pi, "e": sympy.E, "oo": sympy.oo}
 
-    def scalar(self, node: Node, values: dict[Node, Any]) -> Any:
-        sp, (kind, args) = self.sp, node
+    def scalar(self, node: Node) -> Any:
+        kind, args = node
         if kind == "num":
-            return sp.Rational(args[0].numerator, args[0].denominator)
-        if node in values or kind == "sym":
-            return values.get(node, sp.Symbol("x", real=True))
-        if kind == "const":
+            return self.sp.Rational(args[0].numerator, args[0].denominator)
+        if kind == "sym":
+            return self.x
+        if kind == "const" and args[0] in self.constants:
             return self.constants[args[0]]
-        if kind == "series":
-            name, body, index, *bounds = args
-            counter = sp.Symbol("k", integer=True)
-            series = sp.Sum if name == "sum" else sp.Product
-            limits = [self.scalar(bound, values) for bound in bounds]
-            return series(self.scalar(body, values | {index: counter}), (counter, *limits)).doit()
-        parts = [self.scalar(arg, values) for arg in args if isinstance(arg, Node)]
-        function = {"add": sp.Add, "mul": sp.Mul, "pow": sp.Pow}.get(kind) or self.functions.get(args[0])
-        if kind not in ("add", "mul", "pow", "call") or function is None:
+        function = self.functions.get(args[0] if kind == "call" else kind)
+        if function is None:
             raise Unreadable(kind)
-        return function(*parts)
+        return function(*(self.scalar(arg) for arg in args if isinstance(arg, Node)))
 
     def region(self, node: Node) -> Any:
         sp, (kind, args) = self.sp, node
-        if kind == "tuple" and len(args) == 4:
-            low, high = (self.scalar(arg, {}) for arg in args[2:])
-            return sp.Interval(low, high, args[0] == "(", args[1] == ")")
+        if kind == "tuple":
+            return sp.Interval(self.scalar(args[2]), self.scalar(args[3]), args[0] == "(", args[1] == ")")
         if kind == "set":
-            return sp.FiniteSet(*(self.scalar(arg, {}) for arg in args))
+            return sp.FiniteSet(*map(self.scalar, args))
         if kind in REGIONS or kind == "list":
-            combine_sets = {"intersection": sp.Intersection, "minus": sp.Complement}.get(kind, sp.Union)
-            return combine_sets(*(self.region(arg) for arg in args))
-        if kind == "rel":
-            signs, *terms = args
-            relations = {"<": sp.Lt, r"\le": sp.Le, r"\ne": sp.Ne, "=": sp.Eq}
-            values = [self.scalar(term, {}) for term in terms]
-            steps = zip(signs, values, values[1:], strict=False)
-            conditions = [relations[sign](left, right) for sign, left, right in steps]
-            x = sp.Symbol("x", real=True)
-            return sp.Intersection(*(sp.solveset(condition, x, sp.S.Reals) for condition in conditions))
-        raise Unreadable(kind)
+            joined = {"intersection": sp.Intersection, "minus": sp.Complement}.get(kind, sp.Union)
+            if all(part.kind == "rel" and part.args[0] == (r"\ne",) for part in args):  # x \ne 1, x \ne 2: not "or"
+                joined = sp.Intersection
+            return joined(*map(self.region, args))
+        if kind != "rel":
+            raise Unreadable(kind)
+        relations = {"<": sp.Lt, r"\le": sp.Le, r"\ne": sp.Ne, "=": sp.Eq}
+        values = [self.scalar(term) for term in args[1:]]
+        steps = zip(args[0], values, values[1:], strict=False)
+        return sp.Intersection(*(sp.solveset(relations[sign](a, b), self.x, sp.S.Reals) for sign, a, b in steps))
 
     def same_region(self, a: Node, b: Node) -> bool:
-        left, right = self.region(a), self.region(b)
-        return left == right or self.sp.SymmetricDifference(left, right) == self.sp.S.EmptySet
-
-    def same_value(self, a: Node, b: Node) -> bool:
-        return self.sp.simplify(self.scalar(a, {}) - self.scalar(b, {})) == 0
+        return self.region(a) == self.region(b)  # sympy keeps sets in one form
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1208,7 +1178,7 @@ def plain_number(text: str) -> tuple[str, ...] | None:
 def as_text(text: str) -> str:
     """For comparing as text: no spaces but those between digits; words in lower case."""
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    if bare != text or re.fullmatch(r"[A-Za-z][A-Za-z '-]{2,}", bare):
+    if bare != text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", bare) or re.fullmatch(r"[A-Za-z '-]{3,}", bare):
         bare = bare.casefold()
     return re.sub(r"(?<!\d) | (?!\d)", "", bare)
 
@@ -1226,8 +1196,9 @@ def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = 
     if as_text(text_a) == as_text(text_b):
         return True
     a, b = read(text_a), read(text_b)
-    if b and choice_letter(b) and (label := LABELLED.fullmatch(text_a)):
-        return label[1] == choice_letter(b)
+    for tree, text in ((a, text_b), (b, text_a)):
+        if tree and choice_letter(tree) and (label := LABELLED.fullmatch(text)):
+            return label[1] == choice_letter(tree)
     if a is None or b is None:
         return False
     if a.kind == "list" and b.kind == "num" and "," in gold:
@@ -1251,25 +1222,25 @@ def verdict_of(answer: str, correct: bool) -> Verdict:
     return Verdict(answer, correct, "correct" if correct else "wrong")
 
 
-def finished(verdict: Verdict) -> Future:
-    future: Future = Future()
+def finished(verdict: Verdict) -> Future[Verdict]:
+    future: Future[Verdict] = Future()
     future.set_result(verdict)
     return future
 
 
-def submit_answer(answer: str, gold: str, tolerance: float | None = None) -> "Future[Verdict]":
-    """The verdict on a bare answer, at once where it is cheap, else from a worker."""
+def submit_answer(answer: str, gold: str, tolerance: float | None = None) -> Future[Verdict]:
+    """The verdict on a bare answer as a future: already done where it is cheap, else it comes from a worker."""
     try:
         return finished(verdict_of(answer, judge(answer, gold, tolerance)))
     except NeedsWorker:
-        return pool().submit(ask, answer, gold, tolerance)
+        return pool().submit(answer, gold, tolerance)
     except Exception:  # a fault of ours must cost one verdict, not the run that waits for it
-        logging.getLogger(__name__).exception("grading failed: %r against %r", answer[:200], gold[:200])
+        logging.getLogger(__name__).exception("grading failed: %.200r against %.200r", answer, gold)
         return finished(verdict_of(answer, False))
 
 
-def submit(response: str, gold: str, tolerance: float | None = None) -> "Future[Verdict]":
-    """The verdict on a response, as a future: already done where it is cheap, else it comes from a worker."""
+def submit(response: str, gold: str, tolerance: float | None = None) -> Future[Verdict]:
+    """The verdict on a response as a future."""
     answer = extract_answer(response)
     if answer is None:
         return finished(Verdict(None, False, "no_answer"))
@@ -1286,58 +1257,87 @@ def grade(response: str, gold: str, tolerance: float | None = None) -> Verdict:
 
 
 def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) -> bool:
-    """Whether two bare answers are the same; never raises, never hangs, never executes what it reads."""
+    """Whether two bare answers are the same; never raises, never hangs, never executes what it reads.
+
+    >>> is_equivalent("(-oo, 1)", "x < 1"), is_equivalent("42 or 43", "42")
+    (True, False)
+    """
     return submit_answer(prediction, gold, tolerance).result().correct
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: `python grader.py --worker`, a fresh interpreter with pipes, so nothing of the caller (threads, CUDA, __main__)
-# is inherited. A worker sets its own alarm before each verdict: the kernel ends it, whatever it is stuck in.
+# Workers: fresh interpreters behind pipes, which inherit nothing of the caller (threads, CUDA, __main__). A worker sets
+# an alarm before each verdict, so that the kernel ends it whatever it is stuck in, also when the caller is gone.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def worker() -> None:
-    """Answer requests on stdin until it closes or the parent is gone."""
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    import sympy  # noqa: F401  here, so that its start-up is not part of a verdict's time
-
-    parent = os.getppid()
+def worker(seconds: float, address_space: int) -> None:
+    """Answer requests on stdin until it is closed or the caller is gone."""
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    Algebra()  # imports sympy now, so that this is not part of a verdict's time
+    caller = os.getppid()
     while True:
         while not select.select([sys.stdin], [], [], 5)[0]:
-            if os.getppid() != parent:
+            if os.getppid() != caller:  # a forked sibling may still hold the pipe open
                 return
         line = sys.stdin.readline()
         if not line:
             return
-        request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, VERDICT_SECONDS)  # SIGALRM ends the process
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process
         try:
-            correct = judge(request["answer"], request["gold"], request["tolerance"], local=False)
-        except Exception:  # sympy may fail in any way; that is a verdict, too
+            correct = judge(*json.loads(line), local=False)
+        except MemoryError:
+            return
+        except Exception:  # noqa: BLE001  sympy gives up in many ways; none of them is a proof
             correct = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(correct), flush=True)
 
 
-def start_worker() -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__), "--worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the parent, which then closes the pipe
-        text=True,
-    )
-
-
 class Pool:
-    """Threads that each hold a worker while they wait for its verdict."""
+    """Workers, and one thread for each that waits for its verdicts."""
 
     def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="grader")
         self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         for _ in range(WORKERS):
-            self.idle.put(start_worker())
-        self.submit = ThreadPoolExecutor(WORKERS, thread_name_prefix="grader").submit
+            self.idle.put(self.start_worker())
+
+    def start_worker(self) -> subprocess.Popen:
+        command = [sys.executable, os.path.abspath(__file__), "--worker", str(VERDICT_SECONDS), str(WORKER_BYTES)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+
+    def submit(self, answer: str, gold: str, tolerance: float | None) -> Future[Verdict]:
+        return self.threads.submit(self.ask, answer, gold, tolerance)
+
+    def ask(self, answer: str, gold: str, tolerance: float | None) -> Verdict:
+        """One verdict; a worker that ends instead of answering is replaced."""
+        process = self.idle.get()
+        try:
+            process.stdin.write(json.dumps([answer, gold, tolerance]) + "\n")
+            process.stdin.flush()
+            reply = process.stdout.readline()
+        except OSError:
+            reply = ""
+        if reply.endswith("\n"):
+            self.idle.put(process)
+            return verdict_of(answer, json.loads(reply))
+        self.stop_worker(process)
+        self.idle.put(self.start_worker())
+        return Verdict(answer, False, "timeout")
+
+    def stop_worker(self, process: subprocess.Popen) -> None:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
+        while not self.idle.empty():
+            self.stop_worker(self.idle.get())
 
 
 _pool: Pool | None = None
@@ -1345,29 +1345,11 @@ _pool_lock = threading.Lock()
 
 
 def pool() -> Pool:
+    """The pool of this process, started when the first hard verdict comes."""
     global _pool
     with _pool_lock:
         _pool = _pool or Pool()
         return _pool
-
-
-def ask(answer: str, gold: str, tolerance: float | None) -> Verdict:
-    """One verdict from a worker; a worker that ends instead of answering is replaced."""
-    idle = pool().idle
-    process = idle.get()
-    try:
-        process.stdin.write(json.dumps({"answer": answer, "gold": gold, "tolerance": tolerance}) + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline()
-    except (BrokenPipeError, ValueError):
-        reply = ""
-    if reply:
-        idle.put(process)
-        return verdict_of(answer, json.loads(reply))
-    process.kill()
-    process.wait()
-    idle.put(start_worker())
-    return Verdict(answer, False, "timeout")
 
 
 def shutdown() -> None:
@@ -1375,14 +1357,12 @@ def shutdown() -> None:
     global _pool
     with _pool_lock:
         old, _pool = _pool, None
-    while old and not old.idle.empty():
-        process = old.idle.get()
-        process.kill()
-        process.wait()
+    if old:
+        old.close()
 
 
 def forget_pool() -> None:
-    """A forked child has none of the threads; it starts its own pool when it needs one."""
+    """A forked child has none of the threads; it starts a pool of its own when it needs one."""
     global _pool, _pool_lock
     _pool, _pool_lock = None, threading.Lock()
 
@@ -1393,18 +1373,15 @@ os.register_at_fork(after_in_child=forget_pool)
 
 def main() -> None:
     """Verdicts for the cases on stdin, in order."""
-    waiting: collections.deque[Future] = collections.deque()
-    for line in sys.stdin:
-        case = json.loads(line)
-        future = (
-            submit(case["response"], case["gold"]) if "response" in case else submit_answer(case["pred"], case["gold"])
-        )
-        waiting.append(future)
-        while waiting and (waiting[0].done() or len(waiting) > 1000):
+    waiting: collections.deque[Future[Verdict]] = collections.deque()
+    for line in itertools.chain(sys.stdin, [None]):
+        if line is not None:
+            case = json.loads(line)
+            submitted = submit if "response" in case else submit_answer
+            waiting.append(submitted(case.get("response", case.get("pred")), case["gold"]))
+        while waiting and (line is None or waiting[0].done() or len(waiting) > 1000):
             print(json.dumps(asdict(waiting.popleft().result())))
-    for future in waiting:
-        print(json.dumps(asdict(future.result())))
 
 
 if __name__ == "__main__":
-    worker() if sys.argv[1:] == ["--worker"] else main()
+    worker(float(sys.argv[2]), int(sys.argv[3])) if sys.argv[1:2] == ["--worker"] else main()

@@ -41,9 +41,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-import evaluate
 import grader
 import rollout
+from evaluate import write_atomically
 from rollout import Chat, Dialogue, Engine
 
 # The values are the paper's. PRESETS below change them by the group, NAME=value on the command line one by one.
@@ -201,7 +201,7 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
 # Ranks ----------------------------------------------------------------------------------------------------------------
 def all_sum(*values: Tensor | float) -> Tensor:
-    """The values added up over all ranks, (len(values),) float64. Every rank must call it."""
+    """The values added up over all ranks, (len(values),) float64. All ranks must call it; alone, it is the values."""
     total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -573,16 +573,6 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
 
 # The run's folder -----------------------------------------------------------------------------------------------------
-def write_atomically(path: Path, text: str) -> None:
-    """All of the text or nothing of it: written beside, flushed to the disk, then renamed."""
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-
-
 def open_run(folder: Path, constants: dict[str, Any]) -> None:
     """Create runs/RUN with its config.json, or make sure that the run there was made with the same constants."""
     config = folder / "config.json"
@@ -602,6 +592,9 @@ def save(folder: Path, step: int, generated: int, parts: dict[str, Any]) -> None
     """checkpoints/step-000100: both models and optimisers, sharded, and the step. All ranks must call it."""
     name = folder / "checkpoints" / f"step-{step:06d}"
     partial = name.with_name(name.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
+    dist.barrier()
     dcp.save({"parts": gather_state(parts), "step": step, "generated": generated}, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(name)
@@ -771,7 +764,7 @@ def peak_memory() -> float:
 
 
 def main() -> None:
-    stages = {"ppo": sys.modules[__name__], "rollout": rollout, "evaluate": evaluate, "grader": grader}
+    stages = {"ppo": sys.modules[__name__], "rollout": rollout, "grader": grader}
     constants = rollout.override_constants(sys.argv[1:], stages, PRESETS)
     folder = Path("runs") / RUN
     start_ranks()

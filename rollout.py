@@ -238,6 +238,8 @@ class Engine:
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
             generation_config="vllm",  # a model's own sampling defaults must not leak into training
             enable_prefix_caching=True,  # a retry finds its whole history in the cache
+            # Not on a CPU: its runner cannot rewind the generator of a request whose prompt a full step cuts in two.
+            enable_chunked_prefill=self.cuda,
             enforce_eager=not self.cuda,
             enable_sleep_mode=self.cuda,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,

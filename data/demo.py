@@ -25,25 +25,24 @@ from typing import Any
 
 from tqdm import tqdm
 
+import evaluate
 import rollout
 from data import toy
 from evaluate import OKABE_ITO, Curve, draw, to_json, wilson, write_atomically
 
 SEEDS: str = "0"  # comma-separated; each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/demo"  # folder of the results
-MAX_ATTEMPTS: int = 5  # attempts that the evaluation goes up to
-RESAMPLES: int = 8  # samples a problem for the resampling control
 EVALUATION_RANKS: int = 2  # processes that share the evaluation
 TRAINING: str = ""  # more arguments for ppo.py in both arms, spaces between, such as "TOKEN_BUDGET=20000 LAMBDA=1"
 POLL_SECONDS: float = 1.0  # seconds between two looks at the runs' metrics
 
+# Of child processes: one thread each, no chatter. As it is now, before an engine in this process adds to it.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 ARMS = {"multi_attempt": "toy", "single_turn": "toy,single_turn"}  # run -> its preset in ppo.py
 MODELS = {"multi_attempt": "multi-attempt RL", "single_turn": "single-turn RL", "warm_start": "warm start"}
 RESAMPLED = ("single_turn", "warm_start")  # models whose resampling control is shown
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
 LEGEND = (
     "Percent of the held-out questions solved within so many attempts, greedy, each number its own run; resampled: "
     "pass@k of independent one-attempt samples. Own again: shown its usual second answer as failed, the model still "
@@ -64,12 +63,11 @@ def train(seed: int, world: Path, folder: Path) -> None:
     processes, bars = {}, {}
     try:
         for position, (arm, preset) in enumerate(ARMS.items()):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "ppo.py"]
-            command += [f"PRESET={preset}", f"RUN={os.path.relpath(folder / arm, 'runs')}", f"SEED={seed}"]
+            command = [sys.executable, "ppo.py", f"PRESET={preset}", f"SEED={seed}"]
+            command += [f"RUN={os.path.relpath(folder / arm, 'runs')}"]
             command += [f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", *TRAINING.split()]
             with (folder / f"{arm}.log").open("ab") as log:
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                processes[arm] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                processes[arm] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
             bars[arm] = tqdm(desc=f"seed {seed}, {MODELS[arm]}", unit=" tokens", unit_scale=True, position=position)
         while True:
             running = [process for process in processes.values() if process.poll() is None]
@@ -130,13 +128,15 @@ def probe_cases(problems: Sequence[dict[str, Any]], played: Sequence[dict[str, A
     return cases
 
 
-def probe(model: Path, problems: Sequence[dict[str, Any]], played: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def probe(
+    name: str, model: Path, problems: Sequence[dict[str, Any]], played: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """How often the second answer is the very one that was forced into the first place: share, low, high."""
     cases = probe_cases(problems, played)
     engine = rollout.Engine(str(model))
     chat = rollout.Chat(engine.tokenizer)
     dialogues = [forced(chat, problem, answer) for problem, *answers in cases for answer in answers]
-    rollout.play(engine, chat, dialogues, [0] * len(dialogues), 0.0, f"probe, {model.name}")
+    rollout.play(engine, chat, dialogues, [0] * len(dialogues), 0.0, f"probe, {name}")
     engine.shutdown()
     repeats = [len(d.attempts) > 1 and d.attempts[1].answer == d.attempts[0].answer for d in dialogues]
     result: dict[str, Any] = {"n": len(cases)}
@@ -162,7 +162,8 @@ def run_seed(seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
     command += [f"MODEL={','.join(map(str, models.values()))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}"]
-    command += [f"MAX_ATTEMPTS={MAX_ATTEMPTS}", f"MAX_ATTEMPT_TOKENS={limit}", f"RESAMPLES={RESAMPLES}", f"SEED={seed}"]
+    command += [f"MAX_ATTEMPTS={rollout.MAX_ATTEMPTS}", f"RESAMPLES={evaluate.RESAMPLES}"]
+    command += [f"MAX_ATTEMPT_TOKENS={limit}", f"SEED={seed}"]
     run(command)
 
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -174,20 +175,19 @@ def run_seed(seed: int) -> dict[str, Any]:
         probes = {"weights": results["weights"]}
         for name, model in models.items():
             with (out / f"dialogues-{name}.jsonl").open(encoding="utf-8") as lines:
-                probes[name] = probe(model, problems, [json.loads(line) for line in lines])
+                probes[name] = probe(name, model, problems, [json.loads(line) for line in lines])
         write_atomically(path, to_json(probes))
     return {
         "models": {name: {"test": results["models"][name]["test"]} for name in MODELS},
         "control": {name: results["models"][name]["test"]["resampling"] for name in MODELS},
-        "ideal": {"accuracy": toy.ideal_accuracy([p["question"] for p in problems], MAX_ATTEMPTS)},
+        "ideal": {"accuracy": toy.ideal_accuracy([p["question"] for p in problems], rollout.MAX_ATTEMPTS)},
         "probe": {name: probes[name] for name in MODELS},
     }
 
 
 def run(command: list[str]) -> None:
     """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=ENVIRONMENT)
     try:
         if code := process.wait():
             raise SystemExit(f"{' '.join(command)} ended with {code}")
@@ -239,10 +239,10 @@ def table(results: dict[str, Any]) -> str:
     """Markdown, for the terminal and for README.md: accuracy by allowed attempts, then the probe, all in percent."""
 
     def cells(curve: dict[str, Any]) -> list[str]:
-        halves = [(high - low) / 2 for low, high in zip(curve["low"], curve["high"], strict=True)]
-        return [f"{100 * a:.1f} ±{100 * h:.1f}" for a, h in zip(curve["accuracy"], halves, strict=True)]
+        bounds = zip(curve["accuracy"], curve["low"], curve["high"], strict=True)
+        return [f"{100 * a:.1f} ±{100 * max(high - a, a - low):.1f}" for a, low, high in bounds]
 
-    rows = [["attempts", *map(str, range(1, MAX_ATTEMPTS + 1)), "own again", "other again"]]
+    rows = [["attempts", *map(str, range(1, rollout.MAX_ATTEMPTS + 1)), "own again", "other again"]]
     rows.append(["---"] * len(rows[0]))
     for name, label in MODELS.items():
         shares = results["probe"][name]
@@ -261,14 +261,14 @@ def meaning(results: dict[str, Any]) -> str:
     other = {name: results["probe"][name]["other"]["accuracy"][0] for name in MODELS}
     resampled = results["control"]["warm_start"]["accuracy"][-1]
     multi, single, warm = (curve[name] for name in MODELS)
-    ideal = results["ideal"]["accuracy"]
+    ideal, most = results["ideal"]["accuracy"], rollout.MAX_ATTEMPTS
 
     def points(difference: float) -> str:
         return f"{100 * difference:+.1f} points"
 
     return (
         f"A second attempt is worth {points(multi[1] - multi[0])} after multi-attempt RL (to {multi[1]:.2f}, and "
-        f"{multi[-1]:.2f} at {MAX_ATTEMPTS} attempts), {points(single[1] - single[0])} after single-turn RL on the "
+        f"{multi[-1]:.2f} at {most} attempts), {points(single[1] - single[0])} after single-turn RL on the "
         f"same number of generated tokens, and {points(warm[1] - warm[0])} for the warm start that both began with. "
         "Shown its own usual second answer as already failed, the multi-attempt model says it again in "
         f"{own['multi_attempt']:.0%} of the cases (single-turn {own['single_turn']:.0%}, warm start "
@@ -278,10 +278,10 @@ def meaning(results: dict[str, Any]) -> str:
         f"What this does not show: in {toy.REPEAT_SHARE:.0%} of its dialogues the warm start was taught to repeat the "
         "failed answer, so flat curves are partly built in: what RL can find here is to avoid instead of repeat, "
         f"not retries from nothing. At one attempt multi-attempt RL is {points(multi[0] - single[0])} from "
-        f"single-turn RL and {points(multi[0] - warm[0])} from the warm start. {MAX_ATTEMPTS} independent samples of "
+        f"single-turn RL and {points(multi[0] - warm[0])} from the warm start. {most} independent samples of "
         f"the warm start, without any feedback, reach {resampled:.2f}; multi-attempt RL is "
         f"{points(multi[-1] - resampled)} from there. The best possible reader is at {ideal[0]:.2f} with one attempt "
-        f"and {ideal[-1]:.2f} with {MAX_ATTEMPTS}. And this is one kind of question and a model of {toy.LAYERS} "
+        f"and {ideal[-1]:.2f} with {most}. And this is one kind of question and a model of {toy.LAYERS} "
         "layers, with settings chosen on such questions: a demonstration of the mechanism, no evidence about "
         "language models on mathematics."
     )
@@ -298,7 +298,8 @@ def renew_readme(text: str, block: str) -> str:
 
 
 def main() -> None:
-    rollout.override_constants(sys.argv[1:], {"demo": sys.modules[__name__]})
+    stages = {"demo": sys.modules[__name__], "evaluate": evaluate, "rollout": rollout}
+    rollout.override_constants(sys.argv[1:], stages)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as Ctrl-C: the children are ended first
     seeds = [int(seed) for seed in SEEDS.split(",")]
     if len(set(seeds)) != len(seeds) or len(seeds) > len(T_95) + 1:

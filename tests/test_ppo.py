@@ -1,5 +1,6 @@
 """ppo.py: GAE, losses and a whole training step against formulas written out here; packing, ranks, resume, export."""
 
+import contextlib
 import json
 import math
 import os
@@ -376,8 +377,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(runs, toy, straight):
         command("killed", toy), cwd=runs, env=alone(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
     )
     log = runs / "runs/killed/metrics.jsonl"
+    # The third step is behind the checkpoint of the second, so it will have to be done again.
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 3):
-        pass  # the third step is behind the checkpoint of the second, so it will have to be done again
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     checkpoints = sorted(p.name for p in (runs / "runs/killed/checkpoints").iterdir())

@@ -1,0 +1,502 @@
+"""The grader: its rules by example, that it never raises, hangs or executes, and that its workers are bounded."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grader
+
+ROOT = pathlib.Path(grader.__file__).parent
+ENDLESS = "x^{100}+x+1>0"  # sympy solves this for minutes
+SLACK: float = 30.0  # seconds after which something hangs, however slow the machine
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A busy machine must not turn verdicts into timeouts; tests of the limit set their own."""
+    monkeypatch.setattr(grader, "VERDICT_SECONDS", SLACK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_workers():
+    yield
+    grader.shutdown()
+
+
+# -- extraction --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so \boxed{7}", "7"),
+        (r"\boxed{6}, no, it is \boxed{7}", "7"),
+        (r"\boxed{7} and then \boxed{8", "7"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} follows", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{ x = \boxed{3} }", "3"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed {7}", "7"),
+        ("$$\n\\boxed{\n7\n}\n$$", "7"),
+        (r"either $\boxed{1}$ and $\boxed{2}$.", "1, 2"),
+        (r"\boxed{1}, \boxed{2} and \boxed{3}", "1, 2, 3"),
+        (r"$x = \boxed{1}$ and $y = \boxed{2}$", "1, 2"),
+        (r"\boxed{1} red and \boxed{2} blue ones", "1, 2"),
+        (r"it is \boxed{1} and so the answer is \boxed{2}", "2"),
+        (r"$$\boxed{1}$$ $$\boxed{2}$$", "2"),
+        ("\\boxed{1}\n\n\\boxed{2}", "2"),
+        (r"\boxed{7}<|im_end|> \boxed{8}", "7"),
+        (r"\\boxed{7}", "7"),
+        (r"\boxed{}", ""),
+        ("the answer is 7", None),
+        (r"\boxed{7", None),
+        (r"\boxed", None),
+        ("boxed{7}", None),
+        ("", None),
+    ],
+)
+def test_extract(response, answer):
+    assert grader.extract_answer(response) == answer
+
+
+# -- the rules ---------------------------------------------------------------------------------------------------------
+
+EQUAL = {
+    "numbers": [
+        ("7", "7.0", "07", "+7", " 7 ", "7."),
+        ("1234567", "1,234,567", r"1{,}234{,}567", r"1,\!234,\!567", r"1\,234\,567", "1 234 567"),
+        (
+            "0.5",
+            ".5",
+            "1/2",
+            r"\frac{1}{2}",
+            r"\frac12",
+            r"\dfrac{1}2",
+            r"\frac{3}{6}",
+            "½",
+            r"5\times 10^{-1}",
+            "5e-1",
+        ),
+        ("6.02e23", r"6.02\times 10^{23}", r"10^{23}\cdot 6.02", r"6.02 × 10²³", "6.02E23", "602 * 10^21"),
+        ("5/4", r"1\frac{1}{4}", "1 1/4", r"1\frac14", "1.25"),
+        ("-5/4", r"-1\frac{1}{4}", "-1 1/4", r"-\frac{5}{4}", r"\frac{5}{-4}"),
+        (r"0.1\overline{6}", "1/6", r"0.1\bar{6}"),
+        ("100!/98!", "9900"),
+        ("2^{100}", "4^{50}", "1267650600228229401496703205376"),
+    ],
+    "dress": [
+        (
+            "12",
+            "$12$",
+            r"\(12\)",
+            r"\[12\]",
+            "{12}",
+            r"\boxed{12}",
+            r"\text{12}",
+            r"\displaystyle 12",
+            "**12**",
+            r"12\,",
+        ),
+        (r"(1, \frac{3}{2})", r"\left(1,\tfrac32\right)", "(1,1.5)", r"\big( 1 ,\; 3/2 \big)", "$(1, 1.5)$."),
+        (r"2\sqrt{3}", "2√3", "2*sqrt(3)", r"2 \sqrt3", r"\sqrt{12}", r"\frac{6}{\sqrt 3}"),
+        (r"x^2", "x²", "x**2", "x*x", "x^{2}"),
+        (r"\pi r^2", "πr²", r"r^2\pi", "pi r^2"),
+    ],
+    "units and words": [
+        (r"5\text{ cm}", "5", "5 cm", r"5\,\mathrm{cm}", "5 centimeters", r"\text{5 cm}", r"5 \mbox{ cm}."),
+        (r"12\text{ m}^2", "12", r"12\text{ square meters}", r"12\,\mathrm{m^2}", r"12 \text{ m}^{2}"),
+        (r"\$4.50", "4.5", "4.50 dollars", r"4.50\text{ dollars}", r"\$ 4.50"),
+        (r"60\text{ km/h}", "60", r"60 \mathrm{~km} / \mathrm{h}", "60 kilometers per hour"),
+        (r"40^\circ", "40", "40°", "40 degrees", r"40^{\circ}", r"40\text{ degrees}", r"\frac{2\pi}{9}"),
+        (r"25\%", "25", "0.25", r"\frac14", "25 percent", "25%"),
+        ("3 m", r"3\text{ m}"),
+        ("8", r"\text{The answer is } 8", "x = 8", "= 8", "8 apples"),
+        (r"\text{east}", "East", "EAST", r"\textbf{east}", "east."),
+    ],
+    "choices": [("B", "(B)", "B.", r"\text{B}", r"\text{(B)}", "b", r"\mathrm{B}", r"\textbf{(B)}", "(B) 12")],
+    "lists": [
+        (
+            "1,2,3",
+            "3, 2, 1",
+            r"\{1,2,3\}",
+            r"1, 2 \text{ and } 3",
+            "1 or 2 or 3",
+            "x = 1, 2, 3",
+            r"1;2;3",
+            "1, 2, 2, 3",
+        ),
+        (r"\pm 3", "3, -3", r"\{-3,3\}", r"x = \pm 3"),
+        (r"1\pm\sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
+        ("4", r"\{4\}"),
+        ("x=1, y=2", "y=2, x=1", "(1,2)"),
+        ("(1,2),(3,4)", "(3,4),(1,2)", r"\{(1,2),(3,4)\}"),
+        ("123,456", "123, 456", "123456"),  # two readings
+        (r"\begin{cases} a+b=\frac12 \\ a-b=3 \end{cases}", "a-b=3, a+b=0.5"),
+        ("(5,8),(8,5)", r"(x,y)=(5,8) \text{ and } (8,5)"),
+    ],
+    "intervals": [
+        (r"(-\infty,1)", "x<1", "1>x", r"x \in (-\infty, 1)", "-x>-1", "2x<2"),
+        (r"[-1,1]", r"-1\le x\le 1", r"|x|\le 1", r"x^2 \le 1"),
+        (r"(-\infty,0)\cup(0,\infty)", r"(0,\infty)\cup(-\infty,0)", r"x\ne 0", r"\mathbb{R}\setminus\{0\}"),
+        (r"\mathbb{R}", r"(-\infty,\infty)", r"(-\infty, +\infty)", r"\text{all real numbers}"),
+        (r"\emptyset", r"\varnothing", r"\{\}", "∅"),
+    ],
+    "matrices": [
+        (
+            r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+            r"\begin{bmatrix}1\\2\end{bmatrix}",
+            r"\begin{pmatrix}\frac22\\2.0\end{pmatrix}",
+        ),
+        (r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]", r"\begin{pmatrix}1&2\\3&4\\\end{pmatrix}"),
+    ],
+    "equations": [
+        ("y=2x+3", "2x+3", "2x-y+3=0", "y-3=2x", "3+2x=y"),
+        ("x^2+y^2=1", "2x^2+2y^2-2=0"),
+        ("f(x)=x+1", "x+1", "y=x+1"),
+        ("x=5", "2x=10", "5", "x=2+3=5", r"x \approx 5"),
+        (r"\frac13", r"\frac13 \approx 0.33", r"x = \frac13 \approx 0.33"),
+    ],
+    "expressions": [
+        ("(x+1)(x-1)", "x^2-1", "-1+x^2"),
+        (r"\sin 2x", r"2\sin x\cos x", r"\sin(2x)"),
+        (r"\sec^2 x", r"1+\tan^2 x"),
+        (r"\sqrt{x^2}", "|x|"),
+        (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"),
+        (r"\frac{1}{1-i}", r"\frac{1+i}{2}"),
+        (r"\log_2 8", "3", r"\frac{\ln 8}{\ln 2}"),
+        (r"\sqrt[3]{-8}", "-2"),
+        (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
+        (r"(-1)^n", r"\cos(n\pi)"),
+        (r"\lfloor n/2\rfloor", r"\frac{n}{2}-\frac{1-(-1)^n}{4}"),
+        (r"e^{i\pi}", "-1"),
+        (r"\arctan 1", r"\frac{\pi}{4}", r"\tan^{-1} 1"),
+        ("a_n + b", "b+a_{n}"),
+        (r"204_5", "204_{5}"),
+        ("3:2", "3 : 2"),
+    ],
+}
+
+DIFFERENT = {
+    "numbers": [
+        ("7", "8", "-7", "70", "0.7", "7x", "7i", r"7\sqrt2", "7,8", "7 or 8", r"\frac17", "?", r"\ldots", r"7\pm 1"),
+        ("1/3", "0.333", "0.3333333333333333", "3", r"33\%"),
+        ("0.1", "0.10001", "10", "0.01"),
+        (r"\pi", "3.14", "22/7", "3.14159265358979"),
+        ("0.25", "25", "0.0025"),
+        (r"2\frac14", r"\frac12", "2.4"),
+        ("1", "0.99999999999999999999", "1+10^{-300}", "1+e^{-700}"),
+        (r"\frac{1}{100!}", r"\frac{1}{101!}", "0"),
+        (r"\sqrt2\cdot 10^{-200}", r"\sqrt3\cdot 10^{-200}", "0"),
+        ("2^{2024}", "2^{2023}"),
+        ("4.5e33", "4.5", "4.5e32", "4.6e33"),
+    ],
+    "units and words": [
+        (r"5\text{ cm}", r"5\text{ m}", "5 inches", "6 cm", r"5\text{ cm}^2"),
+        (r"\$5", "5 euros", r"\$6"),
+        (r"\text{yes}", r"\text{no}", "7", "not yes"),
+        (r"\text{ellipse}", r"\text{not ellipse}", "e"),
+        ("0", r"\text{nothing}", r"\emptyset"),
+    ],
+    "choices": [("B", "C", "(A)", r"\text{Bob}", "12", "(C) 12")],
+    "lists": [
+        ("1,2", "1", "1,2,3", "(1,2)", "12", "1,3"),
+        ("3", "3,4"),
+        (r"\pm 3", "3"),
+        ("(1,2),(3,4)", "(1,2)", "(2,1),(3,4)"),
+    ],
+    "intervals": [
+        ("(1,2)", "[1,2]", "(1,2]", "(2,1)", "(1,2,3)"),
+        (r"[0,1)\cup(2,3]", "[0,1)", r"[0,1)\cup(2,3)", r"[0,3]"),
+        ("x<1", "x>1", r"x\le 1", "x<2", r"(1,\infty)"),
+    ],
+    "matrices": [
+        (
+            r"\begin{pmatrix}1\\2\end{pmatrix}",
+            r"\begin{pmatrix}1&2\end{pmatrix}",
+            r"\begin{pmatrix}1\\3\end{pmatrix}",
+            "(1,2)",
+        ),
+    ],
+    "equations": [("y=2x+3", "y=2x-3", "x=2y+3", "0"), ("x=5", "y=5", "x=6"), ("2x+z=1", "1"), ("x^2=1", "x^2=-1")],
+    "expressions": [
+        ("x", "y", "X", r"\sqrt{x^2}", "2x"),
+        ("i", "-i", "1"),
+        (r"\cot x", r"\tan x"),
+        ("(-1)^n", "1", "(-1)^{n+1}"),
+        (r"\lfloor\sqrt{n-1}\rfloor", r"\lfloor\sqrt{n-2}\rfloor"),
+        ("204_5", "204_6", "203_5"),
+        (r"\infty", r"-\infty", "0", r"\infty-\infty"),
+        ("3:2", "2:3"),
+    ],
+}
+
+
+@pytest.mark.parametrize("group", [group for groups in EQUAL.values() for group in groups], ids=lambda group: group[0])
+def test_equal(group):
+    first, *others = group
+    for other in others:
+        assert grader.is_equivalent(other, first), (other, first)
+        assert grader.is_equivalent(first, other), (first, other)
+
+
+@pytest.mark.parametrize(
+    "group", [group for groups in DIFFERENT.values() for group in groups], ids=lambda group: group[0]
+)
+def test_different(group):
+    first, *others = group
+    for other in others:
+        assert not grader.is_equivalent(other, first), (other, first)
+        assert not grader.is_equivalent(first, other), (first, other)
+
+
+def test_reflexive():
+    """What the reader cannot read still agrees with itself."""
+    assert grader.is_equivalent(r"1\cup0,1,-1,-1,2", r"1\cup0,1,-1,2,2")
+    unreadable = [r"\left\{1,2", "a^", r"\foo{1}{2", "{x", r"\text{if } x>0 \text{ then}", "((((", r"\frac", "1 2 3 x"]
+    examples = [text for table in (EQUAL, DIFFERENT) for groups in table.values() for group in groups for text in group]
+    for text in examples + unreadable:
+        assert grader.is_equivalent(text, text), text
+
+
+def test_grade():
+    assert grader.grade(r"\boxed{8}", "8") == grader.Verdict("8", True, "correct")
+    assert grader.grade(r"\boxed{9}", "8") == grader.Verdict("9", False, "wrong")
+    assert grader.grade("8", "8") == grader.Verdict(None, False, "no_answer")
+    assert grader.grade(r"\boxed{}", "8").status == "wrong"
+    assert grader.grade(r"\boxed{1} and \boxed{2}", "2,1").correct
+    assert not grader.grade(r"\boxed{1} and \boxed{2}", "2").correct
+
+
+def test_tolerance_only_where_stated():
+    assert not grader.is_equivalent("3.14", "3.15")
+    assert grader.is_equivalent("3.14", "3.15", tolerance=0.02)
+    assert grader.is_equivalent(r"\pi", "3.15", tolerance=0.02)
+    assert not grader.is_equivalent("3.18", "3.15", tolerance=0.02)
+    assert not grader.is_equivalent("x", "3.15", tolerance=0.02)
+
+
+# -- any text ----------------------------------------------------------------------------------------------------------
+
+PIECES = [
+    *"0123456789+-*/^_=<>()[]{}|,.;:!%'$&~ \\xyzabniePE", r"\frac", r"\sqrt", r"\left", r"\right", r"\{", r"\}", r"\pm",
+    r"\cup", r"\infty", r"\sin", r"\log", r"\text{", r"\boxed{", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\le",
+    r"\in", r"\circ", r"\overline", r"\binom", r"\lfloor", r"\pi", r"\mathbb{R}", r"\setminus", "and", "or", "cm",
+    "²", "√",
+]  # fmt: skip
+LATEX = st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
+ANY_TEXT = st.one_of(LATEX, st.text(max_size=40))
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_TEXT, ANY_TEXT)
+def test_any_text_has_a_verdict(a, b):
+    """No exception, the same verdict both ways; an answer with any content agrees with itself."""
+    for text in (a, b):
+        grader.extract_answer(text)
+        assert grader.is_equivalent(text, text) or not grader.tidy(text)
+    one, other = grader.submit_answer(a, b).result(), grader.submit_answer(b, a).result()
+    assert one.correct == other.correct or "timeout" in (one.status, other.status)
+    assert grader.grade(f"\\boxed{{{a}}}", b).status in ("correct", "wrong", "no_answer", "timeout")
+
+
+FRACTIONS = st.fractions(min_value=-50, max_value=50, max_denominator=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(FRACTIONS, FRACTIONS, st.sampled_from("+-*"))
+def test_arithmetic_agrees_with_python(a, b, sign):
+    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    text = rf"\frac{{{a.numerator}}}{{{a.denominator}}} {sign} \left({b.numerator}/{b.denominator}\right)"
+    assert grader.is_equivalent(text, str(value))
+    assert not grader.is_equivalent(text, str(value + Fraction(1, 10**30)))
+
+
+# -- hostile input -----------------------------------------------------------------------------------------------------
+
+HUGE = [
+    "100000000!", "9!!!!!!", "((9!)!)!", "9^{9^{9^{9}}}", "10^{10^{10}}", "1e999999999", "2^{-100000000}", "1/0", "0^0",
+    r"\sqrt{2^{1000000}}", r"\sin(10^{10^{10}})", r"\binom{10^9}{5\cdot 10^8}", "(x+1)^{100000}", r"\log_1 2",
+    r"\tan\frac{\pi}{2}", "(x!)^{3000}", "x!^{x!^{50}}", "2999!/2998!+x!", r"\sin(x)^{20000}+x!",
+    r"\sum_{n=1}^{\infty}\sin(n^n)", "0." + "3" * 5000, "1" * 5000, "{" * 100_000, "(" * 900, "-" * 900 + "1",
+    "1" + "!" * 900,
+    ",".join(map(str, range(20_000))), r"\frac" * 200, r"\frac" * 50_000, r"1\pm " * 40 + "1", "|" * 900, " " * 100_000,
+    r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", "x" * 999, "$" * 999, ", " * 499, r"\(" * 499, r"\text{" * 190,
+    "*".join(f"x_{{{i}}}" for i in range(150)),
+    r"\left(" * 150, "x" + "'" * 900, r"\text{prime}(10^{15})",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HUGE, ids=lambda text: text[:20])
+def test_huge_answers_are_wrong_soon(text):
+    started = time.monotonic()
+    for gold in ("42", "x^2+1", "(1,2)"):
+        assert not grader.is_equivalent(text, gold)
+        assert not grader.is_equivalent(gold, text)
+    grader.grade(text, "42")
+    assert time.monotonic() - started < SLACK
+
+
+def test_nothing_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = f"touch {tmp_path}/pwned"
+    payloads = [
+        f'__import__("os").system("{command}")', f"S('__import__(\"os\").system(\"{command}\")')",
+        f"$({command})",
+        f"`{command}`", f"; {command}", rf"\immediate\write18{{{command}}}", rf"\input{{|{command}}}", "exit()",
+        "quit()",
+        f"(lambda: __import__('os').system('{command}'))()", "Symbol('x').__class__.__mro__",
+        "open('pwned','w')",
+        rf"\text{{__import__('os').system('{command}')}}", f"x if __import__('os').system('{command}') else y",
+        "{{7*7}}",
+    ]  # fmt: skip
+    for payload in payloads:
+        for gold in ("42", payload):
+            grader.is_equivalent(payload, gold)
+            grader.is_equivalent(f"x < {payload}", "(1,2)")
+            with contextlib.suppress(grader.Unreadable, NotImplementedError):
+                grader.judge(f"x < {payload}", r"(-\infty, 2)", local=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def workers_of(pid: int) -> list[int]:
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            command = stat.with_name("cmdline").read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if parent == pid and b"--worker" in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_cheap_verdicts_are_done_at_once():
+    assert grader.submit(r"\boxed{\frac{1}{2}}", "0.5").done()
+    assert grader.submit("no box", "0.5").done()
+
+
+def test_hanging_worker_costs_one_verdict(monkeypatch):
+    grader.shutdown()
+    monkeypatch.setattr(grader, "WORKERS", 1)
+    monkeypatch.setattr(grader, "VERDICT_SECONDS", 3.0)
+    started = time.monotonic()
+    futures = [grader.submit(rf"\boxed{{{text}}}", "(1,2)") for text in ("1<x<2", ENDLESS, "1<x<2", "0<x<2", "1<x<2")]
+    statuses = [future.result(timeout=4 * SLACK).status for future in futures]
+    assert statuses == ["correct", "timeout", "correct", "wrong", "correct"]
+    assert time.monotonic() - started < 2 * SLACK
+    grader.shutdown()
+
+
+def test_killed_worker_is_replaced():
+    assert grader.is_equivalent("|x|<3", "(-3,3)")
+    for pid in workers_of(os.getpid()):
+        os.kill(pid, signal.SIGKILL)
+    statuses = [grader.submit_answer("|x|<3", "(-3,3)").result().status for _ in range(6)]
+    assert statuses.count("timeout") <= grader.WORKERS
+    assert statuses[-1] == "correct"
+
+
+def test_memory_of_workers_is_bounded():
+    for bound in range(20):
+        assert grader.is_equivalent(f"|x|<{bound + 1}", f"(-{bound + 1},{bound + 1})")
+    pids = workers_of(os.getpid())
+    assert len(pids) == grader.WORKERS
+    for pid in pids:
+        limits = pathlib.Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(r"Max address space\s+(\d+)", limits)[1] == str(grader.WORKER_BYTES)
+
+
+def test_the_caller_imports_no_sympy_and_starts_no_process_for_cheap_verdicts():
+    script = "import sys, grader; grader.is_equivalent('x+1', '1+x'); print('sympy' in sys.modules, grader._pool)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False None\n"
+
+
+def test_submit_from_threads():
+    with ThreadPoolExecutor(4) as threads:
+        cases = [(rf"\sqrt{{{i}}}+{i}", rf"{i}+\sqrt{{{i}}}") for i in range(2, 60)] + [("x>1", r"(1,\infty)")] * 6
+        assert all(threads.map(lambda case: grader.is_equivalent(*case), cases))
+
+
+def test_forked_child_has_its_own_pool():
+    assert grader.is_equivalent("x<1", r"(-\infty,1)")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if grader.is_equivalent("x<2", r"(-\infty,2)") else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert grader.is_equivalent("x<3", r"(-\infty,3)")
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_their_parent(busy):
+    """Also if it is killed, read from a pipe and has no __main__ guard; a busy worker ends by its alarm."""
+    script = f"""
+import grader, time
+grader.VERDICT_SECONDS = 2.0
+print(grader.is_equivalent("x<1", r"(-\\infty,1)"), flush=True)
+if {busy}:
+    [grader.submit_answer({ENDLESS!r}, "(1,2)") for _ in range(2)]
+time.sleep(1000)
+"""
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen([sys.executable, "-"], stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+    parent.stdin.write(script)
+    parent.stdin.close()
+    assert parent.stdout.readline() == "True\n"
+    workers = workers_of(parent.pid)
+    assert len(workers) == grader.WORKERS
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + SLACK
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        threading.Event().wait(0.05)
+    assert not any(map(alive, workers))
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_command():
+    cases = [
+        {"pred": r"\frac{1}{2}", "gold": "0.5"},
+        {"response": r"\boxed{x<1} follows", "gold": r"(-\infty,1)"},
+        {"response": "nothing", "gold": "1"},
+        {"pred": "3", "gold": "4"},
+        {"pred": "\ud800", "gold": "4"},
+    ]
+    stdin = "".join(json.dumps(case) + "\n" for case in cases)
+    command = [sys.executable, str(ROOT / "grader.py")]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=True, timeout=4 * SLACK)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[:4] == [
+        {"answer": r"\frac{1}{2}", "correct": True, "status": "correct"},
+        {"answer": "x<1", "correct": True, "status": "correct"},
+        {"answer": None, "correct": False, "status": "no_answer"},
+        {"answer": "3", "correct": False, "status": "wrong"},
+    ]
+    assert lines[4]["status"] == "wrong"
