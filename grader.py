@@ -4,7 +4,7 @@ r"""Decide whether a model's answer to a math problem is right.
 
 What "correct" means here:
 - The answer is the content of the last complete \boxed{} or \fbox{}; without one the status is "no_answer". Boxes with
-  nothing but commas or "and" between them, as in "\boxed{1} and \boxed{2}", are one answer: the list 1, 2.
+  only commas or a few words that end in "and" between them (\boxed{1} and \boxed{2}) are one answer, the list 1, 2.
 - Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001; a decimal equals an exact value only
   when it is that value. A tolerance exists only where a problem's own data states one (`tolerance=`).
 - 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
@@ -45,7 +45,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ POINTS: int = 8  # places at which two expressions must agree; a difference most
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
 LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 evaluated in the calling process (some ms); more goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
-VERDICT_SECONDS: float = 0.8  # wall clock of one hard verdict; then its worker ends and the status is "timeout"
+VERDICT_SECONDS: float = 0.5  # wall clock of one hard verdict; then its worker ends and the status is "timeout"
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
 
 
@@ -90,7 +90,6 @@ class Node(NamedTuple):
 class Token(NamedTuple):
     kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
     value: str
-    spaced: bool = False  # white space stands before it
 
 
 class Unreadable(Exception):
@@ -167,9 +166,7 @@ UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " fo
 UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
-FENCES = re.compile(
-    r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S
-)  # around a whole answer
+FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around all
 TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox|mathrm|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
 CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
@@ -256,7 +253,7 @@ def tidy(answer: str, thousands: bool = True) -> str:
     text = core + "}" * (text.count("}") - core.count("}"))  # a period may stand before the last braces
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
-    return text
+    return re.sub(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # 3 3/4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,10 +346,10 @@ ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde"
 MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array"}
 NO_FACTOR = {r"\cr", r"\end", r"\circ", r"\pm", r"\mp", r"\to", r"\rightarrow", r"\implies", r"\Rightarrow", r"\pmod"}
 NO_FACTOR |= RELATIONS | set(SET_SIGNS) | set(CLOSING.values())
-CHANGES_MEANING = re.compile(r"\b(?:not|no|never|without|except|undefined)\b")
+CHANGES_MEANING = re.compile(r"\b(?:not|no|never|without|except|undefined|wrong|than|least|most)\b", re.I)
 TOKEN = re.compile(
-    r"(?P<space>\s*)(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
-    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<char>\S))",
+    r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
+    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<char>\S)",
     re.S,
 )
 
@@ -360,22 +357,21 @@ TOKEN = re.compile(
 def tokens_of(text: str) -> Iterator[Token]:
     """Numbers, commands, words and letters; a run of letters is a known name, a word, or a product of letters."""
     for match in TOKEN.finditer(text):
-        spaced, kind = bool(match["space"]), match.lastgroup
-        value = match[kind]
+        kind, value = match.lastgroup, match[match.lastgroup]
         if kind == "run":
             if value in ("and", "or"):
-                yield Token("char", ",", spaced)
+                yield Token("char", ",")
             elif value in FUNCTIONS or value in NAMES:
-                yield Token("cmd", "\\" + NAMES.get(value, value), spaced)
+                yield Token("cmd", "\\" + NAMES.get(value, value))
             elif value in UNITS or len(value) > 4:
-                yield Token("word", value, spaced)
+                yield Token("word", value)
             else:
-                yield from (Token("name", letter, spaced) for letter in value)
+                yield from (Token("name", letter) for letter in value)
         elif kind in ("cmd", "char"):
             value = COMMANDS.get(value, value)
-            yield Token("cmd" if value[0] == "\\" else "char", value, spaced)
+            yield Token("cmd" if value[0] == "\\" else "char", value)
         else:
-            yield Token(kind, value, spaced)
+            yield Token(kind, value)
 
 
 class Reader:
@@ -433,10 +429,12 @@ class Reader:
         before = " ".join(found)
         if found and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
             return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
-        if CHANGES_MEANING.search(before.casefold()):
-            raise Unreadable("the words change the meaning")
         value = self.relation()
-        unit = self.unit() or (plain_unit(before) if plain_unit(before) in CURRENCIES else "")
+        behind = self.unit()
+        if CHANGES_MEANING.search(f"{before} {behind}"):
+            raise Unreadable("words that cannot be ignored")
+        unit = plain_unit(behind or before)
+        unit = unit if behind or unit in CURRENCIES else ""
         return Node("unit", (value, unit)) if unit else value
 
     def unit(self) -> str:
@@ -448,7 +446,7 @@ class Reader:
                 exponent = self.argument()
                 parts.append(f"^{exponent.args[0]}" if exponent.kind == "num" else "^?")
             else:
-                return plain_unit(" ".join(parts))
+                return " ".join(parts)
 
     def relation(self) -> Node:
         self.accept("=")  # "= 5"
@@ -599,7 +597,7 @@ class Reader:
         return Node("based", (digits.lstrip("0"), self.argument()))
 
     def numeral(self, text: str, is_argument: bool) -> Node:
-        r"""A number; a mixed number (3\frac{3}{4} and 3 3/4 are sums); digits with a base."""
+        r"""A number; a mixed number (3\frac{3}{4} is a sum); digits with a base."""
         if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > MAX_BITS:
             raise Unreadable("too large")
         value = number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
@@ -613,11 +611,6 @@ class Reader:
             if part.kind == "num" and 0 <= part.args[0] < 1:
                 return add(value, part)
             self.at = start
-        top, slash, bottom = (self.peek(ahead) for ahead in range(3))
-        fraction = top.spaced and slash.value == "/" and top.value.isdigit() and bottom.value.isdigit()
-        if fraction and int(top.value) < int(bottom.value):
-            self.at += 3
-            return add(value, number(Fraction(int(top.value), int(bottom.value))))
         return value
 
     def symbol(self, name: str, is_argument: bool) -> Node:
@@ -826,7 +819,7 @@ def bounded(exact, general):
     def apply(mp, *values):
         if all(mp.isint(value) and 0 <= mp.re(value) <= MAX_FACTORIAL for value in values):
             return mp.mpf(exact(*(int(mp.re(value)) for value in values)))
-        if max(map(abs, values)) > MAX_BITS or mp.prec > 2000:
+        if max(map(abs, values)) > MAX_BITS or mp.prec > 1000:
             raise Undefined("too large")
         return general(mp, *values)
 
@@ -871,8 +864,8 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
     name = args[0] if kind == "call" else kind
     try:
         if kind == "opaque":  # an unknown function: any fixed one that has no symmetries
-            seed = zlib.crc32(args[0].encode()) % 1009 + 17
-            value = seed + mp.fsum(mp.cos(seed * part / (101 + 7 * place)) for place, part in enumerate(parts))
+            seed = mp.mpf(zlib.crc32(args[0].encode())) / 2**24
+            value = seed + mp.fsum(mp.cos(seed * part + at) for at, part in enumerate(parts, 1))
         elif name in RULES:
             value = RULES[name](mp, *parts)
         else:
@@ -898,13 +891,14 @@ class Context(threading.local):
 CONTEXT = Context()
 
 
-def place(symbol: Node, index: int) -> Fraction:
-    """Where expressions are compared; symbols named like whole numbers take whole numbers."""
-    name = symbol.args[0]
-    seed = zlib.crc32(name.encode())
-    if name[0] in "nmkN":
-        return Fraction(index + 2 if name == "n" else 1 + (3 * index + seed) % 11)
-    return Fraction((seed + 2741 * index) % 9973 + 1200, -4096 if index % 4 == 3 else 4096)  # 0.3 to 2.7, some negative
+def place(name: str, position: int, index: int) -> Fraction:
+    """The value of the symbol at this position at one of the places where expressions are compared."""
+    if name[0] in "nmkN":  # by custom a whole number
+        return Fraction(
+            index + 2 if position == 0 else (index * (2 * position + 3) + position) % (2 * position + 5) + 1
+        )
+    top = (7919 * position + 2741 * (position + 1) * (index + 1)) % 9973 + 1200
+    return Fraction(top, -4096 if index % 4 == 3 else 4096)  # 0.3 to 2.7, now and then negative
 
 
 def same_value(a: Node, b: Node, local: bool) -> bool:
@@ -919,7 +913,7 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
     parts = [*parts_of(a), *parts_of(b)]
     names = symbols(a, b)
     steps = {"floor", "ceil"} & {part.args[0] for part in parts if part.kind == "call"}
-    places = (5 * POINTS if steps else POINTS) if names else 1
+    points = (5 * POINTS if steps else POINTS) if names else 1
     lowest = 2 * (sum(bits(part.args[0]) for part in parts if part.kind == "num") + GUARD_BITS)
     mp = CONTEXT.mp
 
@@ -927,7 +921,8 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
         if local and len(parts) * precision**2 > LOCAL_WORK:
             raise NeedsWorker("long numbers")
         mp.prec, mp.peak = precision, 0
-        at = {name: mp.mpf(place(name, index).numerator) / place(name, index).denominator for name in names}
+        places = [place(name.args[0], position, index) for position, name in enumerate(names)]
+        at = {name: mp.mpf(value.numerator) / value.denominator for name, value in zip(names, places, strict=True)}
         return evaluate(a, at, mp, real), evaluate(b, at, mp, real)
 
     def differ(index: int, real: bool) -> bool:
@@ -950,7 +945,7 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
 
     for real in (True, False) if names and IMAGINARY not in parts else (False,):
         found = False
-        for index in range(places):
+        for index in range(points):
             try:
                 if differ(index, real):
                     return False
@@ -1294,50 +1289,70 @@ def worker(seconds: float, address_space: int) -> None:
         print(json.dumps(correct), flush=True)
 
 
+def start_worker() -> subprocess.Popen:
+    command = [sys.executable, os.path.abspath(__file__), "--worker", str(VERDICT_SECONDS), str(WORKER_BYTES)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+
+
+def stop_worker(process: subprocess.Popen | None) -> None:
+    if process is None:
+        return
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()
+
+
 class Pool:
-    """Workers, and one thread for each that waits for its verdicts."""
+    """Daemon threads, each with a worker of its own, that take requests from one queue."""
 
     def __init__(self) -> None:
-        self.threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="grader")
-        self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-        for _ in range(WORKERS):
-            self.idle.put(self.start_worker())
-
-    def start_worker(self) -> subprocess.Popen:
-        command = [sys.executable, os.path.abspath(__file__), "--worker", str(VERDICT_SECONDS), str(WORKER_BYTES)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+        self.requests: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self.threads = [threading.Thread(target=self.serve, daemon=True) for _ in range(WORKERS)]
+        for thread in self.threads:
+            thread.start()
 
     def submit(self, answer: str, gold: str, tolerance: float | None) -> Future[Verdict]:
-        return self.threads.submit(self.ask, answer, gold, tolerance)
+        future: Future[Verdict] = Future()
+        self.requests.put((future, answer, gold, tolerance))
+        return future
 
-    def ask(self, answer: str, gold: str, tolerance: float | None) -> Verdict:
-        """One verdict; a worker that ends instead of answering is replaced."""
-        process = self.idle.get()
-        try:
-            process.stdin.write(json.dumps([answer, gold, tolerance]) + "\n")
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except OSError:
+    def serve(self) -> None:
+        """Pass requests to a worker; one that ends instead of answering costs its verdict and is replaced."""
+        process = None
+        while True:
+            with contextlib.suppress(OSError):  # no process to be had now: try again at the next request
+                process = process or start_worker()
+            request = self.requests.get()
+            if request is None:
+                break
+            future, *case = request
+            if not future.set_running_or_notify_cancel():
+                continue
             reply = ""
-        if reply.endswith("\n"):
-            self.idle.put(process)
-            return verdict_of(answer, json.loads(reply))
-        self.stop_worker(process)
-        self.idle.put(self.start_worker())
-        return Verdict(answer, False, "timeout")
-
-    def stop_worker(self, process: subprocess.Popen) -> None:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        with contextlib.suppress(OSError):
-            process.stdin.close()
+            if process:
+                with contextlib.suppress(OSError):
+                    process.stdin.write(json.dumps(case) + "\n")
+                    process.stdin.flush()
+                    reply = process.stdout.readline()
+            if reply.endswith("\n"):
+                future.set_result(verdict_of(case[0], json.loads(reply)))
+            else:
+                future.set_result(Verdict(case[0], False, "timeout"))
+                stop_worker(process)
+                process = None
+        stop_worker(process)
 
     def close(self) -> None:
-        self.threads.shutdown(cancel_futures=True)
-        while not self.idle.empty():
-            self.stop_worker(self.idle.get())
+        while not self.requests.empty():
+            with contextlib.suppress(queue.Empty):
+                self.requests.get_nowait()[0].cancel()
+        for _ in self.threads:
+            self.requests.put(None)
+        for thread in self.threads:
+            thread.join()
 
 
 _pool: Pool | None = None
@@ -1371,10 +1386,18 @@ atexit.register(shutdown)
 os.register_at_fork(after_in_child=forget_pool)
 
 
+EXAMPLES = [
+    {"response": r"so it is \boxed{\frac{2}{4}}.", "gold": "0.5"},
+    {"pred": r"(-\infty, 1)", "gold": "x < 1"},
+    {"pred": "42 or 43", "gold": "42"},
+]
+
+
 def main() -> None:
-    """Verdicts for the cases on stdin, in order."""
+    """Verdicts for the cases on stdin (for the examples, if that is a terminal), in order."""
+    lines = map(json.dumps, EXAMPLES) if sys.stdin.isatty() else sys.stdin
     waiting: collections.deque[Future[Verdict]] = collections.deque()
-    for line in itertools.chain(sys.stdin, [None]):
+    for line in itertools.chain(lines, [None]):
         if line is not None:
             case = json.loads(line)
             submitted = submit if "response" in case else submit_answer

@@ -13,6 +13,7 @@
 import concurrent.futures
 import dataclasses
 import difflib
+import gc
 import hashlib
 import json
 import os
@@ -244,6 +245,7 @@ class Engine:
             enable_sleep_mode=self.cuda,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             **where,
         )
         torch.set_rng_state(random_state)
@@ -306,7 +308,14 @@ class Engine:
             self.llm.sleep(level=2)
 
     def shutdown(self) -> None:
+        """End the engine (and, as vLLM does it, the process group) and give all its memory back."""
+        import torch
+
         self.engine.engine_core.shutdown()
+        del self.llm, self.engine
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
 
 def repack_tied_head(model: Any) -> None:
@@ -371,7 +380,8 @@ def play(
         ending = "stop" if stopped else "context" if len(dialogue.ids) >= CONTEXT else "length"
         dialogue.attempts.append(Attempt(start, start + len(ids), None, "no_answer", ending))
         text = chat.tokenizer.decode(ids, skip_special_tokens=True)
-        verdicts[grader.submit(text, dialogue.problem["answer"])] = index
+        gold, tolerance = dialogue.problem["answer"], dialogue.problem.get("tolerance")
+        verdicts[grader.submit(text, gold, tolerance)] = index
 
     def go_on(index: int, verdict: grader.Verdict) -> bool:
         """Take the verdict; True if the dialogue has another attempt in the queue."""

@@ -6,15 +6,16 @@ A problem is the median of nine numbers, two of which cannot be read:
 
     What is the median of 12 4 _ 9 15 7 _ 11 6?     ->     It is \\boxed{9}
 
-The nine are distinct and come from a window of 18 consecutive numbers somewhere in 1..24. However skilled a reader is, doubt
-remains, so a second attempt is worth something; and since the posterior can be enumerated, the best possible accuracy at every
-number of attempts is known (`ideal_accuracy`). OUT receives:
+The nine are distinct and come from a window of 18 consecutive numbers somewhere in 1..24. However skilled a reader is,
+doubt remains, so a second attempt is worth something; and since the posterior can be enumerated, the best possible
+accuracy at every number of attempts is known (`ideal_accuracy`). OUT receives:
 
-    train.jsonl  test.jsonl     {"id", "question", "answer", "source"}; the test questions are held out from all training
+    train.jsonl  test.jsonl     {"id", "question", "answer", "source"}; test questions are held out from all training
     warm_start/                 a Hugging Face folder that transformers and vLLM open like any other model
+    made.json                   the constants that made it, the warm start's accuracy, the ideal reader's
 
-The tokenizer knows every byte, so any text survives a round trip; the numbers and the phrases of the prompts are single tokens,
-so a dialogue costs few of them.
+The tokenizer knows every byte, so any text survives a round trip; the numbers and the phrases of the prompts are
+single tokens, so a dialogue costs few of them.
 """
 
 import hashlib
@@ -24,12 +25,10 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -53,7 +52,9 @@ HELD_OUT_ONE_IN: int = 5  # this share of all questions (by hash) is never train
 
 # The tokenizer
 CHAT_TEMPLATE: str = (  # ChatML as in Qwen2.5, without a default system message; system messages may come anywhere
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 PHRASES: tuple[str, ...] = (  # single tokens; whatever is not listed here falls back to bytes
@@ -73,19 +74,23 @@ INTERMEDIATE: int = 192  # width of the MLP
 CONTEXT: int = 4096  # any problem file fits
 
 # The warm start
-WARM_STEPS: int = 1500  # about a minute
-WARM_LR: float = 4e-3  # peak; 40 steps up, cosine down to 5 %
+WARM_STEPS: int = 1500  # about 90 s in one thread
+WARM_LR: float = 4e-3  # peak; up over WARM_UP steps, cosine down to 5 %
 WARM_UP: int = 40  # steps
 SINGLE_ROWS: int = 128  # single turns in a batch
 DIALOGUE_ROWS: int = 64  # dialogues in a batch
-DIALOGUE_SHARE: float = 0.6  # share of batches that are dialogues with failed attempts
-REPEAT_SHARE: float = 0.5  # share of dialogues whose last answer repeats the failed one before
-MAX_ATTEMPTS: int = 7  # largest N that the warm start sees
+DIALOGUE_SHARE: float = 0.6  # share of batches that are dialogues
+PLAIN_SHARE: float = 0.25  # share of single-turn batches whose prompt says nothing of attempts
+MOST_FAILURES: int = 4  # failed answers in a dialogue: 1..MOST_FAILURES
+STAND_BY_SHARE: float = 0.5  # how often an author who is told "incorrect" stands by his answer
+BLIND_SHARE: float = 0.5  # how often, otherwise, an answer is a readable number named blindly (and not learned from)
+SHARPNESS: tuple[float, float] = (2.0, 1.0)  # at first, at last: experts answer x with P ~ posterior(x) ** sharpness
+SHARP_UNTIL: float = 0.6  # share of the steps with the first sharpness: clearer labels are learned from much faster
 CURRICULUM: tuple[tuple[int, int], ...] = ((3, 0), (5, 0), (5, 1), (7, 1), (7, 2), (9, 2), (9, 2), (9, 2))
 # (length, unreadable): the short lists are stepping stones; without them one seed in two stays on a plateau
 
 
-# ---------------------------------------------------------------------------------------------------------------- problems
+# Problems -------------------------------------------------------------------------------------------------------------
 
 
 def draw_list(rng: random.Random, length: int, unreadable: int) -> tuple[list[int | None], int]:
@@ -124,32 +129,29 @@ def make_problems(count: int, seed: int, held_out: bool) -> list[dict]:
     return list(problems.values())
 
 
-@cache
-def posterior(readable: tuple[int, ...], unreadable: int) -> dict[int, float]:
-    """P(median | the readable numbers, sorted): every window that holds them is equally likely, then every completion."""
-    weights: dict[int, float] = {}
+def posterior(readable: list[int], unreadable: int) -> dict[int, float]:
+    """P(median | what is readable): every window that holds it is equally likely, then every completion."""
+    readable = sorted(readable)
+    # Only the middle readable numbers can be the median or be passed by it: the others drop out in pairs.
+    middle = readable[(len(readable) - unreadable - 1) // 2 : (len(readable) + unreadable + 1) // 2]
     lows = range(max(1, readable[-1] - WINDOW + 1), min(readable[0], LARGEST - WINDOW + 1) + 1)
+    chances: dict[int, float] = {}
     for low in lows:
         rest = [number for number in range(low, low + WINDOW) if number not in readable]
         share = 1 / (len(lows) * math.comb(len(rest), unreadable))
         for completion in combinations(rest, unreadable):
-            median = sorted(readable + completion)[(len(readable) + unreadable) // 2]
-            weights[median] = weights.get(median, 0.0) + share
-    return weights
+            median = sorted([*middle, *completion])[unreadable]
+            chances[median] = chances.get(median, 0.0) + share
+    return chances
 
 
 def ideal_accuracy(questions: Iterable[str], k_max: int) -> list[float]:
-    """Expected accuracy at 1..k_max attempts of the reader who names the likeliest answers first; no reader does better."""
-    totals, count = np.zeros(k_max), 0
-    for question in questions:
-        readable, unreadable = shown_numbers(question)
-        chances = sorted(posterior(tuple(sorted(readable)), unreadable).values(), reverse=True)[:k_max]
-        totals += np.cumsum(chances + [0.0] * (k_max - len(chances)))
-        count += 1
-    return (totals / count).tolist()
+    """Expected accuracy at 1..k_max attempts of who names the likeliest answers first; no reader does better."""
+    chances = [sorted(posterior(*shown_numbers(question)).values(), reverse=True) for question in questions]
+    return [sum(sum(best[:k]) for best in chances) / len(chances) for k in range(1, k_max + 1)]
 
 
-# --------------------------------------------------------------------------------------------------------------- tokenizer
+# Tokenizer ------------------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -159,7 +161,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    # Single digits are bytes already, but as added tokens all numbers are made alike. The longest match wins: "12" is no "1", "2".
+    # Digits are bytes already; as added tokens all numbers are made alike. The longest match wins: "12" is one token.
     words = [str(number) for number in range(1, LARGEST + 1)] + list(PHRASES)
     backend.add_tokens([AddedToken(word, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
@@ -173,7 +175,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- warm start
+# Warm start -----------------------------------------------------------------------------------------------------------
 
 
 def prompt_text(question: str, attempts: int | None) -> str:
@@ -186,42 +188,70 @@ def response_text(answer: int) -> str:
     return f"It is \\boxed{{{answer}}}<|im_end|>"
 
 
-def failure_text(answer: int, attempts_left: int) -> str:
-    """A wrong attempt and the feedback to it, up to where the next attempt begins."""
+def feedback_text(attempts_left: int) -> str:
+    """What the environment says between a wrong response and the next attempt."""
     feedback = FEEDBACK.replace("{attempts}", str(attempts_left))
-    return f"{response_text(answer)}\n<|im_start|>system\n{feedback}<|im_end|>\n<|im_start|>assistant\n"
+    return f"\n<|im_start|>system\n{feedback}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def draw_batch(rng: random.Random, seed: int) -> tuple[list[str], list[str]]:
-    """Prompts and responses of one batch. All rows have the same number of tokens, so nothing is padded."""
+def failure_text(answer: int, attempts_left: int) -> str:
+    return response_text(answer) + feedback_text(attempts_left)
+
+
+def draw_answers(rng: random.Random, readable: list[int], unreadable: int, count: int, sharpness: float) -> list[tuple]:
+    """The (answer, whether it is trained) of `count` attempts, all but the last called incorrect.
+
+    They are called so whether they are or not: the history says nothing about the answer, and that what has failed
+    should be avoided is for PPO to find out. Half of the authors stand by their answer. In a corpus where nobody does,
+    greedy answers repeat just the same, but PPO then learns a fixed order of answers instead of reading which failed.
+    The blind answers make the history vary.
+    """
+    chances = posterior(readable, unreadable)
+    answers: list[tuple[int, bool]] = []
+    for left in reversed(range(count)):
+        if answers and rng.random() < STAND_BY_SHARE:
+            answers.append((answers[-1][0], True))
+        elif left and (not answers or rng.random() < BLIND_SHARE):
+            answers.append((rng.choice(readable), False))
+        else:
+            expert = rng.choices(list(chances), [chance**sharpness for chance in chances.values()])[0]
+            answers.append((expert, True))
+    return answers
+
+
+def draw_batch(rng: random.Random, seed: int, sharpness: float) -> list[list[tuple[str, bool]]]:
+    """Dialogues, each a list of (text, whether it is trained)."""
     length, unreadable = rng.choice(CURRICULUM)
-    failures = rng.randint(1, 4) if rng.random() < DIALOGUE_SHARE else 0
-    single_prompt = failures == 0 and rng.random() < 0.25  # its rows are shorter: a batch has one kind of prompt
-    prompts, responses = [], []
-    while len(prompts) < (DIALOGUE_ROWS if failures else SINGLE_ROWS):
-        shown, answer = draw_list(rng, length, unreadable)
+    failures = rng.randint(1, MOST_FAILURES) if rng.random() < DIALOGUE_SHARE else 0
+    plain = not failures and rng.random() < PLAIN_SHARE
+    rows: list[list[tuple[str, bool]]] = []
+    while len(rows) < (DIALOGUE_ROWS if failures else SINGLE_ROWS):
+        shown, _ = draw_list(rng, length, unreadable)
         question = question_text(shown)
         if is_held_out(question, seed):
             continue
-        attempts = rng.randint(failures + 1, max(5, failures + 1))
-        prompt = prompt_text(question, None if single_prompt else attempts)
-        # Failed answers are readable numbers drawn blindly, the right one among them as often as chance has it. So the
-        # history says nothing about the answer: that it should be avoided is for PPO to find out.
-        failed = [rng.choice([number for number in shown if number is not None]) for _ in range(failures)]
-        for i, wrong in enumerate(failed):
-            prompt += failure_text(wrong, attempts - 1 - i)
-        repeat = failures and rng.random() < REPEAT_SHARE
-        prompts.append(prompt)
-        responses.append(response_text(failed[-1] if repeat else answer))
-    return prompts, responses
+        left = rng.randint(failures + 1, MOST_FAILURES + 1)
+        row = [(prompt_text(question, None if plain else left), False)]
+        for answer, trained in draw_answers(rng, *shown_numbers(question), failures + 1, sharpness):
+            left -= 1
+            row += [(response_text(answer), trained), (feedback_text(left), False)]
+        rows.append(row[:-1])  # no feedback to the last
+    return rows
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random, seed: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Endless (ids (B, T) int64, number of trailing ids that are the response)."""
-    while True:
-        prompts, responses = draw_batch(rng, seed)
-        rows = tokenizer([p + r for p, r in zip(prompts, responses)], add_special_tokens=False)["input_ids"]
-        yield torch.tensor(rows), len(tokenizer(responses[0], add_special_tokens=False)["input_ids"])
+def encode_batch(tokenizer: PreTrainedTokenizerFast, rows: list[list[tuple[str, bool]]]) -> tuple[torch.Tensor, ...]:
+    """Ids (B, T), positions of responses (A,), their labels (B, A), -100 where not trained.
+
+    The texts of all rows are equally long, one by one, so nothing is padded or masked.
+    """
+    ids = torch.tensor(
+        tokenizer(["".join(text for text, _ in row) for row in rows], add_special_tokens=False).input_ids
+    )
+    lengths = [len(part) for part in tokenizer([text for text, _ in rows[0]], add_special_tokens=False).input_ids]
+    part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (T,) which text a position is in
+    actions = (part % 2 == 1).nonzero().squeeze(1)  # texts alternate: environment, response, environment, ...
+    trained = torch.tensor([[trained for _, trained in row] for row in rows])[:, part[actions]]  # (B, A)
+    return ids, actions, ids[:, actions].where(trained, torch.tensor(-100))
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
@@ -244,17 +274,18 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
 
 
 def warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Supervised training on responses only: the format, the skill as far as it goes, and how dialogues look."""
+    """Supervised training on responses: the format, the skill as far as it goes, and how dialogues look."""
     model = make_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = batches(tokenizer, random.Random(f"{seed} warm"), seed)
+    rng = random.Random(f"{seed} warm")
     for step in tqdm(range(WARM_STEPS), desc="warm start", unit="step"):
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / WARM_STEPS))
         for group in optimizer.param_groups:
             group["lr"] = WARM_LR * min(1.0, (step + 1) / WARM_UP) * decay
-        ids, response = next(stream)  # ids (B, T)
-        logits = model(ids, logits_to_keep=response + 1).logits[:, :-1]  # (B, response, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, -response:].flatten())
+        sharpness = SHARPNESS[step >= SHARP_UNTIL * WARM_STEPS]
+        ids, actions, labels = encode_batch(tokenizer, draw_batch(rng, seed, sharpness))  # (B, T), (A,), (B, A)
+        logits = model(ids, logits_to_keep=actions - 1).logits  # (B, A, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -273,7 +304,7 @@ def first_answer_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenize
     return (logits.argmax(-1) == responses).all(1).float().mean().item()
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
+# Main -----------------------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -146,7 +146,7 @@ def test_hard_verdicts_do_not_hold_up_the_others(chat, monkeypatch):
     slow, order = concurrent.futures.Future(), []
     right = grader.Verdict("2", True, "correct")
 
-    def submit(response, gold):
+    def submit(response, gold, tolerance):
         if "slow" in response:
             return slow
         order.append("cheap")

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread co
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given as given_any
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,10 +38,10 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------------- tokenizer
+# Tokenizer ------------------------------------------------------------------------------------------------------------
 
 
-@given(text=st.text() | st.text(alphabet=" 0123456789\\n?_{}\\boxedIt<|im_end|>.\u00a0\u0120é𝔘"))
+@given_any(text=st.text() | st.text(alphabet=" 0123456789\\n?_{}\\boxedIt<|im_end|>.\u00a0\u0120é𝔘"))
 def test_any_text_survives_a_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
@@ -73,8 +73,8 @@ def test_special_tokens(tokenizer):
 def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
     dialogue = toy.prompt_text("Q?", 5) + toy.failure_text(12, 4) + toy.response_text(9)
     assert dialogue == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 5 attempts "
-        "to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 5 "
+        "attempts to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
         "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nIt is \\boxed{12}<|im_end|>\n"
         "<|im_start|>system\nYour answer is incorrect. You have 4 attempts left. Try an alternative.<|im_end|>\n"
         "<|im_start|>assistant\nIt is \\boxed{9}<|im_end|>"
@@ -92,7 +92,7 @@ def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
     assert chat == toy.prompt_text("Q?", None)
 
 
-# -------------------------------------------------------------------------------------------------------------- problems
+# Problems -------------------------------------------------------------------------------------------------------------
 
 
 def test_answers_are_right():
@@ -101,7 +101,7 @@ def test_answers_are_right():
         readable, unreadable = toy.shown_numbers(problem["question"])
         assert (len(set(readable)), unreadable) == (toy.LIST_LENGTH - toy.UNREADABLE, toy.UNREADABLE)
         assert max(readable) - min(readable) < toy.WINDOW and min(readable) >= 1 and max(readable) <= toy.LARGEST
-        assert int(problem["answer"]) in toy.posterior(tuple(sorted(readable)), unreadable)
+        assert int(problem["answer"]) in toy.posterior(readable, unreadable)
     shown, answer = toy.draw_list(toy.random.Random(0), length=5, unreadable=0)
     assert answer == sorted(shown)[2]
 
@@ -117,21 +117,50 @@ def test_problem_sets_are_disjoint_and_decided_by_the_seed():
 def test_the_warm_start_never_sees_a_held_out_question():
     rng = toy.random.Random(0)
     for _ in range(20):
-        for prompt in toy.draw_batch(rng, seed=0)[0]:
-            question = prompt.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        for row in toy.draw_batch(rng, seed=0, sharpness=1.0):
+            question = row[0][0].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
             assert not toy.is_held_out(question, seed=0)
 
 
+def test_the_warm_start_trains_on_responses_that_are_worth_it(tokenizer):
+    rng = toy.random.Random(0)
+    for _ in range(20):
+        rows = toy.draw_batch(rng, seed=0, sharpness=1.0)
+        ids, actions, labels = toy.encode_batch(tokenizer, rows)
+        assert labels.shape == (len(rows), len(actions))
+        for row, row_labels, parts in zip(ids, labels, rows, strict=True):
+            assert tokenizer.decode(row) == "".join(text for text, _ in parts)
+            assert tokenizer.decode(row[actions]) == "".join(text for text, _ in parts[1::2])
+            assert tokenizer.decode(row_labels[row_labels >= 0]) == "".join(text for text, trained in parts if trained)
+
+
 def test_ideal_reader_by_hand():
-    """Readable 1, 24 do not fit one window of 18; 4..20 with 12 between leave windows 3..20 and 4..21, say."""
-    # Readable 7 and 24: only the window 7..24. The third number is one of 8..23, all equally likely, and it is the median.
-    assert toy.posterior((7, 24), 1) == pytest.approx({median: 1 / 16 for median in range(8, 24)})
-    # Readable 6 and 23: the window is 6..23 alone (7..24 lacks 6). Readable 1 and 2: the window is 1..18, the third 3..18.
-    assert toy.posterior((1, 2), 1) == pytest.approx({2: 1.0})
-    # Readable 2 and 4: windows 1..18 and 2..19. Median 2 if the third is 1 (1/16 in the first window), 3 if it is 3, else 4.
-    assert toy.posterior((2, 4), 1) == pytest.approx({2: 0.5 / 16, 3: 1 / 16, 4: 0.5 * 14 / 16 + 0.5 * 15 / 16})
+    # Readable 7 and 24: only the window 7..24. The third number is one of 8..23, all equally likely: it is the median.
+    assert toy.posterior([24, 7], 1) == pytest.approx(dict.fromkeys(range(8, 24), 1 / 16))
+    # Readable 1 and 2: only the window 1..18, and the third number is above both.
+    assert toy.posterior([1, 2], 1) == pytest.approx({2: 1.0})
+    # Readable 2 and 4: windows 1..18 and 2..19, with 16 numbers left in each. The third number is 1 (in the first
+    # window; the median is 2), or 3 (the median is 3), or larger than 4 (the median is 4: 14 and 15 numbers).
+    assert toy.posterior([2, 4], 1) == pytest.approx({2: 1 / 32, 3: 2 / 32, 4: 29 / 32})
     assert toy.ideal_accuracy(["What is the median of 2 _ 4?"], 4) == pytest.approx([29 / 32, 31 / 32, 1, 1])
     assert toy.ideal_accuracy(["What is the median of 3 1 2?"], 2) == [1, 1]
+
+
+def test_posterior_is_what_counting_gives():
+    """Against full lists drawn at random: among those with the same readable numbers, how often each median occurs."""
+    for seed in range(20):
+        shown, _ = toy.draw_list(toy.random.Random(seed), toy.LIST_LENGTH, toy.UNREADABLE)
+        readable = [number for number in shown if number is not None]
+        counts, total = {}, 0
+        for low in range(1, toy.LARGEST - toy.WINDOW + 2):
+            window = set(range(low, low + toy.WINDOW))
+            if window.issuperset(readable):
+                for pair in toy.combinations(sorted(window.difference(readable)), toy.UNREADABLE):
+                    median = sorted([*readable, *pair])[toy.LIST_LENGTH // 2]
+                    counts[median] = counts.get(median, 0) + 1
+                    total += 1
+        expected = {median: count / total for median, count in counts.items()}
+        assert toy.posterior(readable, toy.UNREADABLE) == pytest.approx(expected)
 
 
 def test_ideal_reader_agrees_with_what_happens():
@@ -143,12 +172,12 @@ def test_ideal_reader_agrees_with_what_happens():
         right = 0
         for problem in problems:
             readable, unreadable = toy.shown_numbers(problem["question"])
-            chances = toy.posterior(tuple(sorted(readable)), unreadable)
+            chances = toy.posterior(readable, unreadable)
             right += int(problem["answer"]) in sorted(chances, key=chances.get, reverse=True)[:k]
         assert right / len(problems) == pytest.approx(expected[k - 1], abs=0.03)  # about four standard errors
 
 
-# ---------------------------------------------------------------------------------------------------------- what is made
+# What is made ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_opens_in_transformers(world):
