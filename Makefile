@@ -35,7 +35,7 @@ demo: install
 	$(VENV)/bin/python -m data.demo
 
 reproduce: install
-	$(VENV)/bin/python -m data.demo SEEDS=0,1,2 OUT=runs/reproduce
+	$(VENV)/bin/python -m data.demo SEEDS=1,2,3 OUT=runs/reproduce
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,7 @@
 """The paper's main figure in small (arXiv 2503.04808): multi-attempt against single-turn RL, in the toy world.
 
     python -m data.demo                                     # `make demo`: minutes on two cores
-    python -m data.demo SEEDS=0,1,2 OUT=runs/reproduce      # `make reproduce`: also renews README.md's table and figure
+    python -m data.demo SEEDS=1,2,3 OUT=runs/reproduce      # `make reproduce`: also renews README.md's table and figure
 
 For each seed: the toy world; PPO with several attempts and with one, side by side, on the same budget of generated
 tokens; evaluation on held-out problems; and a probe of whether a retry reads what has failed. A second call goes on
@@ -38,7 +38,12 @@ POLL_SECONDS: float = 1.0  # seconds between two looks at the runs' metrics
 
 # Of child processes: one thread each, no chatter. As it is now, before an engine in this process adds to it.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-ARMS = {"multi_attempt": "toy", "single_turn": "toy,single_turn"}  # run -> its preset in ppo.py
+ARMS = {  # run -> its arguments for ppo.py
+    "multi_attempt": ["PRESET=toy"],
+    # A dialogue of one attempt has about half the tokens: twice as many make the same number of tokens per update, so
+    # both arms make the same number of updates out of the same budget.
+    "single_turn": ["PRESET=toy,single_turn", "DIALOGUES=256", "MINI_BATCH=128"],
+}
 MODELS = {"multi_attempt": "multi-attempt RL", "single_turn": "single-turn RL", "warm_start": "warm start"}
 RESAMPLED = ("single_turn", "warm_start")  # models whose resampling control is shown
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
@@ -62,8 +67,8 @@ def train(seed: int, world: Path, folder: Path) -> None:
     """Both arms at once, each on one thread; ppo.py resumes a run that was stopped and passes over a finished one."""
     processes, bars = {}, {}
     try:
-        for position, (arm, preset) in enumerate(ARMS.items()):
-            command = [sys.executable, "ppo.py", f"PRESET={preset}", f"SEED={seed}"]
+        for position, (arm, arguments) in enumerate(ARMS.items()):
+            command = [sys.executable, "ppo.py", *arguments, f"SEED={seed}"]
             command += [f"RUN={os.path.relpath(folder / arm, 'runs')}"]
             command += [f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", *TRAINING.split()]
             with (folder / f"{arm}.log").open("ab") as log:
@@ -152,7 +157,7 @@ def run_seed(seed: int) -> dict[str, Any]:
     folder = Path(OUT) / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     world = folder / "toy" if seed else Path("data/toy")  # seed 0's is what the four stages take by default
-    run([sys.executable, "-m", "data.toy", f"SEED={seed}", f"OUT={world}"])
+    run([sys.executable, "-m", "data.toy", f"SEED={seed}", f"OUT={world}"], OMP_NUM_THREADS=str(os.cpu_count()))
     train(seed, world, folder)
 
     models = {arm: folder / arm / "policy" for arm in ARMS} | {"warm_start": world / "warm_start"}
@@ -185,9 +190,9 @@ def run_seed(seed: int) -> dict[str, Any]:
     }
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], **environment: str) -> None:
     """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed."""
-    process = subprocess.Popen(command, env=ENVIRONMENT)
+    process = subprocess.Popen(command, env=ENVIRONMENT | environment)
     try:
         if code := process.wait():
             raise SystemExit(f"{' '.join(command)} ended with {code}")
@@ -275,9 +280,10 @@ def meaning(results: dict[str, Any]) -> str:
         f"{own['warm_start']:.0%}; a fixed list of guesses would in 100%); another wrong number it repeats in "
         f"{other['multi_attempt']:.1%} (single-turn {other['single_turn']:.0%}, warm start "
         f"{other['warm_start']:.0%}).\n"
-        f"What this does not show: in {toy.REPEAT_SHARE:.0%} of its dialogues the warm start was taught to repeat the "
-        "failed answer, so flat curves are partly built in: what RL can find here is to avoid instead of repeat, "
-        f"not retries from nothing. At one attempt multi-attempt RL is {points(multi[0] - single[0])} from "
+        f"What this does not show: {toy.STAND_BY_SHARE:.0%} of the authors whom the warm start imitates stand by an "
+        "answer that was called incorrect, and no author learns from it. So flat curves are partly built in, and so is "
+        "the skill of finding the answer that has failed; RL turns its use around, from repeating to avoiding. "
+        f"At one attempt multi-attempt RL is {points(multi[0] - single[0])} from "
         f"single-turn RL and {points(multi[0] - warm[0])} from the warm start. {most} independent samples of "
         f"the warm start, without any feedback, reach {resampled:.2f}; multi-attempt RL is "
         f"{points(multi[-1] - resampled)} from there. The best possible reader is at {ideal[0]:.2f} with one attempt "
@@ -331,7 +337,8 @@ def main() -> None:
         made = (
             f"`python -m data.demo SEEDS={SEEDS} OUT={OUT}`, {today}, {minutes:.0f} minutes on {os.cpu_count()} cores."
         )
-        block = f"\n{table(results)}\n\n{LEGEND} Intervals: {results['interval']}. Made by {made}\n"
+        legend = f"{LEGEND} Intervals: {results['interval']}. Made by {made}"
+        block = f"\n{table(results)}\n\n{legend}\n\n{results['meaning']}\n"
         write_atomically(Path("README.md"), renew_readme(Path("README.md").read_text(encoding="utf-8"), block))
         Path("figures").mkdir(exist_ok=True)
         for kind in ("png", "svg"):

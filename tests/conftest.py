@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread co
 def toy(tmp_path_factory) -> Path:
     """The toy world with a warm start of seconds: it answers in boxes, mostly wrong, so there is a lot to retry."""
     out = tmp_path_factory.mktemp("world") / "toy"
-    small = f"import data.toy as t; t.OUT={str(out)!r}; t.WARM_STEPS=150; t.TRAIN_PROBLEMS=300; t.TEST_PROBLEMS=40"
-    subprocess.run([sys.executable, "-c", small + "; t.make_toy()"], cwd=ROOT, check=True)
+    small = ["WARM_STEPS=150", "TRAIN_PROBLEMS=300", "TEST_PROBLEMS=40"]
+    subprocess.run([sys.executable, "-m", "data.toy", f"OUT={out}", *small], cwd=ROOT, check=True)
     return out
 
 

@@ -280,16 +280,7 @@ def test_gradients_do_not_depend_on_micro_batches(toy, ranks, monkeypatch, chang
     dialogues = [*two_dialogues(), *two_dialogues()[::-1]]
     folder, moved = str(toy / "warm_start"), []
     for change in ({}, changes):
-        constants(
-            monkeypatch,
-            DIALOGUES=4,
-            MINI_BATCH=4,
-            GRAD_CLIP=1e9,
-            MAX_TOKENS_PER_MICRO_BATCH=64,
-            **{} if not change else {},
-        )
-        for name, value in change.items():
-            monkeypatch.setattr(ppo, name, value)
+        constants(monkeypatch, **{"MINI_BATCH": 4, "GRAD_CLIP": 1e9, "MAX_TOKENS_PER_MICRO_BATCH": 64} | change)
         _, _, metrics = one_step(folder, 280, dialogues, 0.0, 0.0)
         moved.append(metrics)
     for name in moved[0]:
@@ -425,7 +416,7 @@ def test_sampler_follows_the_trainer(runs, toy, tied, tmp_path):
 
 
 def test_export_gives_the_same_logprobs_in_vllm_and_transformers(runs, toy, straight):
-    """In a process of its own: vLLM opens the exported folder, plays, and transformers confirms each log-probability."""
+    """In its own process: vLLM opens the exported folder, plays, and transformers confirms each log-probability."""
     program = (
         "import sys, torch, rollout\n"
         "from transformers import AutoModelForCausalLM\n"
