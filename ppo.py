@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "MINI_BATCH": 64,
         "EPOCHS": 2,
         "ROW_TOKENS": 128,
-        # Exploration needs the entropy bonus. But anything may be said behind the box, the bonus pays for junk there;
+        # Exploration needs the entropy bonus. But behind the box anything may be said, and the bonus would pay for that;
         # a KL weight above it makes the first token of junk cost more than it earns.
         "KL_COEF": 0.04,
         "ENTROPY_COEF": 0.02,

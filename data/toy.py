@@ -4,7 +4,7 @@
 
 A problem is the median of nine numbers, two of which cannot be read:
 
-    What is the median of 12 4 _ 9 15 7 _ 11 6?     ->     It is \\boxed{9}
+    What is the median of 12 4 _ 9 15 7 _ 11 6?     ->     It is \\boxed{ 9}
 
 The nine are distinct and come from a window of 18 consecutive numbers somewhere in 1..24. However skilled a reader is,
 doubt remains, so a second attempt is worth something; and since the posterior can be enumerated, the best possible
@@ -60,10 +60,11 @@ CHAT_TEMPLATE: str = (  # ChatML as in Qwen2.5, without a default system message
 PHRASES: tuple[str, ...] = (  # single tokens; whatever is not listed here falls back to bytes
     *(role + "\n" for role in ("system", "user", "assistant")),
     SYSTEM_SINGLE,
-    *SYSTEM_MULTI.removeprefix(SYSTEM_SINGLE).split("{attempts}"),
-    *FEEDBACK.split("{attempts}"),
+    *SYSTEM_MULTI.removeprefix(SYSTEM_SINGLE).split(" {attempts}"),
+    *FEEDBACK.split(" {attempts}"),
     "What is the median of",
     "It is \\boxed{",
+    f" {BLANK}",
 )
 
 # The model
@@ -161,8 +162,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    # Digits are bytes already; as added tokens all numbers are made alike. The longest match wins: "12" is one token.
-    words = [str(number) for number in range(1, LARGEST + 1)] + list(PHRASES)
+    # A number is one token together with the space before it, in a question as in a box: half the ids of a question, and
+    # what is read is what is said. The longest match wins: " 12" is one token.
+    words = [f" {number}" for number in range(1, LARGEST + 1)] + list(PHRASES)
     backend.add_tokens([AddedToken(word, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -185,7 +187,7 @@ def prompt_text(question: str, attempts: int | None) -> str:
 
 
 def response_text(answer: int) -> str:
-    return f"It is \\boxed{{{answer}}}<|im_end|>"
+    return f"It is \\boxed{{ {answer}}}<|im_end|>"
 
 
 def feedback_text(attempts_left: int) -> str:

@@ -54,13 +54,11 @@ def test_unknown_text_falls_back_to_bytes(tokenizer):
 
 def test_numbers_and_phrases_are_single_tokens(tokenizer):
     for number in range(1, toy.LARGEST + 1):
-        word = str(number)
-        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1
-        boxed = tokenizer.encode(f"It is \\boxed{{{word}}}", add_special_tokens=False)
-        assert boxed[1:-1] == tokenizer.encode(word, add_special_tokens=False)  # the same id in a box as in a list
-        assert len(boxed) == 3
+        (token,) = tokenizer.encode(f" {number}", add_special_tokens=False)
+        response = tokenizer.encode(toy.response_text(number), add_special_tokens=False)
+        assert response[1] == token and len(response) == 4  # the same id in a box as in a list
     prompt = toy.prompt_text("What is the median of 12 4 _ 9 15 7 _ 11 6?", 5)
-    assert len(tokenizer.encode(prompt, add_special_tokens=False)) < 40
+    assert len(tokenizer.encode(prompt, add_special_tokens=False)) < 30
     assert len(tokenizer.encode(toy.failure_text(12, 4), add_special_tokens=False)) < 16
 
 
@@ -75,14 +73,14 @@ def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
     assert dialogue == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 5 "
         "attempts to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
-        "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nIt is \\boxed{12}<|im_end|>\n"
+        "<|im_start|>user\nQ?<|im_end|>\n<|im_start|>assistant\nIt is \\boxed{ 12}<|im_end|>\n"
         "<|im_start|>system\nYour answer is incorrect. You have 4 attempts left. Try an alternative.<|im_end|>\n"
-        "<|im_start|>assistant\nIt is \\boxed{9}<|im_end|>"
+        "<|im_start|>assistant\nIt is \\boxed{ 9}<|im_end|>"
     )
     messages = [
         {"role": "system", "content": SYSTEM_MULTI.replace("{attempts}", "5")},
         {"role": "user", "content": "Q?"},
-        {"role": "assistant", "content": "It is \\boxed{12}"},
+        {"role": "assistant", "content": "It is \\boxed{ 12}"},
         {"role": "system", "content": FEEDBACK.replace("{attempts}", "4")},
     ]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
