@@ -162,7 +162,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    # A number is one token together with the space before it, in a question as in a box: half the ids of a question, and
+    # A number is one token together with the space before it, in a question as in a box: half the ids, and
     # what is read is what is said. The longest match wins: " 12" is one token.
     words = [f" {number}" for number in range(1, LARGEST + 1)] + list(PHRASES)
     backend.add_tokens([AddedToken(word, normalized=False) for word in words])
