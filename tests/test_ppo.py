@@ -270,7 +270,7 @@ def test_one_training_step_by_hand(toy, ranks, monkeypatch):
         assert got.keys() == want.keys()
         for n, w in want.items():
             # Adam's first step is lr * sign(gradient): where a gradient is all rounding, its sign is, too.
-            sure = grads[n].abs() > 1e-6
+            sure = grads[n].abs() > 1e-5
             assert torch.allclose(got[n][sure], w[sure], atol=2e-6), n
             assert (got[n] - old[n]).abs().max() <= 2.001e-3
 
@@ -387,7 +387,8 @@ def test_two_ranks_learn_what_one_learns(runs, toy, straight):
     for one, other in zip(straight, two, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+            count = name in ("clipped", "value_clipped")  # an action at the clip's edge may fall on either side of it
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=0.02 if count else 1e-5), name
     a, b = weights(runs, "straight"), weights(runs, "two")
     assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
 

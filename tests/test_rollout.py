@@ -206,10 +206,10 @@ def test_real_engine_plays_what_the_model_says(toy, engine):
 def test_more_prompts_than_one_forward_pass_takes(toy, engine):
     """Seeded sampling survives a queue whose prompts overflow the engine's token budget of a step."""
     chat = Chat(engine.tokenizer)
-    problems = rollout.load_problems(toy / "train.jsonl")[:300]
+    problems = rollout.load_problems(toy / "train.jsonl") * 2
     dialogues = [rollout.new_dialogue(chat, p, 1) for p in problems]
     assert sum(len(d.ids) for d in dialogues) > 8192
-    rollout.play(engine, chat, dialogues, list(range(300)), 1.0)
+    rollout.play(engine, chat, dialogues, list(range(len(dialogues))), 1.0)
     assert all(len(d.attempts) == 1 for d in dialogues)
 
 
