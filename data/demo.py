@@ -279,7 +279,7 @@ def meaning(results: dict[str, Any]) -> str:
         f"{own['multi_attempt']:.0%} of the cases (single-turn {own['single_turn']:.0%}, warm start "
         f"{own['warm_start']:.0%}; a fixed list of guesses would in 100%); another wrong number it repeats in "
         f"{other['multi_attempt']:.1%} (single-turn {other['single_turn']:.0%}, warm start "
-        f"{other['warm_start']:.0%}).\n"
+        f"{other['warm_start']:.0%}).\n\n"
         f"What this does not show: {toy.STAND_BY_SHARE:.0%} of the authors whom the warm start imitates stand by an "
         "answer that was called incorrect, and no author learns from it. So flat curves are partly built in, and so is "
         "the skill of finding the answer that has failed; RL turns its use around, from repeating to avoiding. "
