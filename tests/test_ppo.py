@@ -381,16 +381,27 @@ def test_a_killed_run_resumes_to_the_same_numbers(runs, toy, straight):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_two_ranks_learn_what_one_learns(runs, toy, straight):
-    two = train(runs, "two", toy, processes=2)
-    assert len(two) == len(straight)
-    for one, other in zip(straight, two, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
+def assert_same_up_to_rounding(one: list[dict], other: list[dict]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
             count = name in ("clipped", "value_clipped")  # an action at the clip's edge may fall on either side of it
-            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=0.02 if count else 1e-5), name
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=0.02 if count else 1e-5), name
+
+
+def test_two_ranks_learn_what_one_learns(runs, toy, straight):
+    assert_same_up_to_rounding(straight, train(runs, "two", toy, processes=2))
     a, b = weights(runs, "straight"), weights(runs, "two")
     assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
+
+
+def test_another_number_of_ranks_resumes(runs, toy, straight, tmp_path):
+    run = tmp_path / "runs/straight"
+    shutil.copytree(runs / "runs/straight", run)
+    shutil.rmtree(run / "policy")
+    shutil.rmtree(run / "checkpoints/step-000004")
+    assert_same_up_to_rounding(straight, train(tmp_path, "straight", toy, processes=2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
