@@ -85,6 +85,8 @@ SAY_CHECK = (  # SCoRe, appendix C, whose last sentence asks for "Final Answer: 
     "the error, if any, and rewrite the solution. Only output the final solution! At the end of the Solution, put your "
     "final answer within \\boxed{}."
 )
+STATUSES = ("correct", "wrong", "no_answer", "timeout")
+ENDINGS = ("stop", "length", "context", "box")
 
 
 # The record of the program --------------------------------------------------------------------------------------------
@@ -93,10 +95,8 @@ class Attempt:
     start: int  # position in Dialogue.ids of the attempt's first action
     end: int  # one past its last action
     answer: str | None  # what stood in the last complete box
-    status: str  # the grader's: "correct", "wrong", "no_answer", "timeout"
-    ending: (
-        str  # "stop" (the policy ended its turn), "length" (MAX_ATTEMPT_TOKENS), "context" (full) or "box" (STOP_AT)
-    )
+    status: str  # the grader's, one of STATUSES
+    ending: str  # one of ENDINGS: the policy's end of turn, MAX_ATTEMPT_TOKENS, a full CONTEXT, or STOP_AT="first_box"
     reward: float = 0.0  # placed on the last action
 
 
