@@ -11,6 +11,7 @@
     torchrun --nproc-per-node 8 ppo.py PRESET=paper RUN=paper TRAIN_DATA=data/math_train.jsonl
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -36,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -367,7 +369,7 @@ class MicroBatch:
 
     ids: Tensor  # (R, L) int64
     positions: Tensor  # (R, L) int64; starts at 0 for each dialogue, which keeps attention inside it
-    attention: dict[str, Any]  # what varlen_attention has to know: where dialogues start, and how long the longest is
+    attention: dict[str, Any]  # boundaries() for the kernel on a GPU; else empty, and attention goes by the positions
     state: tuple[Tensor, Tensor]  # (A,) row and column of the token behind which the action was sampled
     action: tuple[Tensor, Tensor]  # (A,) dialogue and time of the action in the Batch
 
@@ -389,11 +391,19 @@ def make_micro_batch(batch: Batch, rows: list[list[int]]) -> MicroBatch:
             dialogues.append(torch.full_like(time_of_action, i))
             times.append(time_of_action)
             start += length
-    starts = (positions.flatten() == 0).nonzero().flatten().to(torch.int32)  # in the rows laid end to end
-    ends = F.pad(starts, (0, 1), value=positions.numel())
-    attention = {"boundaries": ends, "longest": max(batch.lengths[i] for row in rows for i in row)}
     state, action = (torch.cat(states), torch.cat(columns)), (torch.cat(dialogues), torch.cat(times))
-    return MicroBatch(ids, positions, attention if ids.is_cuda else {}, state, action)
+    return MicroBatch(ids, positions, boundaries(positions) if ids.is_cuda else {}, state, action)
+
+
+def boundaries(positions: Tensor) -> dict[str, Any]:
+    """What varlen_attention has to know: where dialogues start in the rows laid end to end; the longest one's length.
+
+    >>> boundaries(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))
+    {'boundaries': tensor([ 0,  3,  5,  7,  8,  9, 10], dtype=torch.int32), 'longest': 3}
+    """
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    found = F.pad(starts, (0, 1), value=positions.numel()).to(torch.int32)
+    return {"boundaries": found, "longest": int(found.diff().max())}
 
 
 def micro_batches(batch: Batch, indices: Iterable[int]) -> Iterator[tuple[MicroBatch, bool, bool]]:
@@ -751,6 +761,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoints/step-??????"))
 
 
+@contextlib.contextmanager
+def writing(partial: Path) -> Iterator[None]:
+    """Turns a disk that is full into a clear end, which leaves nothing half-written and all checkpoints whole."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        there = [path.name for path in checkpoints(partial.parent.parent) + checkpoints(partial.parent)]
+        behind = f"from {there[-1]}" if there else "at its beginning"
+        raise SystemExit(f"{partial} could not be written ({last_line(error)}); the run goes on {behind}") from error
+
+
 def save(folder: Path, step: int, generated: int, learner: Learner, best: int) -> None:
     """checkpoints/step-000100: models and optimisers, sharded, and the step. The newest KEEP_CHECKPOINTS and that of
     step `best` stay. All ranks must call it. A failure leaves the checkpoints before it whole."""
@@ -759,14 +781,8 @@ def save(folder: Path, step: int, generated: int, learner: Learner, best: int) -
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
     dist.barrier()
-    try:
-        state = {"parts": gather_state(learner), "step": step, "generated": generated}
-        dcp.save(state, checkpoint_id=partial)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SystemExit(
-            f"{partial} could not be written ({last_line(error)}); the run resumes from the one before"
-        ) from error
+    with writing(partial):
+        dcp.save({"parts": gather_state(learner), "step": step, "generated": generated}, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(name)
         for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
@@ -815,8 +831,9 @@ def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         actor.lm.config.dtype = getattr(torch, COMPUTE_DTYPE)
-        actor.lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
+        with writing(partial):
+            actor.lm.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
         if folder.is_dir():
             folder.rename(folder.with_name(folder.name + ".old"))
         partial.rename(folder)
@@ -905,7 +922,7 @@ def split_problems(problems: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
     return [p for p in problems if rollout.question_key(p["question"]) not in asked], dev
 
 
-def test_on_dev(engine: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dict[str, float]:
+def dev_accuracies(engine: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dict[str, float]:
     """Greedy accuracy within 1..MAX_ATTEMPTS attempts of dialogues that grant as many. All ranks must call it."""
     groups = dist.get_world_size() // rollout.TENSOR_PARALLEL
     mine = dev[dist.get_rank() // rollout.TENSOR_PARALLEL :: groups]
@@ -963,7 +980,7 @@ def plan(learner: Learner, problems: int, dev: int) -> str:
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
     lines = [
-        f"{problems:,} problems to train on, {dev} to choose the checkpoint; {world} ranks",
+        f"{problems:,} problems to train on, {dev} to choose the checkpoint; {world} rank{'s' * (world > 1)}",
         f"a rollout: {DIALOGUES // rollout.SAMPLES_PER_PROMPT} problems x {rollout.SAMPLES_PER_PROMPT} = {DIALOGUES} "
         f"dialogues of up to {rollout.MAX_ATTEMPTS} attempts",
         f"a step: {EPOCHS} x {DIALOGUES // MINI_BATCH} updates of {MINI_BATCH} dialogues, in micro-batches of at most "
@@ -1076,7 +1093,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
         (preempted,) = all_sum(bool(stop))
         saving = step % SAVE_EVERY == 0 or progress() >= 1 or preempted
         if saving and dev:
-            metrics |= test_on_dev(engine, chat, dev)
+            metrics |= dev_accuracies(engine, chat, dev)
             if metrics[goal] > best_accuracy:
                 best, best_accuracy = step, metrics[goal]
                 export(folder / "best", learner.actor, chat.tokenizer)
@@ -1139,7 +1156,8 @@ def main() -> None:
     folder = Path("runs") / RUN
     start_ranks()
     check_constants()
-    open_run(folder, constants)
+    if not DRY_RUN:
+        open_run(folder, constants)
     if (folder / "policy").is_dir():
         print(f"{folder} is finished: its policy is in {folder / 'policy'}")
     else:
