@@ -329,6 +329,10 @@ def test_near_duplicates_against_all_pairs(monkeypatch):
         assert found == expected
 
 
+def test_the_same_question_is_found_where_hardly_a_shingle_is_shared():
+    assert near_duplicates(["Roots of $jx=k y$?"], ["Roots of $j x = ky$?", "Roots of $x=y$?"]) == [{0: True}]
+
+
 def test_a_pattern_with_other_numbers_is_another_problem_in_training_but_not_beside_a_benchmark():
     def problem(name: str, number: int, answer: str) -> dict:
         triangle = "In a certain isosceles right triangle, the altitude to the hypotenuse has length"
