@@ -44,7 +44,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -57,6 +57,7 @@ MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions t
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix, terms of a sum
 MAX_BITS: int = 30_000  # size of a number: 2^{30000} and 1e10000 are beyond
 MAX_FACTORIAL: int = 3000  # of what factorials and binomials are computed exactly
+MAX_ROWS: int = 5  # of a determinant
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 POINTS: int = 8  # places at which two expressions must agree; a difference mostly shows at the first
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
@@ -167,10 +168,9 @@ UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
 FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around all
-TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox|mathrm|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
 CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
-THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])(?! \d+(?![\d/]))")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
 
 
 def repeating(match: re.Match) -> str:
@@ -180,23 +180,44 @@ def repeating(match: re.Match) -> str:
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
 
 
+def undress_text(match: re.Match) -> str:
+    r"""What \text{...} stands for: a comma (and), mathematics (225; A,C,F), or words, which stay \text{words}."""
+    content = re.sub(r"\\[,;:! ]|[~{}$]", " ", match[1]).strip()
+    if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
+        return " , "
+    if "\\" in content or not content:
+        return f" {match[1]} "
+    before = match.string[: match.start()].rstrip(" ~\\,;:")
+    unit = AFTER_VALUE.search(before) and content[0].isalpha() and content not in ("e", "i", "d")
+    if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
+        return f" {content} "
+    return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
+
+
 DRESS = [  # what to replace by what, in this order
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"\\\\", r"\\cr "),
+        (r"\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?", r"\\cr "),
         (rf"([{SUPERSCRIPTS}]+)", lambda m: "^{" + m[1].translate(LIFTED) + "}"),
         (rf"([{SUBSCRIPTS}]+)", lambda m: "_{" + m[1].translate(LIFTED) + "}"),
         (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
-        (r"(?<=\d)(?:\{,\}|,\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"(?<=\d)(?:\{,\}(?:\\!)?|\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\!", ""),
+        (r"\\\$(?=\})", "dollars"),  # \text{\$}
+        (
+            r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+            undress_text,
+        ),
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|phantom)(?![A-Za-z])", " "),
-        (r"\\[hv]?(?:space|phantom|color)\*?\{[^{}]*\}|\\q?quad|\\[,;:!> ]|[~\s]+", " "),
+        (r"\\(?:(?:display|text|script)style|(?:no)?limits|rm|bf|it|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
+        (r"\\(?:[hv]?phantom|color)\s*(?:\{[^{}]*\}|\S)|\\[hv]space\*?\{[^{}]*\}|\\q?quad|\\[,;:> ]|[~\s]+", " "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|underline|boxed|fbox)\s*(?=\{)", ""),
+        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\(?:math(?!bb)[a-z]+|text[a-z]+|boldsymbol|bm|pmb|underline|boxed|fbox)\s*(?=\{)", ""),
         (r"^(-?)\\\$", r"\\text{dollars}\1"),
         (r"\\\$", " "),
         (r"\$|\\[()\[\]]", " "),
@@ -204,10 +225,12 @@ DRESS = [  # what to replace by what, in this order
         (r"\\lvert|\\rvert|\\vert|\\mid(?![A-Za-z])", "|"),
         (r"\^\{?\s*\\prime\s*\}?", "'"),
         (r"\\text\{(?:all )?real(?: number)?s\}", r"\\mathbb{R}"),
-        (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+        (r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2"),
+        (r"(?<!\.)\.(?=\s*[)\]}])", ""),  # a period inside brackets
         (r"\b(?:np|math|numpy|sympy)\.", ""),
         (r"(?<=\d)\s*((?:[kcm]?m|ft|mi|k?g|k?J|N|L)/(?:s|h|hr|min|kg|mol|m)(?:\^\{?\d\}?)?)$", r"\\text{\1}"),
         (r"\b([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\1'"),  # an inverse function is a name, not a power
+        (r"\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{?R\}? ?)?[:|](?=[^:]*(?:[<>=|]|\\[lgn]e))", r"\\{"),  # {x : x > 1}
         (r"^\](?=.*,)", "("),  # ]0,1[ is (0,1)
         (r"(?<=\w)\[$", ")"),
         (r"\*\*", "^"),
@@ -220,16 +243,10 @@ DRESS = [  # what to replace by what, in this order
 ]
 
 
-def undress_text(match: re.Match) -> str:
-    r"""What \text{...} stands for: a comma (and), mathematics (225; A,C,F), or words, which stay \text{words}."""
-    content = match[1].strip(" ~")
-    if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
-        return " , "
-    before = match.string[: match.start()].rstrip(" ~\\,;:")
-    unit = AFTER_VALUE.search(before) and content[:1].isalpha() and content not in ("e", "i", "d")
-    if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
-        return f" {content} "
-    return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
+def closing_brace(text: str) -> int:
+    """Where the group that the text starts with ends, or -1."""
+    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
+    return next((at for at, depth in enumerate(depths) if not depth), -1)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -244,13 +261,14 @@ def tidy(answer: str, thousands: bool = True) -> str:
         text = next(part for part in match.groups() if part is not None).strip()
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
-    text = TEXT.sub(undress_text, text.translate(UNICODE_TABLE))
+    text = text.translate(UNICODE_TABLE)
     for pattern, replacement in DRESS:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"')
+    while text[:1] == "{" and closing_brace(text) == len(text) - 1:
+        text = text[1:-1].lstrip().rstrip(" .,;")
     if clause := CLAUSE.search(text):
-        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{") or text
-    core = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"}')
-    text = core + "}" * (text.count("}") - core.count("}"))  # a period may stand before the last braces
+        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;") or text
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
     return re.sub(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # 3 3/4
@@ -275,7 +293,8 @@ def bits(value: Fraction) -> int:
 
 
 def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
-    """A sum or a product with its numbers folded into one."""
+    """A sum or a product, flat and with its numbers folded into one."""
+    parts = tuple(inner for part in parts for inner in (part.args if part.kind == kind else (part,)))
     numbers = [part.args[0] for part in parts if part.kind == "num"]
     folded = number(sum(numbers) if kind == "add" else math.prod(numbers))
     kept = tuple(part for part in parts if part.kind != "num")
@@ -286,14 +305,53 @@ def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
 
 
 def add(*terms: Node) -> Node:
+    if len({shape(term) for term in terms}) == 1 and shape(terms[0]):
+        return matrix(
+            [map(add, *(row.args for row in rows)) for rows in zip(*(term.args for term in terms), strict=True)]
+        )
     return combine("add", terms, 0)
 
 
 def multiply(*factors: Node) -> Node:
-    return combine("mul", factors, 1)
+    """A product; of matrices in their order, with numbers and expressions before or behind them."""
+    matrices = [factor for factor in factors if shape(factor)]
+    if not matrices:
+        return combine("mul", factors, 1)
+    scalar = multiply(*(factor for factor in factors if not shape(factor)))
+    product, *others = matrices
+    for other in others:
+        if shape(product)[1] != shape(other)[0]:
+            raise Unreadable("matrices that do not fit")
+        columns = list(zip(*(row.args for row in other.args), strict=True))
+        product = matrix([[add(*map(multiply, row.args, column)) for column in columns] for row in product.args])
+    return matrix([[multiply(scalar, cell) for cell in row.args] for row in product.args])
+
+
+def matrix(rows: Iterable[Iterable[Node]]) -> Node:
+    return Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
+
+
+def shape(node: Node) -> tuple[int, int] | None:
+    return (len(node.args), len(node.args[0].args)) if node.kind == "matrix" else None
+
+
+def determinant(rows: Sequence[Sequence[Node]]) -> Node:
+    """By the first row; of the few rows that an answer has."""
+    if not rows:
+        return ONE
+    minors = (determinant([row[:at] + row[at + 1 :] for row in rows[1:]]) for at in range(len(rows)))
+    return add(*(multiply(number((-1) ** at), rows[0][at], minor) for at, minor in enumerate(minors)))
+
+
+def negative(value: Node) -> Node:
+    return (
+        Node("unit", (negative(value.args[0]), value.args[1])) if value.kind == "unit" else multiply(MINUS_ONE, value)
+    )
 
 
 def power(base: Node, exponent: Node) -> Node:
+    if exponent == ONE:
+        return base
     if base.kind == exponent.kind == "num" and exponent.args[0].denominator == 1:
         value, times = base.args[0], exponent.args[0].numerator
         if abs(times) * bits(value) <= MAX_BITS and (value or times > 0):
@@ -343,10 +401,10 @@ CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
-MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array"}
+MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix"}
 NO_FACTOR = {r"\cr", r"\end", r"\circ", r"\pm", r"\mp", r"\to", r"\rightarrow", r"\implies", r"\Rightarrow", r"\pmod"}
 NO_FACTOR |= RELATIONS | set(SET_SIGNS) | set(CLOSING.values())
-CHANGES_MEANING = re.compile(r"\b(?:not|no|never|without|except|undefined|wrong|than|least|most)\b", re.I)
+CHANGES_MEANING = re.compile(r"\b(?:not?|non|never|without|except|undefined|wrong|than|least|most|or)\b", re.I)
 TOKEN = re.compile(
     r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
     r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<char>\S)",
@@ -449,7 +507,7 @@ class Reader:
                 return " ".join(parts)
 
     def relation(self) -> Node:
-        self.accept("=")  # "= 5"
+        self.accept("=", r"\approx")  # "= 5"
         terms, signs = [self.ratio()], []
         while sign := self.accept(*RELATIONS):
             signs.append(sign)
@@ -482,7 +540,7 @@ class Reader:
     def sum(self) -> Node:
         terms = [self.product()]
         while sign := self.accept("+", "-"):
-            terms.append(multiply(MINUS_ONE, self.product()) if sign == "-" else self.product())
+            terms.append(negative(self.product()) if sign == "-" else self.product())
         return add(*terms) if len(terms) > 1 else terms[0]
 
     def product(self) -> Node:
@@ -508,11 +566,10 @@ class Reader:
         return token.kind in ("num", "name") or (token.kind == "char" and opens)
 
     def signed(self) -> Node:
-        negative = False
+        minus = False
         while sign := self.accept("+", "-"):
-            negative ^= sign == "-"
-        value = self.powered()
-        return multiply(MINUS_ONE, value) if negative else value
+            minus ^= sign == "-"
+        return negative(self.powered()) if minus else self.powered()
 
     def powered(self) -> Node:
         r"""A base with what is written behind it: x^2, n!, 50%, 30^\circ."""
@@ -537,7 +594,7 @@ class Reader:
     def exponent(self) -> Node:
         sign = self.accept("+", "-")
         value = self.argument()
-        return multiply(MINUS_ONE, value) if sign == "-" else value
+        return negative(value) if sign == "-" else value
 
     def argument(self, one_digit: bool = False) -> Node:
         r"""An argument as TeX takes it, a group or one token; \frac43 takes one digit, but 10^23 means 10^{23}."""
@@ -549,7 +606,7 @@ class Reader:
 
     def group(self, opening: str) -> list[Node]:
         outside, self.in_bars = self.in_bars, opening == "|"
-        items = self.items(CLOSING[opening], "|" if opening == r"\{" else "")
+        items = self.items(CLOSING[opening])
         self.in_bars = outside
         return items
 
@@ -573,13 +630,13 @@ class Reader:
 
     def bracket(self, opening: str) -> Node:
         items = self.group(opening)
-        if opening == r"\{" and self.accept("|", ":"):  # {x | x > 1}
-            items = self.items(r"\}")
         closing = self.take().value
         if closing not in (CLOSING[opening], *(")", "]") * (opening in "([")):
             raise Unreadable("a bracket is open")
-        if len(items) == 1 and (opening == "{" or (opening == r"\{" and items[0].kind == "rel")):
+        if len(items) == 1 and opening == "{":
             return items[0]
+        if opening == r"\{" and items and all(item.kind == "rel" for item in items):  # {x : 1 < x}
+            return items[0] if len(items) == 1 else Node("list", tuple(items))
         if opening in ("{", r"\{"):
             return Node("set", tuple(items))
         if not items or (opening in BARS and len(items) > 1):
@@ -689,6 +746,9 @@ class Reader:
             value = call("root", *args, number(2))
         elif name == "lg" or (name == "log" and base):
             value = divide(call("ln", *args), call("ln", base or number(10)))
+        elif name in ("tanh", "coth"):  # by functions whose size shows how many digits are needed
+            top, bottom = ("sinh", "cosh") if name == "tanh" else ("cosh", "sinh")
+            value = divide(call(top, *args), call(bottom, *args))
         else:
             value = call(SPELLINGS.get(name, name), *args)
         if exponent == MINUS_ONE and "a" + name in SPELLINGS.values():
@@ -714,7 +774,13 @@ class Reader:
             return Node("list", tuple(cell for row in rows for cell in row))
         if len({len(row) for row in rows}) != 1:
             raise Unreadable("rows of different lengths")
-        return Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
+        if name == "vmatrix":
+            if not rows or len(rows) != len(rows[0]) or len(rows) > MAX_ROWS:
+                raise Unreadable("no square")
+            return determinant(rows)
+        if not rows:
+            raise Unreadable("an empty matrix")
+        return matrix(rows)
 
 
 CURRENCIES = {"dollar", "euro", "yen", "pound sterling", "rupee"}
@@ -933,7 +999,7 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
         precision = lowest
         left, right = values(index, real, precision)
         if mp.peak > GUARD_BITS // 2:
-            precision += 2 * mp.peak
+            precision += 4 * mp.peak
             left, right = values(index, real, precision)
             if lowest + mp.peak > precision:
                 raise Undefined("a pole, where values grow with the precision")
@@ -1022,11 +1088,12 @@ def quantity(node: Node) -> tuple[Node, str]:
 
 def same_quantity(a: Node, b: Node, local: bool) -> bool:
     """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
+    for one, other in ((a, b), (b, a)):
+        if one.kind != "unit" and same(one, other.args[0], local):  # 2k is no quantity beside "2k units"
+            return True
     (value_a, unit_a), (value_b, unit_b) = quantity(a), quantity(b)
     if unit_a and unit_b:
         return unit_a == unit_b and same(value_a, value_b, local)
-    if same(value_a, value_b, local):
-        return True
     scale = SCALES.get(unit_a + unit_b)
     if scale is None or {value_a.kind, value_b.kind} & NO_SCALAR:
         return False
@@ -1035,9 +1102,12 @@ def same_quantity(a: Node, b: Node, local: bool) -> bool:
 
 
 def is_name(node: Node) -> bool:
-    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, |AB|, A:B."""
-    if node.kind == "mul":
-        return all(part.kind == "sym" and part.args[0].isupper() for part in node.args)
+    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B."""
+    if node.kind in ("mul", "pow"):
+        return all(
+            part in (MINUS_ONE, node) or part.kind in ("mul", "pow") or (part.kind == "sym" and part.args[0].isupper())
+            for part in parts_of(node)
+        )
     if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
     return node.kind in ("sym", "opaque")
@@ -1049,7 +1119,8 @@ def definition(node: Node, local: bool) -> tuple[Node, Node] | None:
         return None
     _, first, *_, last = node.args
     if is_name(first) or is_name(last):
-        return (first, last) if is_name(first) else (last, first)
+        forward = is_name(first) and not (last.kind == "opaque" and first.kind == "sym")
+        return (first, last) if forward else (last, first)
     return (first, last) if not symbols(first, last) and same(first, last, local) else None
 
 
@@ -1139,9 +1210,10 @@ class Algebra:
             return sp.FiniteSet(*map(self.scalar, args))
         if kind in REGIONS or kind == "list":
             joined = {"intersection": sp.Intersection, "minus": sp.Complement}.get(kind, sp.Union)
-            if all(part.kind == "rel" and part.args[0] == (r"\ne",) for part in args):  # x \ne 1, x \ne 2: not "or"
-                joined = sp.Intersection
-            return joined(*map(self.region, args))
+            regions = [self.region(part) for part in args]
+            if kind == "list" and all(part.kind == "rel" for part in args) and sp.Intersection(*regions):
+                joined = sp.Intersection  # 1 < x, x < 2; but x < 1, x > 2 are two parts
+            return joined(*regions)
         if kind != "rel":
             raise Unreadable(kind)
         relations = {"<": sp.Lt, r"\le": sp.Le, r"\ne": sp.Ne, "=": sp.Eq}
@@ -1158,7 +1230,12 @@ class Algebra:
 # ---------------------------------------------------------------------------------------------------------------------
 
 PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
-LABELLED = re.compile(r"(?:\\text\{)?\(?([A-H])[).:](?=\W).*", re.S)  # (B) 12
+LABELLED = re.compile(  # (B) 12 but not (B) or (C)
+    r"(?:\\text\{)?(?:(?:option|choice) )?\(?([A-H])(?:[).:](?![^ }\\]|\\(?!text))(?!.*\b(?:or|and)\b).*|\}?)",
+    re.S | re.I,
+)
+DECIMAL_COMMA = re.compile(r"\s*-?(?:\d+,\d\d+|0,\d+)\s*")  # 1,22 is 1.22 where a decimal answers it
+WORDS = re.compile(r"\\text\{|(?<![\\A-Za-z])[A-Za-z]{4}|^[A-Za-z '-]{3,}$")
 
 
 def plain_number(text: str) -> tuple[str, ...] | None:
@@ -1170,12 +1247,12 @@ def plain_number(text: str) -> tuple[str, ...] | None:
     return ("-" if sign == "-" and digits + decimals else "", digits, decimals)
 
 
-def as_text(text: str) -> str:
-    """For comparing as text: no spaces but those between digits; words in lower case."""
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    if bare != text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", bare) or re.fullmatch(r"[A-Za-z '-]{3,}", bare):
-        bare = bare.casefold()
-    return re.sub(r"(?<!\d) | (?!\d)", "", bare)
+def same_text(a: str, b: str) -> bool:
+    """Whether two texts agree but for spaces, those between digits excepted, and words but for case, too."""
+    bare_a, bare_b = (re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text)) for text in (a, b))
+    if WORDS.search(a) or WORDS.search(b):
+        bare_a, bare_b = bare_a.casefold(), bare_b.casefold()
+    return bare_a == bare_b
 
 
 def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = True) -> bool:
@@ -1188,18 +1265,21 @@ def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = 
     text_a, text_b = tidy(answer), tidy(gold)
     if not text_a or not text_b:
         return False
-    if as_text(text_a) == as_text(text_b):
+    if same_text(text_a, text_b):
         return True
     a, b = read(text_a), read(text_b)
     for tree, text in ((a, text_b), (b, text_a)):
         if tree and choice_letter(tree) and (label := LABELLED.fullmatch(text)):
-            return label[1] == choice_letter(tree)
+            return label[1].upper() == choice_letter(tree)
     if a is None or b is None:
         return False
     if a.kind == "list" and b.kind == "num" and "," in gold:
         b = read(tidy(gold, thousands=False)) or b
     if b.kind == "list" and a.kind == "num" and "," in answer:
         a = read(tidy(answer, thousands=False)) or a
+    for one, other in ((answer, gold), (gold, answer)):
+        if DECIMAL_COMMA.fullmatch(one) and plain_number(one.replace(",", ".")) == plain_number(other):
+            return True
     return (tolerance is not None and within(a, b, tolerance)) or same(a, b, local)
 
 
