@@ -63,7 +63,8 @@ POINTS: int = 8  # places at which two expressions must agree; a difference most
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
 LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 evaluated in the calling process (some ms); more goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
-VERDICT_SECONDS: float = 0.5  # wall clock of one hard verdict; then its worker ends and the status is "timeout"
+VERDICT_SECONDS: float = 0.5  # processor time of one hard verdict; then its worker ends and the status is "timeout"
+WALL_FACTOR: float = 10.0  # and this many times as long by the clock, for a machine that is busy
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
 
 
@@ -168,6 +169,7 @@ UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
 FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around all
+TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
 CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
@@ -186,11 +188,11 @@ def undress_text(match: re.Match) -> str:
     if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
         return " , "
     if "\\" in content or not content:
-        return f" {match[1]} "
+        return f" {TEXT.sub(undress_text, match[1])} "
     before = match.string[: match.start()].rstrip(" ~\\,;:")
     unit = AFTER_VALUE.search(before) and content[0].isalpha() and content not in ("e", "i", "d")
     if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
-        return f" {content} "
+        return f" {match[1]} "
     return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
 
 
@@ -205,10 +207,7 @@ DRESS = [  # what to replace by what, in this order
         (r"(?<=\d)(?:\{,\}(?:\\!)?|\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
         (r"\\!", ""),
         (r"\\\$(?=\})", "dollars"),  # \text{\$}
-        (
-            r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
-            undress_text,
-        ),
+        (TEXT.pattern, undress_text),
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
         (r"\\(?:(?:display|text|script)style|(?:no)?limits|rm|bf|it|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
@@ -285,7 +284,6 @@ def number(value: int | Fraction) -> Node:
 
 ONE, MINUS_ONE = number(1), number(-1)
 IMAGINARY, EULER, PI, INFINITY = (Node("const", (name,)) for name in ("i", "e", "pi", "oo"))
-REALS = Node("tuple", ("(", ")", Node("mul", (MINUS_ONE, INFINITY)), INFINITY))
 
 
 def bits(value: Fraction) -> int:
@@ -357,6 +355,9 @@ def power(base: Node, exponent: Node) -> Node:
         if abs(times) * bits(value) <= MAX_BITS and (value or times > 0):
             return number(value**times)
     return Node("pow", (base, exponent))
+
+
+REALS = Node("tuple", ("(", ")", multiply(MINUS_ONE, INFINITY), INFINITY))
 
 
 def divide(top: Node, bottom: Node) -> Node:
@@ -1051,8 +1052,9 @@ def same(a: Node, b: Node, local: bool = True) -> bool:
     if "unit" in kinds:
         return same_quantity(a, b, local)
     left, right = definition(a, local), definition(b, local)
-    if left and right and (left[0] == right[0] or "opaque" in (left[0].kind, right[0].kind)):
-        return same(left[1], right[1], local)
+    named_alike = left and right and (left[0] == right[0] or "opaque" in (left[0].kind, right[0].kind))
+    if named_alike and same(left[1], right[1], local):
+        return True
     if bool(left) != bool(right) and kinds != {"rel"}:
         return same(left[1] if left else a, right[1] if right else b, local)
     if is_region(a) or is_region(b):
@@ -1119,8 +1121,7 @@ def definition(node: Node, local: bool) -> tuple[Node, Node] | None:
         return None
     _, first, *_, last = node.args
     if is_name(first) or is_name(last):
-        forward = is_name(first) and not (last.kind == "opaque" and first.kind == "sym")
-        return (first, last) if forward else (last, first)
+        return (first, last) if is_name(first) else (last, first)
     return (first, last) if not symbols(first, last) and same(first, last, local) else None
 
 
@@ -1162,10 +1163,28 @@ def is_region(node: Node) -> bool:
     return node.kind in REGIONS or node == REALS or inequality or several
 
 
+def as_interval(node: Node) -> Node:
+    r"""(1, 2] of 1 < x \le 2: of inequalities in which one side is a bare name that the others do not have."""
+    bare = [at for at, part in enumerate(node.args[1:]) if part.kind in ("sym", "opaque")] if node.kind == "rel" else []
+    if len(bare) != 1 or not set(node.args[0]) <= {"<", r"\le"} or len(node.args) > 4:
+        return node
+    (at,), (signs, *terms) = bare, node.args
+    if terms[at] in [part for term in terms[:at] + terms[at + 1 :] for part in parts_of(term)]:
+        return node
+    opening = "[" if at and signs[at - 1] == r"\le" else "("
+    closing = "]" if signs[at:] and signs[at] == r"\le" else ")"
+    return Node("tuple", (opening, closing, terms[at - 1] if at else REALS.args[2], *terms[at + 1 :], INFINITY)[:4])
+
+
 def same_region(a: Node, b: Node, local: bool) -> bool:
     """Unions part by part, relations by their sides, everything else by sympy's sets."""
     if a.kind == b.kind == "rel" and same_relation(a, b, local):
         return True
+    if symbols(a) and symbols(b) and symbols(a) != symbols(b):
+        return False
+    a, b = as_interval(a), as_interval(b)
+    if a.kind == b.kind == "tuple":
+        return same(a, b, local) if REALS not in (a, b) else a == b
     if a.kind == b.kind and a.kind in ("union", "list"):
         as_lists = [Node("list", tuple(elements(node)) if node.kind == "list" else node.args) for node in (a, b)]
         if same_elements(*as_lists, local):
@@ -1267,6 +1286,8 @@ def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = 
         return False
     if same_text(text_a, text_b):
         return True
+    if local:
+        pool()  # its workers import sympy while the next answers are read
     a, b = read(text_a), read(text_b)
     for tree, text in ((a, text_b), (b, text_a)):
         if tree and choice_letter(tree) and (label := LABELLED.fullmatch(text)):
@@ -1349,7 +1370,7 @@ def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) ->
 def worker(seconds: float, address_space: int) -> None:
     """Answer requests on stdin until it is closed or the caller is gone."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    Algebra()  # imports sympy now, so that this is not part of a verdict's time
+    judge("|x| < 1", "(-1, 1)", local=False)  # imports sympy now, so that this is not part of a verdict's time
     caller = os.getppid()
     while True:
         while not select.select([sys.stdin], [], [], 5)[0]:
@@ -1358,13 +1379,15 @@ def worker(seconds: float, address_space: int) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # either signal ends the process
+        signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
         try:
             correct = judge(*json.loads(line), local=False)
         except MemoryError:
             return
         except Exception:  # noqa: BLE001  sympy gives up in many ways; none of them is a proof
             correct = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(correct), flush=True)
 
