@@ -114,6 +114,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
 BETWEEN_BOXES = re.compile(  # commas, a few words that end in "and", the name of the next value; not a new paragraph
     r"(?!.*\$\$)[ ,;&$]*(?:[^.?!:\n]{0,24}\band\b)?(?:[ $,;(}]|\\[(, ;]|\\q?quad)*(?:\w+\s*=\s*)?"
 )
+MAX_BETWEEN: int = 80  # characters
 END_OF_TURN = "<|im_end|>"  # a text that goes on behind it is another turn
 
 
@@ -141,7 +142,7 @@ def extract_answer(response: str) -> str | None:
     last = [boxes.pop()]
     for box in reversed(boxes):
         between = response[box[2] + 1 : last[0][0]]
-        if box[2] > last[0][0] or not BETWEEN_BOXES.fullmatch(between):
+        if box[2] > last[0][0] or len(between) > MAX_BETWEEN or not BETWEEN_BOXES.fullmatch(between):
             break
         last.insert(0, box)
     return ", ".join(response[start:end].strip() for _, start, end in last)
@@ -168,7 +169,7 @@ UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " fo
 UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
-FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around all
+FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
 TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
 CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
@@ -190,7 +191,8 @@ def undress_text(match: re.Match) -> str:
     if "\\" in content or not content:
         return f" {TEXT.sub(undress_text, match[1])} "
     before = match.string[: match.start()].rstrip(" ~\\,;:")
-    unit = AFTER_VALUE.search(before) and content[0].isalpha() and content not in ("e", "i", "d")
+    vector = len(content) == 1 and match[0].startswith(r"\mathbf")
+    unit = AFTER_VALUE.search(before) and content[0].isalpha() and content not in ("e", "i", "d") and not vector
     if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
         return f" {match[1]} "
     return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
@@ -208,6 +210,7 @@ DRESS = [  # what to replace by what, in this order
         (r"\\!", ""),
         (r"\\\$(?=\})", "dollars"),  # \text{\$}
         (TEXT.pattern, undress_text),
+        (r"\^\{?\s*\\circ\s*\}?\s*(C|F)(?![A-Za-z])", r"\\text{degrees \1}"),
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
         (r"\\(?:(?:display|text|script)style|(?:no)?limits|rm|bf|it|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
@@ -255,7 +258,7 @@ def tidy(answer: str, thousands: bool = True) -> str:
     >>> tidy(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
     '(\\frac12, 1000\\text{cm})'
     """
-    text = answer.strip().removesuffix("\\")
+    text = answer.strip().rstrip("\\")
     while match := FENCES.fullmatch(text):
         text = next(part for part in match.groups() if part is not None).strip()
     if r"\begin" not in text:
@@ -294,6 +297,8 @@ def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
     """A sum or a product, flat and with its numbers folded into one."""
     parts = tuple(inner for part in parts for inner in (part.args if part.kind == kind else (part,)))
     numbers = [part.args[0] for part in parts if part.kind == "num"]
+    if sum(map(bits, numbers)) > 4 * MAX_BITS:
+        raise Unreadable("too large")
     folded = number(sum(numbers) if kind == "add" else math.prod(numbers))
     kept = tuple(part for part in parts if part.kind != "num")
     if not kept:
@@ -393,7 +398,7 @@ COMMANDS = {  # other names of one command
     r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{",
     r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots",
     r"\cdots": r"\ldots", r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\land": ",",
-    r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",",
+    r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",", r"\equiv": "=", r"\overrightarrow": r"\vec",
 }  # fmt: skip
 FLIPPED = {">": "<", r"\ge": r"\le"}
 RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\equiv"}
@@ -489,7 +494,7 @@ class Reader:
         if found and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
             return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
         value = self.relation()
-        behind = self.unit()
+        behind = f"mod {self.argument()}" if self.accept(r"\pmod") else self.unit()
         if CHANGES_MEANING.search(f"{before} {behind}"):
             raise Unreadable("words that cannot be ignored")
         unit = plain_unit(behind or before)
