@@ -3,19 +3,25 @@ r"""Decide whether a model's answer to a math problem is right.
     response --extract_answer--> answer --tidy--> text --read--> tree --same--> verdict
 
 What "correct" means here:
-- The answer is the content of the last complete \boxed{} or \fbox{}; without one the status is "no_answer". Boxes with
-  only commas or a few words that end in "and" between them (\boxed{1} and \boxed{2}) are one answer, the list 1, 2.
-- Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001; a decimal equals an exact value only
-  when it is that value. A tolerance exists only where a problem's own data states one (`tolerance=`).
+- The answer is the content of the last complete \boxed{} or \fbox{} (its braces balance); without one the status is
+  "no_answer", which never counts. Boxes with only commas or a few words that end in "and" between them (\boxed{1} and
+  \boxed{2}) are one answer, the list 1, 2.
+- Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001, 0.5 is not 50; a decimal equals an
+  exact value only when it is that value. A tolerance exists only where a problem's own data states one (`tolerance=`).
 - 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
-- A unit, currency sign, degree mark, percent sign or words on one side only are ignored; different units on the two
-  sides differ. So 50\% agrees with 50 (the sign is a unit) and with 0.5 (its value), but 0.5 never agrees with 50.
+- A unit, currency sign, degree mark, percent sign, "mod 7" or words on one side only are ignored; different units on
+  the two sides differ. So 50\% agrees with 50 (the sign is a unit) and with 0.5 (its value). Words that change the
+  meaning are not ignored: "not 42", "at least 42" and "42 or more" are wrong.
 - "x = 5" agrees with 5, letters of choices agree in any dress and case, words agree in any case.
-- A comma list is a set ("3 or 4" is a list of two, hence not 3) and \pm is two values; tuples, intervals and matrices
-  are ordered and the brackets of the first two count; bases are kept: 204_5 is not 204_6.
-- Equations are equal up to a non-zero factor, inequalities up to a positive one, and x < 1 is (-\infty, 1).
-- Expressions are equal when they have the same value wherever both are real (complex where i occurs in them).
-- Dress never matters: \dfrac, \left, spaces, thousands separators, $...$, \text{}, a trailing period, unicode signs.
+- A comma list is a set and \pm is two values, hence the hedge "42 or 43" is not 42. Tuples, intervals and matrices are
+  ordered, and the brackets of the first two count. Bases are kept: 204_5 is neither 204_6 nor 204.
+- Equations are equal up to a non-zero factor, inequalities up to a positive one. An inequality of one unknown is the
+  set that it describes: x < 1 is (-\infty, 1). Several hold together, unless nothing satisfies them all: then x < 1,
+  x > 2 are the parts of a union.
+- Expressions are equal when they have the same value wherever both are real (complex where i occurs in them). Sums and
+  integrals are not computed; they agree when bounds and terms do.
+- Dress never matters: \dfrac, \frac43, \left, spaces, {,} and , as thousands, $...$, \text{}, outer braces, a trailing
+  period, leading zeros, .5 and 110., unicode signs. 1,22 is 1.22 where a decimal answers it, else two numbers.
 
 How: layers from cheap to dear. Most verdicts need only a comparison of texts or of exact rationals. What remains is
 read by a recursive-descent reader into a small tree (nothing is ever executed) and evaluated at a few points with many
@@ -1291,9 +1297,11 @@ def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = 
         return False
     if same_text(text_a, text_b):
         return True
-    if local:
-        pool()  # its workers import sympy while the next answers are read
     a, b = read(text_a), read(text_b)
+    if a and b and a.kind == b.kind == "num" and not (tolerance or "," in answer + gold):
+        return a == b
+    if local:
+        pool()  # sympy is imported there while the next answers are read, so that the first hard verdict waits less
     for tree, text in ((a, text_b), (b, text_a)):
         if tree and choice_letter(tree) and (label := LABELLED.fullmatch(text)):
             return label[1].upper() == choice_letter(tree)
