@@ -314,10 +314,10 @@ def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
 
 
 def add(*terms: Node) -> Node:
-    if len({shape(term) for term in terms}) == 1 and shape(terms[0]):
-        return matrix(
-            [map(add, *(row.args for row in rows)) for rows in zip(*(term.args for term in terms), strict=True)]
-        )
+    """A sum; of matrices of one shape cell by cell."""
+    if shape(terms[0]) and len(set(map(shape, terms))) == 1:
+        rows = zip(*(term.args for term in terms), strict=True)
+        return matrix(map(add, *(row.args for row in summands)) for summands in rows)
     return combine("add", terms, 0)
 
 
@@ -332,8 +332,8 @@ def multiply(*factors: Node) -> Node:
         if shape(product)[1] != shape(other)[0]:
             raise Unreadable("matrices that do not fit")
         columns = list(zip(*(row.args for row in other.args), strict=True))
-        product = matrix([[add(*map(multiply, row.args, column)) for column in columns] for row in product.args])
-    return matrix([[multiply(scalar, cell) for cell in row.args] for row in product.args])
+        product = matrix((add(*map(multiply, row.args, column)) for column in columns) for row in product.args)
+    return matrix((multiply(scalar, cell) for cell in row.args) for row in product.args)
 
 
 def matrix(rows: Iterable[Iterable[Node]]) -> Node:
@@ -345,7 +345,7 @@ def shape(node: Node) -> tuple[int, int] | None:
 
 
 def determinant(rows: Sequence[Sequence[Node]]) -> Node:
-    """By the first row; of the few rows that an answer has."""
+    """By its first row, which is quick enough for MAX_ROWS."""
     if not rows:
         return ONE
     minors = (determinant([row[:at] + row[at + 1 :] for row in rows[1:]]) for at in range(len(rows)))
@@ -353,9 +353,9 @@ def determinant(rows: Sequence[Sequence[Node]]) -> Node:
 
 
 def negative(value: Node) -> Node:
-    return (
-        Node("unit", (negative(value.args[0]), value.args[1])) if value.kind == "unit" else multiply(MINUS_ONE, value)
-    )
+    if value.kind == "unit":  # -5 degrees
+        return Node("unit", (negative(value.args[0]), value.args[1]))
+    return multiply(MINUS_ONE, value)
 
 
 def power(base: Node, exponent: Node) -> Node:
@@ -376,13 +376,11 @@ def divide(top: Node, bottom: Node) -> Node:
 
 
 def call(name: str, *args: Node) -> Node:
-    whole = [arg.args[0].numerator for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
-    if (
-        name in ("factorial", "binom")
-        and len(whole) == len(args)
-        and all(0 <= value <= MAX_FACTORIAL for value in whole)
-    ):
-        return number(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
+    """A function; factorials and binomials of small whole numbers are computed."""
+    exact = {"factorial": math.factorial, "binom": math.comb}.get(name)
+    whole = [arg.args[0] for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
+    if exact and len(whole) == len(args) and all(0 <= value <= MAX_FACTORIAL for value in whole):
+        return number(exact(*map(int, whole)))
     return Node("call", (name, *args))
 
 
@@ -394,10 +392,8 @@ SPELLINGS = {f"arc{name}": f"a{name}" for name in words("sin cos tan cot sec csc
 SPELLINGS |= {"log": "ln", "sgn": "sign"}
 NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo"), "infty") | {name: name for name in GREEK}
 UNITS = set(  # words that are no product of letters; any run of five letters is a word, too
-    words(
-        "cm mm km ft in kg lb lbs oz ml mL mi yd hr hrs mph kph rad deg Hz eV sq inch feet foot mile yard hour mins sec"
-    )
-    + words("secs day days week year gram cups unit cent men boys ways pts USD Rs yes no Yes No am pm AM PM per")
+    words("cm mm km ft in kg lb lbs oz ml mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins")
+    + words("sec secs day days week year mph kph rad deg Hz eV USD Rs am pm AM PM per men boys ways pts yes no Yes No")
 )
 COMMANDS = {  # other names of one command
     r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
@@ -407,7 +403,7 @@ COMMANDS = {  # other names of one command
     r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",", r"\equiv": "=", r"\overrightarrow": r"\vec",
 }  # fmt: skip
 FLIPPED = {">": "<", r"\ge": r"\le"}
-RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\equiv"}
+RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in"}
 SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
@@ -1117,10 +1113,8 @@ def same_quantity(a: Node, b: Node, local: bool) -> bool:
 def is_name(node: Node) -> bool:
     """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B."""
     if node.kind in ("mul", "pow"):
-        return all(
-            part in (MINUS_ONE, node) or part.kind in ("mul", "pow") or (part.kind == "sym" and part.args[0].isupper())
-            for part in parts_of(node)
-        )
+        leaves = [part for part in parts_of(node) if part.kind not in ("mul", "pow") and part != MINUS_ONE]
+        return all(leaf.kind == "sym" and leaf.args[0].isupper() for leaf in leaves)
     if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
     return node.kind in ("sym", "opaque")
@@ -1196,16 +1190,15 @@ def same_region(a: Node, b: Node, local: bool) -> bool:
     a, b = as_interval(a), as_interval(b)
     if a.kind == b.kind == "tuple":
         return same(a, b, local) if REALS not in (a, b) else a == b
-    if a.kind == b.kind and a.kind in ("union", "list"):
-        as_lists = [Node("list", tuple(elements(node)) if node.kind == "list" else node.args) for node in (a, b)]
-        if same_elements(*as_lists, local):
-            return True
+    if {a.kind, b.kind} <= {"union", "list"} and same_elements(Node("list", a.args), Node("list", b.args), local):
+        return True
     intervals = [node.kind == "set" or (node.kind == "tuple" and len(node.args) == 4) for node in (a, b)]
     if len(symbols(a)) > 1 or len(symbols(b)) > 1 or not all(map(operator.or_, intervals, map(is_region, (a, b)))):
         return False
     if local:
         raise NeedsWorker("sets")
-    return Algebra().same_region(a, b)
+    algebra = Algebra()
+    return algebra.region(a) == algebra.region(b)  # sympy keeps sets in one form
 
 
 class Algebra:
@@ -1251,9 +1244,6 @@ class Algebra:
         steps = zip(args[0], values, values[1:], strict=False)
         return sp.Intersection(*(sp.solveset(relations[sign](a, b), self.x, sp.S.Reals) for sign, a, b in steps))
 
-    def same_region(self, a: Node, b: Node) -> bool:
-        return self.region(a) == self.region(b)  # sympy keeps sets in one form
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
@@ -1298,23 +1288,23 @@ def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = 
     if same_text(text_a, text_b):
         return True
     a, b = read(text_a), read(text_b)
-    if a and b and a.kind == b.kind == "num" and not (tolerance or "," in answer + gold):
-        return a == b
-    if local:
-        pool()  # sympy is imported there while the next answers are read, so that the first hard verdict waits less
     for tree, text in ((a, text_b), (b, text_a)):
         if tree and choice_letter(tree) and (label := LABELLED.fullmatch(text)):
             return label[1].upper() == choice_letter(tree)
     if a is None or b is None:
         return False
-    if a.kind == "list" and b.kind == "num" and "," in gold:
-        b = read(tidy(gold, thousands=False)) or b
-    if b.kind == "list" and a.kind == "num" and "," in answer:
-        a = read(tidy(answer, thousands=False)) or a
-    for one, other in ((answer, gold), (gold, answer)):
-        if DECIMAL_COMMA.fullmatch(one) and plain_number(one.replace(",", ".")) == plain_number(other):
+    if tolerance is not None and within(a, b, tolerance):
+        return True
+    if {a.kind, b.kind} == {"list", "num"} and "," in answer + gold:  # 123,456 is also the list 123, 456
+        a, b = (read(tidy(text, thousands=False)) or tree for text, tree in ((answer, a), (gold, b)))
+        commas = DECIMAL_COMMA.fullmatch(answer) or DECIMAL_COMMA.fullmatch(gold)
+        if commas and plain_number(answer.replace(",", ".")) == plain_number(gold.replace(",", ".")):
             return True
-    return (tolerance is not None and within(a, b, tolerance)) or same(a, b, local)
+    if a.kind == b.kind == "num":
+        return a == b
+    if local:
+        pool()  # sympy is imported there while the next answers are read, so that the first hard verdict waits less
+    return same(a, b, local)
 
 
 def within(a: Node, b: Node, tolerance: float) -> bool:
