@@ -1097,10 +1097,12 @@ def quantity(node: Node) -> tuple[Node, str]:
 
 def same_quantity(a: Node, b: Node, local: bool) -> bool:
     """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
+    (value_a, unit_a), (value_b, unit_b) = quantity(a), quantity(b)
+    if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
+        return False
     for one, other in ((a, b), (b, a)):
         if one.kind != "unit" and same(one, other.args[0], local):  # 2k is no quantity beside "2k units"
             return True
-    (value_a, unit_a), (value_b, unit_b) = quantity(a), quantity(b)
     if unit_a and unit_b:
         return unit_a == unit_b and same(value_a, value_b, local)
     scale = SCALES.get(unit_a + unit_b)

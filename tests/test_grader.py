@@ -234,6 +234,7 @@ DIFFERENT = {
     "units and words": [
         (r"5\text{ cm}", r"5\text{ m}", "5 inches", "6 cm", r"5\text{ cm}^2"),
         (r"\$5", "5 euros", r"\$6"),
+        (r"\text{4:30 p.m.}", r"\frac{2}{15}", "4:30 a.m.", "4:31 p.m."),
         (r"\text{yes}", r"\text{no}", "7", "not yes"),
         (r"\text{ellipse}", r"\text{not ellipse}", "e"),
         ("0", r"\text{nothing}", r"\emptyset"),
