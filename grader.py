@@ -49,6 +49,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -63,13 +64,15 @@ MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions t
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix, terms of a sum
 MAX_BITS: int = 30_000  # size of a number: 2^{30000} and 1e10000 are beyond
 MAX_FACTORIAL: int = 3000  # of what factorials and binomials are computed exactly
+MAX_MATRICES: int = 6  # in one answer; the product of many is a huge expression
 MAX_ROWS: int = 5  # of a determinant
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 POINTS: int = 8  # places at which two expressions must agree; a difference mostly shows at the first
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
-LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 evaluated in the calling process (some ms); more goes to a worker
+LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 of one evaluation in the calling process (some ms)
+LOCAL_SECONDS: float = 0.05  # processor time of one verdict in the calling process; a longer one goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
-VERDICT_SECONDS: float = 0.5  # processor time of one hard verdict; then its worker ends and the status is "timeout"
+VERDICT_SECONDS: float = 0.4  # processor time of one hard verdict; then its worker ends and the status is "timeout"
 WALL_FACTOR: float = 10.0  # and this many times as long by the clock, for a machine that is busy
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
 
@@ -446,7 +449,7 @@ class Reader:
     def __init__(self, text: str) -> None:
         self.tokens = list(tokens_of(text))
         self.at = 0
-        self.depth = 0
+        self.depth = self.matrices = 0
         self.in_bars = False  # inside |...|, where a bar closes and does not open
 
     def peek(self, ahead: int = 0) -> Token:
@@ -765,6 +768,9 @@ class Reader:
 
     def matrix(self) -> Node:
         name = self.plain_group()
+        self.matrices += 1
+        if self.matrices > MAX_MATRICES:
+            raise Unreadable("too many matrices")
         if name == "array":
             self.plain_group()
         rows: list[list[Node]] = [[]]
@@ -955,11 +961,15 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
 
 
 class Context(threading.local):
-    """mpmath keeps its precision in a context, one for each thread; `peak` is the largest magnitude met, in bits."""
+    """mpmath keeps its precision in a context, one for each thread; `peak` is the largest magnitude met, in bits.
+
+    `deadline` is when, by the thread's processor time, the verdict must go to a worker.
+    """
 
     def __init__(self) -> None:
         self.mp = mpmath.MPContext()
         self.mp.peak = 0
+        self.deadline = 0.0
 
 
 CONTEXT = Context()
@@ -992,8 +1002,8 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
     mp = CONTEXT.mp
 
     def values(index: int, real: bool, precision: int) -> tuple[Any, Any]:
-        if local and len(parts) * precision**2 > LOCAL_WORK:
-            raise NeedsWorker("long numbers")
+        if local and (len(parts) * precision**2 > LOCAL_WORK or time.thread_time() > CONTEXT.deadline):
+            raise NeedsWorker("long numbers, or many comparisons")
         mp.prec, mp.peak = precision, 0
         places = [place(name.args[0], position, index) for position, name in enumerate(names)]
         at = {name: mp.mpf(value.numerator) / value.denominator for name, value in zip(names, places, strict=True)}
@@ -1147,7 +1157,7 @@ def same_elements(a: Node, b: Node, local: bool) -> bool:
     if max(len(left), len(right)) > MAX_ITEMS:
         return False
     pairs = ((left, right), (right, left))
-    return all(any(same(x, y, local) for y in others) for some, others in pairs for x in some)
+    return all(x in others or any(same(x, y, local) for y in others) for some, others in pairs for x in some)
 
 
 def same_relation(a: Node, b: Node, local: bool) -> bool:
@@ -1279,6 +1289,7 @@ def same_text(a: str, b: str) -> bool:
 
 def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = True) -> bool:
     """Whether an answer is right; NeedsWorker (if `local`) where this is too much for the calling process."""
+    CONTEXT.deadline = time.thread_time() + LOCAL_SECONDS
     number_a, number_b = plain_number(answer), plain_number(gold)
     if number_a and number_b and tolerance is None:
         return number_a == number_b
@@ -1375,7 +1386,7 @@ def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) ->
 def worker(seconds: float, address_space: int) -> None:
     """Answer requests on stdin until it is closed or the caller is gone."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    judge("|x| < 1", "(-1, 1)", local=False)  # imports sympy now, so that this is not part of a verdict's time
+    print(judge("|x| < 1", "(-1, 1)", local=False), flush=True)  # sympy is imported now, in no verdict's time: ready
     caller = os.getppid()
     while True:
         while not select.select([sys.stdin], [], [], 5)[0]:
@@ -1400,7 +1411,9 @@ def worker(seconds: float, address_space: int) -> None:
 def start_worker() -> subprocess.Popen:
     command = [sys.executable, os.path.abspath(__file__), "--worker", str(VERDICT_SECONDS), str(WORKER_BYTES)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+    process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+    process.stdout.readline()  # until it is ready, its requests are for the other workers
+    return process
 
 
 def stop_worker(process: subprocess.Popen | None) -> None:

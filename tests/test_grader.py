@@ -370,6 +370,7 @@ HUGE = [
     ",".join(map(str, range(20_000))), r"\frac" * 200, r"\frac" * 50_000, r"1\pm " * 40 + "1", "|" * 900, " " * 100_000,
     r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", "x" * 999, "$" * 999, ", " * 499, r"\(" * 499, r"\text{" * 190,
     "*".join(f"x_{{{i}}}" for i in range(150)),
+    r"\begin{pmatrix}x&x\\x&x\end{pmatrix}" * 24, "1 000!" * 150, "`" * 900, "e9!" * 300,
     r"\left(" * 150, "x" + "'" * 900, r"\text{prime}(10^{15})",
 ]  # fmt: skip
 
@@ -382,6 +383,18 @@ def test_huge_answers_are_wrong_soon(text):
         assert not grader.is_equivalent(gold, text)
     grader.grade(text, "42")
     assert time.monotonic() - started < SLACK
+
+
+def test_many_hard_comparisons_go_to_a_worker():
+    """A list costs the square of its length; each comparison of two gamma functions takes milliseconds."""
+    left, right = (",".join(f"(x+{i})!" for i in range(start, start + 80)) for start in (1, 82))
+    assert grader.is_equivalent(left, ",".join(reversed(left.split(","))))  # whatever is literally there costs little
+    with pytest.raises(grader.NeedsWorker):
+        grader.judge(f"{left}+x", f"{right}+x")
+
+
+def test_long_texts_between_boxes_are_not_searched():
+    assert grader.extract_answer(r"\boxed{1}" + " " * 100_000 + "!" + r"\boxed{2}") == "2"
 
 
 def test_nothing_is_executed(tmp_path, monkeypatch):
