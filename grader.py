@@ -366,7 +366,7 @@ def power(base: Node, exponent: Node) -> Node:
         return base
     if base.kind == exponent.kind == "num" and exponent.args[0].denominator == 1:
         value, times = base.args[0], exponent.args[0].numerator
-        if abs(times) * bits(value) <= MAX_BITS and (value or times > 0):
+        if (abs(times) == 1 or abs(times) * bits(value) <= MAX_BITS) and (value or times > 0):
             return number(value**times)
     return Node("pow", (base, exponent))
 
