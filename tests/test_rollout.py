@@ -399,6 +399,34 @@ def test_dialogues_do_not_depend_on_the_size_of_the_engine(toy, engine, monkeypa
     assert json.loads(printed.splitlines()[-1]) == [d.ids for d in dialogues]
 
 
+def test_two_ranks_share_an_engine(toy, engine, tmp_path):
+    """Half of the model on each of two ranks: both play what one engine plays, also after a transfer of weights."""
+    (tmp_path / "share.py").write_text(
+        "import sys, json, os, ppo, rollout\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "rollout.TENSOR_PARALLEL, (model, problems, out) = 2, sys.argv[1:]\n"
+        "ppo.start_ranks()\n"
+        "engine = rollout.Engine(model); chat = rollout.Chat(engine.tokenizer)\n"
+        "engine.load_weights(AutoModelForCausalLM.from_pretrained(model).named_parameters())\n"
+        "ds = [rollout.new_dialogue(chat, p, 3) for p in rollout.load_problems(problems)[:12]]\n"
+        "rollout.play(engine, chat, ds, list(range(12)), 1.0)\n"
+        "json.dump([d.ids for d in ds], open(f'{out}/{os.environ[\"RANK\"]}', 'w'))\n"
+        "engine.shutdown()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    command = [*launch, tmp_path / "share.py", toy / "warm_start", toy / "test.jsonl", tmp_path]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    chat = Chat(engine.tokenizer)
+    dialogues = [rollout.new_dialogue(chat, p, 3) for p in rollout.load_problems(toy / "test.jsonl")[:12]]
+    rollout.play(engine, chat, dialogues, list(range(12)), 1.0)
+    for rank in "01":
+        assert json.loads((tmp_path / rank).read_text()) == [d.ids for d in dialogues]
+
+
 def test_a_stale_engine_is_found_out(toy, engine, monkeypatch):
     """An engine that does not take the weights is named before it samples anything."""
     model = AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32)
