@@ -137,7 +137,6 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, (center - half) / (1 + zz)), min(1.0, (center + half) / (1 + zz))
 
 
-@functools.cache
 def problem_weights(benchmark: str, n: int) -> np.ndarray:
     """(BOOTSTRAP, n) how often each problem is in each resample. It depends on the seed and the benchmark alone, so all
     metrics and models are resampled alike: differences are paired, and the average is stratified by benchmark."""
@@ -205,7 +204,7 @@ def cost_until_right(right: Sequence[int], wrong: Sequence[int]) -> list[float]:
     right, wrong: tokens of the samples that were.
 
     >>> cost_until_right([10], [4, 6])                  # a second one after two thirds of the draws, a third after one
-    [0.0, 6.666666666666667, 11.666666666666668, 15.000000000000002]
+    [0.0, 6.666666666666667, 11.666666666666668, 15.0]
     """
     n, cost = len(right) + len(wrong), [0.0]
     for drawn in range(n):

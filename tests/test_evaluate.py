@@ -1,15 +1,19 @@
 """evaluate.py and data/demo.py: metrics against hand-made dialogues, the figure, and runs of the real engine."""
 
+import csv
 import itertools
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,8 +30,13 @@ def said(answer: str | None, gold: str = "7", ending: str = "stop", tokens: int 
     return {"text": f"It is {answer}", "answer": answer, "status": status, "ending": ending, "tokens": tokens}
 
 
-def spoke(name: str, K: int, *answers: str | None, sample: int | None = None, **how: object) -> dict:
-    return {"id": name, "K": K, "sample": sample, "attempts": [said(answer, **how) for answer in answers]}
+def spoke(name: str, K: int, *answers: str | None, control: bool = False, sample: int = 0, **how: object) -> dict:
+    key = {"benchmark": how.pop("benchmark", "b"), "id": name, "K": K, "control": control, "sample": sample}
+    return key | {"attempts": [said(answer, **how) for answer in answers]}
+
+
+def metric(estimates: dict, name: str) -> list[float | None]:
+    return [None if v is None else round(v, 9) for v in estimates[name].as_json()["value"]]
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -47,29 +56,210 @@ def test_pass_at_k_is_the_mean_over_all_draws():
             assert evaluate.pass_at_k(n, correct, k) == pytest.approx(statistics.fmean(map(any, draws)))
 
 
-def test_summarise_hand_made_dialogues():
+def test_majority_is_the_mean_over_all_draws():
+    def won(draw: tuple[str, ...]) -> float:
+        votes = Counter(a for a in draw if a)
+        first = [a for a, count in votes.items() if count == max(votes.values())]
+        return ("right" in first) / len(first) if first else 0.0
+
+    for correct, wrong, silent in itertools.product(range(4), [(), (1,), (2,), (1, 2), (1, 1, 1), (3, 2)], range(3)):
+        samples = ["right"] * correct + [f"w{i}" for i, n in enumerate(wrong) for _ in range(n)] + [""] * silent
+        for k in range(1, len(samples) + 1):
+            expected = statistics.fmean(map(won, itertools.combinations(samples, k)))
+            assert evaluate.majority_at_k(correct, wrong, silent, k) == pytest.approx(expected)
+
+
+def test_cost_until_right_is_the_mean_over_all_orders():
+    for right, wrong in ([3, 8], [5, 1]), ([], [4, 4, 1]), ([2, 9], []), ([6], [1, 2, 3]):
+        samples = [(tokens, True) for tokens in right] + [(tokens, False) for tokens in wrong]
+        for j in range(len(samples) + 1):
+            costs = []
+            for order in itertools.permutations(samples):
+                stop = next((i + 1 for i, (_, correct) in enumerate(order[:j]) if correct), j)
+                costs.append(sum(tokens for tokens, _ in order[:stop]))
+            assert evaluate.cost_until_right(right, wrong)[j] == pytest.approx(statistics.fmean(costs))
+
+
+def test_mcnemar_is_the_exact_binomial():
+    # By hand: 5 against 0 is 2/2^5; 9 against 1 is 2 (1 + 10) / 2^10.
+    assert [evaluate.mcnemar(*x) for x in ((0, 0), (0, 5), (9, 1), (4, 4))] == [1.0, 0.0625, 22 / 1024, 1.0]
+    for first, second in itertools.product(range(9), repeat=2):  # outcomes at least as far from the middle
+        n = first + second
+        far = [i for i in range(n + 1) if abs(2 * i - n) >= abs(first - second)]
+        assert evaluate.mcnemar(first, second) == pytest.approx(sum(math.comb(n, i) for i in far) / 2**n)
+
+
+def test_bootstrap_of_a_proportion_is_the_binomial(monkeypatch):
+    """Resampled, 12 of 40 is Binomial(40, 0.3): the interval's ends are the quantiles of that distribution."""
+    monkeypatch.setattr(evaluate, "BOOTSTRAP", 20_000)
+    values = np.array([[1.0]] * 12 + [[0.0]] * 28)
+    estimate = evaluate.mean(values, evaluate.problem_weights("binomial", 40))
+    chances = list(itertools.accumulate(math.comb(40, i) * 0.3**i * 0.7 ** (40 - i) for i in range(41)))
+    exact = [next(i for i, chance in enumerate(chances) if chance >= q) / 40 for q in (0.025, 0.975)]
+    known = estimate.as_json()
+    assert known["value"] == [0.3]
+    assert [known["low"][0], known["high"][0]] == pytest.approx(exact, abs=0.026)  # one problem of 40
+    assert estimate.resampled.std() == pytest.approx(math.sqrt(0.3 * 0.7 / 40), rel=0.03)
+
+
+def test_resamples_depend_on_seed_and_benchmark_alone(monkeypatch):
+    weights = evaluate.problem_weights
+    assert (weights("a", 9).sum(1) == 9).all()
+    assert np.array_equal(weights("a", 9), weights("a", 9))
+    assert not np.array_equal(weights("a", 9), weights("b", 9))
+    before = weights("a", 9)
+    monkeypatch.setattr(rollout, "SEED", 1)
+    assert not np.array_equal(weights("a", 9), before)
+
+
+# Metrics of hand-made dialogues --------------------------------------------------------------------------------------
+def test_paper_protocol():
     records = [
         *(spoke("a", 1, "7"), spoke("b", 1, "8"), spoke("c", 1, None, ending="length", tokens=64), spoke("d", 1)),
         *(spoke("a", 2, "9", "7"), spoke("b", 2, "8", "8"), spoke("c", 2, "6", ending="context"), spoke("d", 2)),
-        *(spoke("a", 3, "7"), spoke("b", 3, "8", "9", "7"), spoke("c", 3, None, None, "7"), spoke("d", 3)),
-        *(spoke(name, 1, answer, sample=i) for name in "abcd" for i, answer in enumerate("78")),
+        *(spoke("a", 3, "7"), spoke("b", 3, "8", "9", "8.0"), spoke("c", 3, None, None, "7"), spoke("d", 3)),
     ]
     random.Random(0).shuffle(records)
-    result = evaluate.summarise(records)
-    assert result["n"] == 4
-    assert result["accuracy"] == [0.25, 0.25, 0.75]
-    assert list(zip(result["low"], result["high"], strict=True)) == [evaluate.wilson(s, 4) for s in (1, 1, 3)]
-    assert result["repeat"] == [None, 0.5, 0.0]  # of K = 3: b says 8 and 9; c has no answer to repeat
-    assert result["tokens"] == [18.0, 5.0, 7.0]
-    assert result["truncated"] == [1 / 3, 1 / 5, 0.0]
-    assert result["too_long"] == 1  # d
-    assert result["out_of_context"] == [1, 2, 1]  # d; with K = 2 also c
-    assert result["resampling"]["samples"] == 2
-    assert result["resampling"]["accuracy"] == [
-        0.5,
-        1.0,
-    ]  # one of two samples was right everywhere; K = 3 is not covered
-    assert result["resampling"]["low"] == result["resampling"]["high"] == [0.5, 1.0]
+    found = evaluate.measure(records)
+    assert metric(found, "accuracy") == [0.25, 0.25, 0.5]
+    known = found["accuracy"].as_json()
+    assert list(zip(known["low"], known["high"], strict=True)) == [evaluate.wilson(s, 4) for s in (1, 1, 2)]
+    assert metric(found, "gain") == [0.0, 0.0, 0.25]
+    assert metric(found, "repeat") == [None, 0.5, 0.25]  # b's 8 of two retries; b's 8.0 of four: silence is no answer
+    assert found["repeat"].as_json()["low"][0] is None
+    assert metric(found, "attempts") == [0.75, 1.25, 1.75]
+    assert metric(found, "tokens") == [18.0, 5.0, 7.0]
+    assert metric(found, "truncated") == [round(1 / 3, 9), 0.2, 0.0]
+    assert metric(found, "out_of_context") == [0.25, 0.5, 0.25]  # d; with K = 2 also c
+    assert set(found) == {"accuracy", "gain", "repeat", "attempts", "tokens", "truncated", "out_of_context"}
+
+
+def test_prefix_protocol_and_sampled_dialogues():
+    records = [
+        spoke("a", 3, "8", "7"),
+        spoke("a", 3, "7", sample=1),
+        spoke("b", 3, "8", "9", "8"),
+        spoke("b", 3, "8", "8", "7", sample=1),
+    ]
+    found = evaluate.measure(records)
+    assert metric(found, "accuracy") == [0.25, 0.5, 0.75]  # of four dialogues: one, two, three within 1, 2, 3 attempts
+    assert found["accuracy"].outcomes is None  # means over samples: the bootstrap's interval, not Wilson's
+    known = found["accuracy"].as_json()
+    assert (known["low"][0], known["high"][0]) == (0.0, 0.5)  # all resamples draw a alone, b alone, or both
+    assert metric(found, "tokens") == [4.0, 7.0, 9.0]
+    assert metric(found, "attempts") == [1.0, 1.75, 2.25]
+    assert metric(found, "repeat") == [None, round(1 / 3, 9), 0.4]  # b's 8 8; then also its 8 9 8
+
+
+def test_intrinsic_numbers(monkeypatch):
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    records = [
+        spoke("both", 3, "7", "7", "7"),
+        spoke("gained", 3, "8", "7", "8"),
+        spoke("lost", 3, "7", "8", "7"),
+        spoke("never", 3, "8", "8.0", "9"),
+        spoke("silent", 3, None, None, "7"),
+        spoke("short", 3, "7"),  # the context was full: no answer at 2 and 3
+        spoke("other", 3, "1", "2", None),
+        spoke("same", 3, "7", "7", "9"),
+    ]
+    found = evaluate.measure(records)
+    assert metric(found, "accuracy") == [4 / 8, 3 / 8, 3 / 8]  # right at attempt k, whatever was said before
+    assert metric(found, "gain") == [0.0, -1 / 8, -1 / 8]
+    assert metric(found, "i_to_c") == [0.0, 1 / 8, 1 / 8]
+    assert metric(found, "c_to_i") == [0.0, 2 / 8, 2 / 8]
+    gain = np.array(metric(found, "i_to_c")) - np.array(metric(found, "c_to_i"))
+    assert gain.tolist() == metric(found, "gain")  # SCoRe's delta
+    assert metric(found, "changed") == [0.0, 3 / 8, 4 / 8]  # gained, lost, other; never, silent, other, same
+    assert metric(found, "out_of_context") == [0.0, 1 / 8, 1 / 8]
+    known = found["i_to_c"].as_json()
+    assert (known["low"][1], known["high"][1]) == evaluate.wilson(1, 8)
+
+
+def test_controls_by_hand():
+    """Samples cost 10 tokens; until one is right, at most 0, 1, 2 of them: expected 0, 10, 15 for a, 0, 10, 20 for b."""
+    records = [
+        *(spoke("a", 1, "7", control=True, tokens=10), spoke("a", 1, "8", control=True, sample=1, tokens=10)),
+        *(spoke("b", 1, "8", control=True, tokens=10), spoke("b", 1, None, control=True, sample=1, tokens=10)),
+        *(spoke("a", 1, "7", tokens=10), spoke("b", 1, "8", tokens=10)),
+        *(spoke("a", 2, "8", "7", tokens=5), spoke("b", 2, "8", "9", tokens=9)),
+        *(spoke("a", 3, "8", "8", "7", tokens=10), spoke("b", 3, "8", "9", "9", tokens=10)),
+    ]
+    found = evaluate.measure(records)
+    assert metric(found, "tokens") == [10.0, 14.0, 30.0]
+    assert metric(found, "pass") == [0.25, 0.5, None]  # there is no third sample
+    assert metric(found, "majority") == [0.25, 0.25, None]  # a: 7 against 8 is a toss-up, with one vote and with two
+    assert metric(found, "sample_tokens") == [10.0, 20.0, None]
+    j = 1 + (14 - 10) / (17.5 - 10)
+    assert metric(found, "samples_same_tokens") == [1.0, round(j, 9), None]  # 30 tokens: more than two samples
+    assert metric(found, "pass_same_tokens") == [0.25, round(0.25 + (j - 1) * 0.25, 9), None]
+    assert metric(found, "majority_same_tokens") == [0.25, 0.25, None]
+    assert metric(found, "over_pass") == [0.25, 0.0, None]
+    assert metric(found, "over_pass_same_tokens") == [0.25, round(0.25 - (j - 1) * 0.25, 9), None]
+    known = found["pass"].as_json()
+    assert (known["low"][:2], known["high"][:2]) == ([0.0, 0.0], [0.5, 1.0])  # a alone or b alone
+    assert known["low"][2] is None
+
+
+def noisy(seed: int, benchmark: str, n: int, chance: float) -> list[dict]:
+    rng = random.Random(seed)
+    return [spoke(f"{i}", 1, rng.choices("78", (chance, 1 - chance))[0], benchmark=benchmark) for i in range(n)]
+
+
+def test_average_counts_benchmarks_alike():
+    records = noisy(0, "small", 30, 0.3) + noisy(1, "large", 300, 0.8)
+    result = evaluate.summarise({"m": records})["models"]["m"]
+    assert list(result) == ["small", "large", "average"]
+    assert result["average"]["n"] == 330
+    small, large = result["small"]["accuracy"][0], result["large"]["accuracy"][0]
+    assert result["average"]["accuracy"] == [(small + large) / 2]
+    # The stratified bootstrap once more, problem by problem.
+    rng = random.Random(2)
+    right = {b: [r["attempts"][0]["answer"] == "7" for r in records if r["benchmark"] == b] for b in ("small", "large")}
+    means = [statistics.fmean(statistics.fmean(rng.choices(x, k=len(x))) for x in right.values()) for _ in range(4000)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    assert result["average"]["low"][0] == pytest.approx(low, abs=0.012)
+    assert result["average"]["high"][0] == pytest.approx(high, abs=0.012)
+
+
+def test_comparisons_are_paired():
+    first = noisy(0, "x", 200, 0.5)
+    second = [r if i >= 12 else spoke(r["id"], 1, "7", benchmark="x") for i, r in enumerate(first)]
+    won = sum(r["attempts"][0]["answer"] != "7" for r in first[:12])
+    found = evaluate.summarise({"first": first, "second": second, "third": first})["comparisons"]
+    assert [c["models"] for c in found] == [["first", "second"], ["first", "third"], ["second", "third"]]
+    better, same, worse = found
+    assert better["difference"] == [pytest.approx(won / 200)]
+    assert (better["only_second"], better["only_first"]) == ([won], [0])
+    assert better["p"] == [pytest.approx(2 / 2**won)]
+    assert 0 < better["low"][0] < better["difference"][0] < better["high"][0] < 0.08  # unpaired, it would be ±0.1
+    assert (same["difference"], same["low"], same["high"], same["p"]) == ([0.0], [0.0], [0.0], [1.0])
+    assert worse["difference"] == [-better["difference"][0]]
+    sampled = [r | {"sample": i} for r in first for i in range(2)]
+    assert "p" not in evaluate.summarise({"a": sampled, "b": first})["comparisons"][0]  # means are no counts
+
+
+def test_csv_and_table_say_what_the_results_say():
+    records = [*noisy(0, "x", 20, 0.5), *(spoke(f"{i}", 1, "7", benchmark="x", control=True) for i in range(20))]
+    models = {"first": records, "second": noisy(1, "x", 20, 0.5)}
+    results = {"settings": {"MAX_ATTEMPTS": 1, "CONTEXT": 9}} | evaluate.summarise(models)
+    rows = list(csv.DictReader(evaluate.to_csv(results).splitlines()))
+    for row in rows:
+        if " - " not in row["model"]:
+            r = results["models"][row["model"]][row["benchmark"]]
+            m = r["metrics"].get(row["metric"]) or {"value": r["accuracy"], "low": r["low"], "high": r["high"]}
+            for column in ("value", "low", "high"):
+                assert float(row[column]) == pytest.approx(m[column][int(row["k"]) - 1], rel=1e-5)
+    paired = {row["metric"]: row for row in rows if row["model"] == "second - first"}
+    compared = results["comparisons"][0]
+    assert float(paired["accuracy"]["high"]) == pytest.approx(compared["high"][0], rel=1e-5)
+    assert float(paired["p (McNemar)"]["value"]) == pytest.approx(compared["p"][0], rel=1e-5)
+    metrics = {row["metric"] for row in rows if row["model"] == "first"}
+    assert metrics == {"accuracy", *results["models"]["first"]["x"]["metrics"]} - {"repeat"}  # one attempt: no retries
+    text = evaluate.table(results)
+    assert f"{results['models']['second']['x']['accuracy'][0]:.3f} ±" in text
+    assert "pass@k" in text
+    assert f"{compared['p'][0]:.3f}" in text
 
 
 def test_record_keeps_what_was_said():
@@ -81,9 +271,10 @@ def test_record_keeps_what_was_said():
     dialogue.extend([ord(c) for c in "it's 7"], [0.0] * 6)
     dialogue.attempts.append(rollout.Attempt(3, 9, "7", "correct", "stop"))
     attempt = {"text": "it's 7", "answer": "7", "status": "correct", "ending": "stop", "tokens": 6}
-    expected = {"benchmark": "b", "id": "x", "K": 3, "sample": None, "attempts": [attempt]}
-    assert evaluate.record(Letters, dialogue, None) == expected
-    assert evaluate.is_solved(expected)
+    item = evaluate.Item(dialogue.problem, 3, False, 2)
+    expected = {"benchmark": "b", "id": "x", "K": 3, "control": False, "sample": 2, "attempts": [attempt]}
+    assert evaluate.record(Letters, dialogue, item) == expected
+    assert evaluate.key_of(expected) == item.key
 
 
 def test_names_and_settings(tmp_path):
@@ -106,39 +297,6 @@ def test_fingerprint_sees_every_file(tmp_path):
     (tmp_path / "weights").write_bytes(b"3")
     prints |= {evaluate.fingerprint(tmp_path), evaluate.fingerprint(tmp_path)}
     assert len(prints) == 3
-
-
-# The figure ----------------------------------------------------------------------------------------------------------
-def test_figure_shows_the_results(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
-
-    first = [spoke("a", 1, "7"), spoke("b", 1, "8"), spoke("a", 2, "7"), spoke("b", 2, "7")]
-    second = [spoke("a", 1, "6"), spoke("b", 1, "7"), spoke("a", 2, "6"), spoke("b", 2, "7")]
-    said_by = {"first": evaluate.summarise(first), "second": evaluate.summarise(second)}
-    models = {name: {"x": result, "y": result} for name, result in said_by.items()}
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
-    evaluate.draw(evaluate.curves(models), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "accuracy.svg"]
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert ">first<" in (tmp_path / "accuracy.svg").read_text()
-    axes = drawn[0].axes
-    assert [a.get_title() for a in axes] == ["x (n = 2)", "y (n = 2)"]
-    for panel in axes:
-        shown = {tuple(line.get_ydata()) for line in panel.lines}
-        assert shown == {tuple(r["x"]["accuracy"]) for r in models.values()} == {(0.5, 1.0), (0.5, 0.5)}
-        assert {text.get_text() for text in panel.texts} == {"first", "second"}
-        bands = [band.get_paths()[0].vertices[:, 1] for band in panel.collections]
-        assert {round(float(b.max()), 6) for b in bands} == {round(r["x"]["high"][-1], 6) for r in models.values()}
-
-
-def test_labels_keep_their_distance_and_order():
-    draw = random.Random(0)
-    for _ in range(200):
-        heights = [draw.random() for _ in range(draw.randint(1, 8))]
-        placed = evaluate.spread(heights, 0.07)
-        assert [placed[i] for i in sorted(range(len(heights)), key=heights.__getitem__)] == sorted(placed)
-        assert all(b - a > 0.07 - 1e-9 for a, b in itertools.pairwise(sorted(placed)))
 
 
 # The real engine -----------------------------------------------------------------------------------------------------
