@@ -177,7 +177,7 @@ def test_intrinsic_numbers(monkeypatch):
 
 
 def test_controls_by_hand():
-    """Samples cost 10 tokens; until one is right, at most 0, 1, 2 of them: expected 0, 10, 15 for a, 0, 10, 20 for b."""
+    """Samples cost 10; until one is right, at most 0, 1, 2 of them: expected 0, 10, 15 for a; 0, 10, 20 for b."""
     records = [
         *(spoke("a", 1, "7", control=True, tokens=10), spoke("a", 1, "8", control=True, sample=1, tokens=10)),
         *(spoke("b", 1, "8", control=True, tokens=10), spoke("b", 1, None, control=True, sample=1, tokens=10)),

@@ -202,9 +202,8 @@ def test_page_opens_without_errors_or_requests(made, browser):
     assert browser.run("document.querySelectorAll('figure svg').length") == 2
     # Every control has a label, and every id is there once.
     assert browser.run("[...document.querySelectorAll('input, select')].every(e => e.labels.length === 1)")
-    assert browser.run(
-        "(ids => ids.length === new Set(ids).size)([...document.querySelectorAll('main [id]:not(svg *)')].map(e => e.id))"
-    )
+    ids = browser.run("[...document.querySelectorAll('main [id]:not(svg *)')].map(e => e.id)")
+    assert len(ids) == len(set(ids)) > 10
 
 
 def test_page_shows_the_numbers(made, browser):
