@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grader
 import rollout
@@ -89,7 +89,7 @@ KEEP_CHECKPOINTS: int = 2  # the newest so many stay
 DIALOGUES_LOGGED: int = 2  # dialogues a step that dialogues.jsonl keeps as text
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"rollout.SEED_ATTEMPTS": False},
     "toy": {
         "MODEL": "data/toy/warm_start",
         "TRAIN_DATA": "data/toy/train.jsonl",
@@ -111,6 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "GRADIENT_CHECKPOINTING": False,
         "SAVE_EVERY": 50,
         "rollout.MAX_ATTEMPT_TOKENS": 64,
+        "rollout.LEAVE_OUT_LONG": True,
     },
     "single_turn": {"rollout.MAX_ATTEMPTS": 1},
 }
@@ -429,19 +430,19 @@ def problem_order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def play_step(engine: Engine, chat: Chat, problems: list[dict[str, Any]], step: int) -> list[Dialogue]:
-    """This rank's dialogues of a step: every WORLD-th, so that a mini-batch is the same set for any number of ranks."""
-    mine = range(dist.get_rank(), DIALOGUES, dist.get_world_size())
-    dialogues = [
-        rollout.new_dialogue(
-            chat,
-            problems[problem_index((step - 1) * DIALOGUES + i, len(problems))],
-            rollout.draw_attempts(SEED, step, i),
-        )
-        for i in mine
-    ]
-    seeds = [rollout.random_number(SEED, step, i) for i in mine]
-    progress = f"rollout {step}" if dist.get_rank() == 0 else None
+    """This rank's dialogues of a step: every WORLD-th, so that a mini-batch is the same set for any number of ranks.
+    Ranks that share an engine play the dialogues of all of them together."""
+    rank, shared = dist.get_rank(), rollout.TENSOR_PARALLEL
+    played = range(rank // shared, DIALOGUES, dist.get_world_size() // shared)
+    dialogues = []
+    for i in played:
+        visit = ((step - 1) * DIALOGUES + i) // rollout.SAMPLES_PER_PROMPT
+        problem = problems[problem_index(visit, len(problems))]
+        dialogues.append(rollout.new_dialogue(chat, problem, rollout.draw_attempts(SEED, step, i)))
+    seeds = [rollout.random_number(SEED, step, i) for i in played]
+    progress = f"rollout {step}" if rank == 0 else None
     rollout.play(engine, chat, dialogues, seeds, rollout.TEMPERATURE, progress)
+    dialogues = dialogues[rank % shared :: shared]
     for dialogue in dialogues:
         rollout.assign_rewards(dialogue)
     return dialogues
@@ -557,7 +558,7 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
             if d.max_attempts >= k:
                 sums.update({f"had_{k}": 1, f"solved_by_{k}": int(d.solved_at is not None and d.solved_at <= k)})
     ks = range(1, rollout.MAX_ATTEMPTS + 1)
-    endings, statuses = ("stop", "length", "context"), ("correct", "wrong", "no_answer", "timeout")
+    endings, statuses = ("stop", "length", "context", "box"), ("correct", "wrong", "no_answer", "timeout")
     names = ["dialogues", "attempts", "reward", "solved", "tokens", "generated"]
     names += [f"ending_{e}" for e in endings] + [f"status_{s}" for s in statuses]
     names += [f"{which}_{k}" for k in ks for which in ("had", "solved_by")]
@@ -659,35 +660,31 @@ def as_text(dialogue: Dialogue, chat: Chat, step: int) -> dict[str, Any]:
 
 
 # The run --------------------------------------------------------------------------------------------------------------
-def fitting_problems(chat: Chat) -> list[dict[str, Any]]:
-    """TRAIN_DATA less the questions that leave no room for an attempt; says which."""
-    problems = rollout.load_problems(TRAIN_DATA)
-    fit = [p for p in problems if len(chat.prompt(p["question"], rollout.MAX_ATTEMPTS)) < rollout.CONTEXT]
-    if len(fit) < len(problems) and dist.get_rank() == 0:
-        long = [p["id"] for p in problems if p not in fit]
-        print(f"{len(long)} of {len(problems)} questions fill the context of {rollout.CONTEXT}: left out: {long[:5]}")
-    if not fit:
-        raise SystemExit(f"{TRAIN_DATA}: no question leaves room for an answer in {rollout.CONTEXT} tokens")
-    return fit
-
-
 def check_constants() -> None:
-    world = dist.get_world_size()
-    if DIALOGUES % MINI_BATCH or MINI_BATCH % world:
-        raise SystemExit(
-            f"DIALOGUES={DIALOGUES} must be a multiple of MINI_BATCH={MINI_BATCH}, and that of the {world} ranks"
-        )
-    if not 1 <= rollout.MIN_ATTEMPTS <= rollout.MAX_ATTEMPTS:
-        raise SystemExit(f"1 <= MIN_ATTEMPTS={rollout.MIN_ATTEMPTS} <= MAX_ATTEMPTS={rollout.MAX_ATTEMPTS} must hold")
+    """Raises SystemExit where numbers do not fit each other, before anything costs time."""
+    rollout.check_constants()
+    world, shared = dist.get_world_size(), rollout.TENSOR_PARALLEL
+    for name, number, unit in (
+        ("DIALOGUES", DIALOGUES, MINI_BATCH),
+        ("MINI_BATCH", MINI_BATCH, world),
+        ("MINI_BATCH", MINI_BATCH, rollout.SAMPLES_PER_PROMPT),
+        ("ranks", world, shared),
+    ):
+        if number % unit:
+            raise SystemExit(
+                f"{name}={number} is no multiple of {unit}: DIALOGUES must be one of MINI_BATCH={MINI_BATCH}, that one "
+                f"of the {world} ranks and of SAMPLES_PER_PROMPT={rollout.SAMPLES_PER_PROMPT}, and the ranks one of "
+                f"TENSOR_PARALLEL={shared}"
+            )
 
 
 def train(folder: Path) -> None:
     lead = dist.get_rank() == 0
     torch.manual_seed(SEED)
+    chat = Chat(AutoTokenizer.from_pretrained(MODEL))
+    problems = rollout.check_lengths(chat, rollout.load_problems(TRAIN_DATA), TRAIN_DATA)
     engine = Engine(MODEL, dtype=COMPUTE_DTYPE, seed=SEED)  # before the trainer: it wants to find the GPU's memory free
-    chat = Chat(engine.tokenizer)
-    problems = fitting_problems(chat)
-    tokens = len(engine.tokenizer)
+    tokens = len(chat.tokenizer)
     actor = Actor(MODEL, tokens)
     actor = shard(actor, actor.lm.model.layers)
     critic = Critic(MODEL)
@@ -755,7 +752,7 @@ def train(folder: Path) -> None:
         if step % SAVE_EVERY == 0 or progress() >= 1:
             save(folder, step, generated, parts)
     bar.close()
-    export(folder / "policy", actor, engine.tokenizer)
+    export(folder / "policy", actor, chat.tokenizer)
     engine.shutdown()
 
 

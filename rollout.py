@@ -2,6 +2,7 @@
 
 1. A dialogue grants N ~ Uniform{MIN_ATTEMPTS..MAX_ATTEMPTS} attempts; the system prompt says how many.
 2. After a wrong attempt the environment says so and how many are left; a right one or the N-th ends the dialogue.
+   SCoRe (arXiv 2409.12917) is a constant away: there nobody says whether an attempt was right.
 3. The loop is continuous: the moment an attempt ends it is graded, and its retry joins everyone else's attempts in the
    engine's queue. Nobody waits for the slowest dialogue of a batch.
 4. Token ids go in, token ids come out. Text is never tokenised twice; the action mask is carried, never searched for.
@@ -10,37 +11,51 @@
     python rollout.py MODEL=folder PROBLEMS=my.jsonl MAX_ATTEMPTS=3
 """
 
+import bisect
 import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import gc
 import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jinja2
 from tqdm import tqdm
 
 import grader
 
 # The task -------------------------------------------------------------------------------------------------------------
-MIN_ATTEMPTS: int = 1  # attempts; smallest N of a training dialogue (paper 1)
-MAX_ATTEMPTS: int = 5  # attempts; largest N of a training dialogue, K of an evaluation (paper 5); 1 = single-turn RL
-PROMPT: str = "multi_attempt"  # "multi_attempt" (the prompt states N) or "single_turn" (the paper's baseline prompt)
+MIN_ATTEMPTS: int = 1  # attempts; smallest N of a training dialogue (paper 1, SCoRe 2)
+MAX_ATTEMPTS: int = 5  # attempts; largest N of a training dialogue, K of an evaluation (paper 5, SCoRe 2)
+PROMPT: str = "multi_attempt"  # "multi_attempt": the prompt states N; "single_turn": it does not (the paper's baseline)
+FEEDBACK: str = "verified"  # "verified": told when wrong, stop when right; "intrinsic": N attempts, never told (SCoRe)
 REPEAT_QUESTION: bool = False  # 1: feedback repeats the question in a user turn (the reference's option; paper 0)
+SYSTEM_TURNS: bool = True  # 0: instructions and verdicts are user turns, for chat templates without system turns
 MAX_ATTEMPT_TOKENS: int = 3000  # tokens; an attempt is cut there (paper: 3000 over all attempts together)
 CONTEXT: int = 4096  # tokens; prompt and all attempts of a dialogue together (paper 4024)
-# Rewards of a dialogue, on its last action; the values are those of the paper's code ----------------------------------
-REWARD_CORRECT: float = 1.0  # some attempt was right
-REWARD_WRONG: float = -0.5  # never right, but some attempt had a complete box
-REWARD_NO_ANSWER: float = -1.0  # no complete box in any attempt
+LEAVE_OUT_LONG: bool = False  # 1: training leaves out, and names, questions that fill the context; 0: it does not start
+STOP_AT: str = "end_of_turn"  # or "first_box": the rest of an attempt is cut off (nearly the reference's rule)
+# Rewards; the values are those of the paper's code, SCoRe's are 1, 0 and 0 --------------------------------------------
+REWARD: str = "outcome"  # "outcome" (paper), "per_attempt", "score_stage1" or "score_stage2": see assign_rewards
+REWARD_CORRECT: float = 1.0  # of a right answer
+REWARD_WRONG: float = -0.5  # of a wrong answer in a complete box
+REWARD_NO_ANSWER: float = -1.0  # of no complete box
+ATTEMPT_DISCOUNT: float = 1.0  # success at attempt k earns REWARD_CORRECT * ATTEMPT_DISCOUNT^(k-1) (paper 1: explore)
+SCORE_ALPHA: float = 10.0  # weight of the progress bonus of "score_stage2" (SCoRe 10)
 # Sampling -------------------------------------------------------------------------------------------------------------
+SAMPLES_PER_PROMPT: int = 1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
 TEMPERATURE: float = 1.0  # of training rollouts (paper 1); anything but 1 makes sampler and trainer disagree
+SEED_ATTEMPTS: bool = True  # a seed for each attempt: no sample depends on scheduling; slower, off in preset "paper"
 MAX_SEQUENCES: int = 256  # sequences decoded at once by one engine; more is faster until the KV cache is full
+TENSOR_PARALLEL: int = 1  # ranks that share one engine; 1 is fastest for models that fit into one GPU
 GPU_MEMORY: float = 0.5  # share of a GPU's memory that the engine may take; the trainer lives in the rest (paper 0.5)
 CPU_CACHE_MIB: int = 512  # MiB of KV cache of the CPU engine
 # The command line of this file ----------------------------------------------------------------------------------------
@@ -49,14 +64,27 @@ PROBLEMS: str = "data/toy/test.jsonl"  # problems to play
 DIALOGUES: int = 4  # how many to play and print
 SEED: int = 0
 
-SYSTEM_SINGLE = "Please reason step by step, and put your final answer within \\boxed{}."
-SYSTEM_MULTI = (
-    SYSTEM_SINGLE + " You have {attempts} attempts to answer the questions, and you should provide the full "
+CHOICES = {  # constant -> what it may be
+    "PROMPT": ("multi_attempt", "single_turn"),
+    "FEEDBACK": ("verified", "intrinsic"),
+    "STOP_AT": ("end_of_turn", "first_box"),
+    "REWARD": ("outcome", "per_attempt", "score_stage1", "score_stage2"),
+}
+
+# What is said, to the letter of the papers' code ----------------------------------------------------------------------
+SAY_SINGLE = "Please reason step by step, and put your final answer within \\boxed{}."
+SAY_MULTI = (
+    SAY_SINGLE + " You have {attempts} attempts to answer the questions, and you should provide the full "
     "reasoning steps in each attempt."
 )
-FEEDBACK = "Your answer is incorrect. You have {attempts} attempts left. Try an alternative."
-SYSTEM_REPEAT = SYSTEM_SINGLE + " You have {attempts} attempts to answer the question."
-FEEDBACK_REPEAT = "Your answer is incorrect. Try an alternative. You have {attempts} attempts to answer the question."
+SAY_WRONG = "Your answer is incorrect. You have {attempts} attempts left. Try an alternative."
+SAY_MULTI_REPEAT = SAY_SINGLE + " You have {attempts} attempts to answer the question."
+SAY_WRONG_REPEAT = "Your answer is incorrect. Try an alternative. You have {attempts} attempts to answer the question."
+SAY_CHECK = (  # SCoRe, appendix C, whose last sentence asks for "Final Answer: ..." where ours asks for a box
+    "There might be an error in the solution above because of lack of understanding of the question. Please correct "
+    "the error, if any, and rewrite the solution. Only output the final solution! At the end of the Solution, put your "
+    "final answer within \\boxed{}."
+)
 
 
 # The record of the program --------------------------------------------------------------------------------------------
@@ -66,7 +94,9 @@ class Attempt:
     end: int  # one past its last action
     answer: str | None  # what stood in the last complete box
     status: str  # the grader's: "correct", "wrong", "no_answer", "timeout"
-    ending: str  # "stop" (the policy ended its turn), "length" (MAX_ATTEMPT_TOKENS) or "context" (CONTEXT is full)
+    ending: (
+        str  # "stop" (the policy ended its turn), "length" (MAX_ATTEMPT_TOKENS), "context" (full) or "box" (STOP_AT)
+    )
     reward: float = 0.0  # placed on the last action
 
 
@@ -133,6 +163,18 @@ def override_constants(
     }
 
 
+def check_constants() -> None:
+    """Raises SystemExit, naming the constant, where one of this file cannot be."""
+    for name, allowed in CHOICES.items():
+        if globals()[name] not in allowed:
+            raise SystemExit(f"{name}={globals()[name]}: must be one of {', '.join(allowed)}")
+    if not 1 <= MIN_ATTEMPTS <= MAX_ATTEMPTS:
+        raise SystemExit(f"1 <= MIN_ATTEMPTS={MIN_ATTEMPTS} <= MAX_ATTEMPTS={MAX_ATTEMPTS} must hold")
+    for name in ("MAX_ATTEMPT_TOKENS", "CONTEXT", "SAMPLES_PER_PROMPT", "MAX_SEQUENCES", "TENSOR_PARALLEL"):
+        if globals()[name] < 1:
+            raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
+
+
 def parse_value(name: str, value: Any, default: Any) -> Any:
     """`value` (text from the command line, or a preset's value) as the type of `default`.
 
@@ -174,51 +216,91 @@ def load_problems(path: str | Path) -> list[dict[str, Any]]:
     return problems
 
 
+def check_lengths(chat: "Chat", problems: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
+    """The problems whose prompt leaves room for an attempt in CONTEXT. Raises SystemExit, naming the others, if there
+    are any and LEAVE_OUT_LONG does not say to go on without them, or if none is left."""
+    fit = [p for p in problems if len(chat.prompt(p["question"], MAX_ATTEMPTS)) < CONTEXT]
+    if len(fit) < len(problems):
+        kept = {p["id"] for p in fit}
+        long = [p["id"] for p in problems if p["id"] not in kept]
+        named = ", ".join(long[:5]) + (" ..." if len(long) > 5 else "")
+        what = f"{path}: {len(long)} of {len(problems)} questions fill the context of {CONTEXT} tokens: {named}"
+        if not LEAVE_OUT_LONG or not fit:
+            raise SystemExit(f"{what}; shorten or remove them, raise CONTEXT, or train without them: LEAVE_OUT_LONG=1")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{what}; left out")
+    return fit
+
+
 # Prompts --------------------------------------------------------------------------------------------------------------
 class Chat:
-    """Turns of a dialogue as token ids, through the chat template of the model's own tokenizer."""
+    """Turns of a dialogue as token ids, through the chat template of the model's own tokenizer.
+
+    Raises SystemExit where the template cannot say what a dialogue needs.
+    """
+
+    MARK = "\x00"  # stands for an answer in the rendered template: what follows it is what the environment adds
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        mark = "\x00"  # stands for an assistant's answer: what follows it in the template ends a turn
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        after = tokenizer.apply_chat_template(turns, tokenize=False).split(mark)[1]
+        if not tokenizer.chat_template:
+            raise SystemExit(f"{tokenizer.name_or_path}: its tokenizer has no chat template; take a model that has one")
+        closing = self._encode(self._render("?").split(self.MARK)[1])
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         # The id by which the policy says "my turn is over". A base model may know another end id as well (Qwen2.5-Math:
         # <|endoftext|>); sampling that one ends the attempt too, and the environment then closes the turn.
-        self.end_of_turn: int = self._encode(after)[0]
-        self.mark = mark
+        self.end_of_turn: int | None = next((token for token in closing if token in special), None)
+        if self.end_of_turn is None:
+            raise SystemExit(f"{tokenizer.name_or_path}: its chat template ends an answer without a token of its own")
+        self._feedback: dict[tuple[tuple[str, str], ...], list[int]] = {}  # what is said -> its ids
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def _render(self, question: str, system: str = "", *after: tuple[str, str], answered: bool = True) -> str:
+        """The template's text: system, question, the answer's mark, what is said after it, the next answer's opening.
+        Without system turns the instructions stand before the question, and a verdict is the user's."""
+        system_turn = [("system", system)] if system and SYSTEM_TURNS else []
+        question = f"{system}\n\n{question}" if system and not SYSTEM_TURNS else question
+        turns = [*system_turn, ("user", question), *[("assistant", self.MARK)] * answered]
+        if SYSTEM_TURNS:
+            turns += after
+        elif after:
+            turns.append(("user", "\n\n".join(text for _, text in after)))
+        messages = [{"role": role, "content": text} for role, text in turns]
+        opening = bool(after) or not answered
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+        except jinja2.TemplateError as error:
+            cure = "; SYSTEM_TURNS=0 makes do without system turns" if SYSTEM_TURNS else ""
+            raise SystemExit(f"{self.tokenizer.name_or_path}: its chat template refuses: {error}{cure}") from error
+
     def prompt(self, question: str, attempts: int) -> list[int]:
         """Ids of the system turn, the question and the opening of the first answer."""
-        system = {"multi_attempt": SYSTEM_REPEAT if REPEAT_QUESTION else SYSTEM_MULTI, "single_turn": SYSTEM_SINGLE}
-        turns = [
-            {"role": "system", "content": system[PROMPT].replace("{attempts}", str(attempts))},
-            {"role": "user", "content": question},
-        ]
-        return self._encode(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        system = {"multi_attempt": SAY_MULTI_REPEAT if REPEAT_QUESTION else SAY_MULTI, "single_turn": SAY_SINGLE}
+        text = system[PROMPT].replace("{attempts}", str(attempts))
+        return self._encode(self._render(question, text, answered=False))
 
     def feedback(self, question: str, attempts_left: int) -> list[int]:
-        """Ids from right behind the end of a wrong answer's turn to the opening of the next answer.
-
-        The template renders the whole exchange around a mark; what follows the mark, less the end of turn, is new.
-        """
-        words = FEEDBACK_REPEAT if REPEAT_QUESTION else FEEDBACK
-        turns = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": self.mark},
-            {"role": "system", "content": words.replace("{attempts}", str(attempts_left))},
-        ]
-        turns += [{"role": "user", "content": question}] if REPEAT_QUESTION else []
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self._encode(text.split(self.mark)[1])[1:]
+        """Ids from right behind the end of an answer's turn to the opening of the next answer."""
+        words = (SAY_WRONG_REPEAT if REPEAT_QUESTION else SAY_WRONG).replace("{attempts}", str(attempts_left))
+        said = (("user", SAY_CHECK) if FEEDBACK == "intrinsic" else ("system", words),)
+        said += (("user", question),) * REPEAT_QUESTION
+        if said not in self._feedback:
+            text = self._render("?", "", *said).split(self.MARK)[1]
+            if said[0][1] not in text:  # some templates move system turns to the front
+                raise SystemExit(
+                    f"{self.tokenizer.name_or_path}: its chat template drops what is said behind an answer"
+                    + "; SYSTEM_TURNS=0 says it in a user turn" * SYSTEM_TURNS
+                )
+            ids = self._encode(text)
+            self._feedback[said] = ids[ids.index(self.end_of_turn) + 1 :]
+        return self._feedback[said]
 
 
 # The engine: every vLLM call of the program ---------------------------------------------------------------------------
 class Engine:
-    """vLLM in this process. Under torchrun each rank has an engine of its own."""
+    """vLLM in this process. Under torchrun TENSOR_PARALLEL ranks share one; all ranks must make theirs together."""
 
     def __init__(self, model: str, dtype: str = "float32", seed: int = 0):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core in this process: no copies, no pickling
@@ -233,6 +315,7 @@ class Engine:
             model=model,
             dtype=dtype,
             seed=seed,
+            tensor_parallel_size=TENSOR_PARALLEL,
             max_model_len=CONTEXT,
             max_num_seqs=MAX_SEQUENCES,
             max_num_batched_tokens=max(8192, CONTEXT),
@@ -261,28 +344,40 @@ class Engine:
     def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
         """Queue one attempt: continue `ids` until a stop id or max_tokens. Temperature 0 is greedy."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             temperature=temperature,
-            seed=seed if temperature > 0 else None,
+            seed=seed if SEED_ATTEMPTS and temperature > 0 else None,
             max_tokens=max_tokens,
             stop_token_ids=sorted(stop | self.stop_ids),
             logit_bias=self.never or None,
             logprobs=0,  # the sampled token's log-probability, no alternatives
+            flat_logprobs=True,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
         self.engine.add_request(str(key), {"prompt_token_ids": ids}, params)
 
     def step(self) -> list[tuple[int, list[int], list[float], bool]]:
         """One forward pass over what runs -> (key, sampled ids, their logprobs, stopped?) of each that ended."""
-        ended = []
-        for request in self.engine.step():
-            if request.finished:
-                out = request.outputs[0]
-                logprobs = [step[i].logprob for i, step in zip(out.token_ids, out.logprobs, strict=True)]
-                ended.append((int(request.request_id), list(out.token_ids), logprobs, out.finish_reason == "stop"))
-        return ended
+        ended = [(int(request.request_id), request.outputs[0]) for request in self.engine.step() if request.finished]
+        return [(k, list(out.token_ids), out.logprobs.logprobs, out.finish_reason == "stop") for k, out in ended]
+
+    def reseed(self, seed: int) -> None:
+        """Start the stream from which attempts without a seed of their own are sampled."""
+        import torch
+
+        torch.manual_seed(seed)
+
+    def agree(self, verdicts: dict[int, grader.Verdict]) -> dict[int, grader.Verdict]:
+        """Ranks that share an engine must queue the same attempts in the same step: the first one's verdicts count."""
+        if TENSOR_PARALLEL == 1:
+            return verdicts
+        from vllm.distributed import get_tp_group
+
+        return get_tp_group().broadcast_object(verdicts, src=0)
 
     @property
     def busy(self) -> bool:
@@ -290,11 +385,27 @@ class Engine:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         """Replace the engine's weights by the trainer's, streamed one whole tensor at a time. The one place that knows
-        the order: wake the weights, load them, forget what was cached under the old ones, wake the cache."""
+        the order: wake the weights, load them, forget what was cached under the old ones, wake the cache.
+
+        Raises RuntimeError if the engine does not hold them afterwards.
+        """
+        sent: dict[str, Any] = {}
+
+        def stream() -> Iterable[tuple[str, Any]]:
+            for name, tensor in named_tensors:
+                sent[name] = (tensor.shape, bit_sum(tensor))
+                yield name, tensor
+
         if self.cuda:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
         self.llm.apply_model(repack_tied_head)
+        stale = self.llm.apply_model(functools.partial(stale_weights, sent=sent))[0]
+        if stale:
+            raise RuntimeError(
+                f"the engine does not hold the trainer's weights behind a transfer ({', '.join(stale[:3])} ...): "
+                "it would sample from another policy than the one that is trained"
+            )
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
                 "the engine kept its prefix cache: attempts were still running while weights were loaded"
@@ -326,6 +437,20 @@ def repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def bit_sum(tensor: Any) -> Any:
+    """The sum of a tensor's bit patterns as whole numbers: equal tensors have equal sums, in whatever order."""
+    import torch
+
+    return tensor.contiguous().view(torch.int16 if tensor.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
+
+
+def stale_weights(model: Any, sent: dict[str, Any]) -> list[str]:
+    """Names of the engine's parameters that are not what was sent. Comparable are those that it keeps under the
+    trainer's name and in its shape (norms, embedding, and what it neither fuses, splits nor packs)."""
+    kept = {n: p for n, p in model.named_parameters() if n in sent and p.shape == sent[n][0]}
+    return [n for n, p in kept.items() if int(bit_sum(p)) != int(sent[n][1])] if kept else ["not one parameter"]
+
+
 # The attempt loop -----------------------------------------------------------------------------------------------------
 def random_number(*key: int | str) -> int:
     """31 random bits that depend on the key alone, not on the process, the order of calls or the number of ranks."""
@@ -333,14 +458,25 @@ def random_number(*key: int | str) -> int:
 
 
 def draw_attempts(seed: int, step: int, index: int) -> int:
-    """N of dialogue `index` in `step`: uniform over {MIN_ATTEMPTS..MAX_ATTEMPTS} (paper, section 2)."""
-    return MIN_ATTEMPTS + random_number("attempts", seed, step, index) % (MAX_ATTEMPTS - MIN_ATTEMPTS + 1)
+    """N of dialogue `index` in `step`: uniform over {MIN_ATTEMPTS..MAX_ATTEMPTS} (paper, section 2). The
+    SAMPLES_PER_PROMPT dialogues of a problem, which follow each other, share it: only then are they a group."""
+    draw = random_number("attempts", seed, step, index // SAMPLES_PER_PROMPT)
+    return MIN_ATTEMPTS + draw % (MAX_ATTEMPTS - MIN_ATTEMPTS + 1)
 
 
 def new_dialogue(chat: Chat, problem: dict[str, Any], max_attempts: int) -> Dialogue:
     dialogue = Dialogue(problem, max_attempts)
     dialogue.extend(chat.prompt(problem["question"], max_attempts))
     return dialogue
+
+
+def cut_behind_box(chat: Chat, ids: list[int]) -> list[int]:
+    """An attempt up to the token that closes its first box: what sampling would have been, had it stopped there."""
+
+    def has_box(length: int) -> bool:
+        return grader.extract_answer(chat.tokenizer.decode(ids[:length], skip_special_tokens=True)) is not None
+
+    return ids[: bisect.bisect_left(range(len(ids)), True, key=has_box)]
 
 
 def play(
@@ -355,14 +491,15 @@ def play(
     """Play dialogues to their end, in place.
 
     dialogues: fresh (prompt only) or with attempts already in them (they go on behind the last one's feedback).
-    seeds: one a dialogue; with the number of the attempt it seeds that attempt's sampling, so that what a dialogue
-        becomes does not depend on what else is in the queue.
+    seeds: one a dialogue. With SEED_ATTEMPTS, seed and number of the attempt seed that attempt's sampling, and what a
+        dialogue becomes does not depend on what else is queued. Without, all of them together seed the call.
     temperature: 0 is greedy.
     progress: label of a progress bar, or None. on_end(index) is called when dialogue `index` has ended.
     A dialogue whose prompt fills the context ends without an attempt.
     """
-    verdicts: dict[concurrent.futures.Future, int] = {}  # still being graded -> its dialogue
+    grading: dict[int, concurrent.futures.Future] = {}  # dialogue -> the verdict on its last attempt, to come
     bar = tqdm(total=len(dialogues), desc=progress, unit=" dialogues", disable=progress is None, leave=False, delay=2)
+    engine.reseed(random_number(*seeds))
 
     def submit(index: int) -> bool:
         dialogue = dialogues[index]
@@ -376,24 +513,24 @@ def play(
     def attempt_ended(index: int, ids: list[int], logprobs: list[float], stopped: bool) -> None:
         dialogue = dialogues[index]
         start = len(dialogue.ids)
+        ending = "stop" if stopped else "context" if start + len(ids) >= CONTEXT else "length"
+        if STOP_AT == "first_box" and len(kept := cut_behind_box(chat, ids)) < len(ids):
+            ids, logprobs, ending = kept, logprobs[: len(kept)], "box"
         dialogue.extend(ids, logprobs)
-        ending = "stop" if stopped else "context" if len(dialogue.ids) >= CONTEXT else "length"
         dialogue.attempts.append(Attempt(start, start + len(ids), None, "no_answer", ending))
         text = chat.tokenizer.decode(ids, skip_special_tokens=True)
         gold, tolerance = dialogue.problem["answer"], dialogue.problem.get("tolerance")
-        verdicts[grader.submit(text, gold, tolerance)] = index
+        grading[index] = grader.submit(text, gold, tolerance)
 
     def go_on(index: int, verdict: grader.Verdict) -> bool:
         """Take the verdict; True if the dialogue has another attempt in the queue."""
         dialogue = dialogues[index]
         dialogue.attempts[-1].answer, dialogue.attempts[-1].status = verdict.answer, verdict.status
         left = dialogue.max_attempts - len(dialogue.attempts)
-        if verdict.correct or left == 0:
+        if left == 0 or (verdict.correct and FEEDBACK == "verified"):
             return False
         feedback = chat.feedback(dialogue.problem["question"], left)
-        if (
-            dialogue.ids[-1] != chat.end_of_turn
-        ):  # cut by length, or ended by another id: the environment closes the turn
+        if dialogue.ids[-1] != chat.end_of_turn:  # cut, or ended by another id: the environment closes the turn
             feedback = [chat.end_of_turn, *feedback]
         if len(dialogue.ids) + len(feedback) >= CONTEXT:
             return False
@@ -401,44 +538,78 @@ def play(
         return submit(index)
 
     ended = [index for index in range(len(dialogues)) if not submit(index)]
-    solved = tokens = 0
+    solved = attempts = tokens = 0
+    start = time.perf_counter()
     while True:
         for index in ended:
             solved += dialogues[index].solved_at is not None
-            bar.set_postfix(solved=f"{solved / (bar.n + 1):.2f}", tokens=tokens, refresh=False)
             bar.update()
             on_end(index)
-        if not engine.busy and not verdicts:
+        speed = tokens / (time.perf_counter() - start)
+        bar.set_postfix_str(f"{attempts} attempts, {speed:,.0f} tokens/s, solved {solved / max(1, bar.n):.2f}", False)
+        if not engine.busy and not grading:
             break
         for index, ids, logprobs, stopped in engine.step() if engine.busy else []:
             attempt_ended(index, ids, logprobs, stopped)
-            tokens += len(ids)
+            attempts, tokens = attempts + 1, tokens + len(ids)
         if not engine.busy:  # nothing to compute until a verdict is in
-            concurrent.futures.wait(verdicts, return_when=concurrent.futures.FIRST_COMPLETED)
-        ready = [future for future in verdicts if future.done()]
-        ended = [index for future in ready if not go_on(index := verdicts.pop(future), future.result())]
+            concurrent.futures.wait(grading.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+        verdicts = engine.agree({index: future.result() for index, future in grading.items() if future.done()})
+        for index in verdicts:
+            del grading[index]
+        ended = [index for index, verdict in verdicts.items() if not go_on(index, verdict)]
     bar.close()
     return dialogues
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
-def assign_rewards(dialogue: Dialogue) -> None:
-    """Outcome reward: one number for the whole dialogue, on the last attempt (paper, section 2; values of its code).
+def attempt_rewards(statuses: Sequence[str], method: str) -> list[float]:
+    """The reward of each attempt of a dialogue from the grader's statuses; method: what REWARD may be.
 
-    Right at any attempt is worth REWARD_CORRECT however many it took; a wrong boxed answer seen in any attempt lifts a
-    failure from REWARD_NO_ANSWER to REWARD_WRONG.
+    The value v_k of attempt k alone is REWARD_CORRECT * ATTEMPT_DISCOUNT^(k-1), REWARD_WRONG, or REWARD_NO_ANSWER
+    without a complete box; here 1, -0.5 and -1.
 
-    >>> d = Dialogue({}, 3, attempts=[Attempt(0, 2, "7", "wrong", "stop"), Attempt(4, 6, None, "no_answer", "length")])
-    >>> assign_rewards(d); [a.reward for a in d.attempts]
+    "outcome" (paper, section 2) is one number for the whole dialogue, on its last attempt: the value of the first right
+    attempt; REWARD_WRONG if none was right but some had a box; else REWARD_NO_ANSWER.
+    >>> attempt_rewards(["wrong", "correct"], "outcome"), attempt_rewards(["wrong", "no_answer"], "outcome")
+    ([0.0, 1.0], [0.0, -0.5])
+
+    "per_attempt" is r_k = v_k.
+    >>> attempt_rewards(["no_answer", "wrong", "correct"], "per_attempt")
+    [-1.0, -0.5, 1.0]
+
+    "score_stage1" (SCoRe, eq. 3): the last attempt alone is paid; those before it are held by their KL coefficient.
+    >>> attempt_rewards(["correct", "wrong"], "score_stage1")
     [0.0, -0.5]
+
+    "score_stage2" (SCoRe, eq. 4, section 5.2): r_1 = v_1, r_k = v_k + SCORE_ALPHA (v_k - v_{k-1}). Progress is paid,
+    and to spoil a right answer costs. With SCoRe's 1 and 0 the second attempt earns 1 (right, still right), 11
+    (mended), -10 (spoilt) or 0; with ours
+    >>> [attempt_rewards(s, "score_stage2")[1] for s in (["correct"] * 2, ["wrong", "correct"], ["correct", "wrong"])]
+    [1.0, 16.0, -15.5]
     """
-    statuses = {attempt.status for attempt in dialogue.attempts}
-    if not statuses:
-        return
-    reward = (
-        REWARD_CORRECT if "correct" in statuses else REWARD_NO_ANSWER if statuses == {"no_answer"} else REWARD_WRONG
-    )
-    dialogue.attempts[-1].reward = reward
+
+    def value(number: int, status: str) -> float:
+        if status == "correct":
+            return REWARD_CORRECT * ATTEMPT_DISCOUNT ** (number - 1)
+        return REWARD_NO_ANSWER if status == "no_answer" else REWARD_WRONG  # no verdict in time is no right answer
+
+    values = [value(number, status) for number, status in enumerate(statuses, 1)]
+    if method == "per_attempt" or not values:
+        return values
+    if method == "score_stage2":
+        return [v + SCORE_ALPHA * (v - before) for v, before in zip(values, [values[0], *values], strict=False)]
+    last = values[-1]
+    if method == "outcome":
+        failed = REWARD_NO_ANSWER if set(statuses) == {"no_answer"} else REWARD_WRONG
+        last = values[statuses.index("correct")] if "correct" in statuses else failed
+    return [0.0] * (len(values) - 1) + [last]
+
+
+def assign_rewards(dialogue: Dialogue) -> None:
+    rewards = attempt_rewards([attempt.status for attempt in dialogue.attempts], REWARD)
+    for attempt, reward in zip(dialogue.attempts, rewards, strict=True):
+        attempt.reward = reward
 
 
 def token_rewards(dialogue: Dialogue) -> list[float]:
@@ -465,6 +636,7 @@ def show(chat: Chat, dialogue: Dialogue) -> str:
 
 def main() -> None:
     override_constants(sys.argv[1:], {"rollout": sys.modules[__name__], "grader": grader})
+    check_constants()
     problems = load_problems(PROBLEMS)[:DIALOGUES]
     engine = Engine(MODEL, seed=SEED)
     chat = Chat(engine.tokenizer)

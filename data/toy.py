@@ -35,7 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rollout import FEEDBACK, SYSTEM_MULTI, SYSTEM_SINGLE, override_constants
+from rollout import SAY_MULTI, SAY_SINGLE, SAY_WRONG, override_constants
 
 SEED: int = 0  # decides the questions, which of them are held out, and the initial weights
 OUT: str = "data/toy"  # folder to make
@@ -59,9 +59,9 @@ CHAT_TEMPLATE: str = (  # ChatML as in Qwen2.5, without a default system message
 )
 PHRASES: tuple[str, ...] = (  # single tokens; whatever is not listed here falls back to bytes
     *(role + "\n" for role in ("system", "user", "assistant")),
-    SYSTEM_SINGLE,
-    *SYSTEM_MULTI.removeprefix(SYSTEM_SINGLE).split(" {attempts}"),
-    *FEEDBACK.split(" {attempts}"),
+    SAY_SINGLE,
+    *SAY_MULTI.removeprefix(SAY_SINGLE).split(" {attempts}"),
+    *SAY_WRONG.split(" {attempts}"),
     "What is the median of",
     "It is \\boxed{",
     f" {BLANK}",
@@ -182,7 +182,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def prompt_text(question: str, attempts: int | None) -> str:
     """The start of a dialogue; attempts None is the single-turn prompt, without a word about attempts."""
-    system = SYSTEM_SINGLE if attempts is None else SYSTEM_MULTI.replace("{attempts}", str(attempts))
+    system = SAY_SINGLE if attempts is None else SAY_MULTI.replace("{attempts}", str(attempts))
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -192,7 +192,7 @@ def response_text(answer: int) -> str:
 
 def feedback_text(attempts_left: int) -> str:
     """What the environment says between a wrong response and the next attempt."""
-    feedback = FEEDBACK.replace("{attempts}", str(attempts_left))
+    feedback = SAY_WRONG.replace("{attempts}", str(attempts_left))
     return f"\n<|im_start|>system\n{feedback}<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -1,16 +1,22 @@
 """rollout.py: prompts to the letter, the attempt loop on a scripted and on the real engine, rewards, constants."""
 
 import json
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import grader
 import rollout
 from rollout import Attempt, Chat, Dialogue
 
+ROOT = Path(__file__).parent.parent
 PROBLEM = {"id": "p", "question": "What is 1 + 1?", "answer": "2"}
 
 
@@ -24,6 +30,12 @@ class Scripted:
 
     def __init__(self, chat: Chat, answers: list[list[str]], logprob: float = -0.5):
         self.chat, self.answers, self.logprob, self.queue, self.seen = chat, answers, logprob, [], []
+
+    def reseed(self, seed):
+        pass
+
+    def agree(self, verdicts):
+        return verdicts
 
     def submit(self, key, ids, max_tokens, temperature, seed, stop):
         self.seen.append((key, list(ids), max_tokens, seed))
@@ -126,6 +138,81 @@ def test_endings_and_rewards(chat, monkeypatch, answers, attempts, statuses, end
         assert not any(d.mask[a.end : following.start])
 
 
+SPOILT = ["\\boxed{2}" + END, "\\boxed{3}" + END]  # right, then wrong
+MENDED = SPOILT[::-1]
+BOX_AT_LAST = ["none" + END, "\\boxed{3}" + END]
+NO_BOX = ["none" + END, "x" * 30]  # the second is cut
+
+
+@pytest.mark.parametrize("feedback", ["verified", "intrinsic"])
+@pytest.mark.parametrize(
+    ("answers", "statuses", "rewards"),
+    [
+        # by hand from the values 1, -0.5, -1, a discount of 0.9 and SCORE_ALPHA 2
+        (SPOILT, "cw", {"outcome": [0, 1], "per_attempt": [1, -0.5], "stage1": [0, -0.5], "stage2": [1, -3.5]}),
+        (MENDED, "wc", {"outcome": [0, 0.9], "per_attempt": [-0.5, 0.9], "stage1": [0, 0.9], "stage2": [-0.5, 3.7]}),
+        (NO_BOX, "nn", {"outcome": [0, -1], "per_attempt": [-1, -1], "stage1": [0, -1], "stage2": [-1, -1]}),
+        (
+            BOX_AT_LAST,
+            "nw",
+            {"outcome": [0, -0.5], "per_attempt": [-1, -0.5], "stage1": [0, -0.5], "stage2": [-1, 0.5]},
+        ),
+    ],
+)
+def test_every_reward_under_both_feedbacks(chat, monkeypatch, feedback, answers, statuses, rewards):
+    for name, value in {
+        "FEEDBACK": feedback,
+        "MAX_ATTEMPT_TOKENS": 16,
+        "ATTEMPT_DISCOUNT": 0.9,
+        "SCORE_ALPHA": 2.0,
+    }.items():
+        monkeypatch.setattr(rollout, name, value)
+    played = 1 if feedback == "verified" and statuses[0] == "c" else 2
+    for method, expected in rewards.items():
+        monkeypatch.setattr(rollout, "REWARD", method.replace("stage", "score_stage"))
+        d = scripted_dialogue(chat, answers, attempts=2)
+        assert "".join(a.status[0] for a in d.attempts) == statuses[:played]
+        if played == 1:
+            expected = [1.0]  # the first attempt is the last one: every method pays it
+        assert [a.reward for a in d.attempts] == pytest.approx(expected), method
+        at = {a.end - 1: a.reward for a in d.attempts}  # on the last action of each attempt, which was sampled
+        assert rollout.token_rewards(d) == [at.get(t, 0.0) for t in range(len(d.ids))]
+        assert all(d.mask[t] for t in at)
+
+
+def test_intrinsic_dialogue_to_the_letter(chat, monkeypatch):
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    monkeypatch.setattr(rollout, "PROMPT", "single_turn")
+    d = scripted_dialogue(chat, SPOILT, attempts=2)
+    assert chat.tokenizer.decode(d.ids) == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n\\boxed{2}<|im_end|>\n"
+        "<|im_start|>user\nThere might be an error in the solution above because of lack of understanding of the "
+        "question. Please correct the error, if any, and rewrite the solution. Only output the final solution! At the "
+        "end of the Solution, put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+        "\\boxed{3}<|im_end|>"
+    )
+
+
+def test_stopping_at_the_first_box(chat, monkeypatch):
+    monkeypatch.setattr(rollout, "STOP_AT", "first_box")
+    d = scripted_dialogue(chat, ["so \\boxed{\\frac{1}{3}} or \\boxed{2}" + END, "2: \\boxed{2}"], attempts=3)
+    assert [chat.tokenizer.decode(d.ids[a.start : a.end]) for a in d.attempts] == [
+        "so \\boxed{\\frac{1}{3}}",
+        "2: \\boxed{2}",  # nothing behind the box: the attempt ended as it would have
+    ]
+    assert [(a.answer, a.status, a.ending) for a in d.attempts] == [
+        ("\\frac{1}{3}", "wrong", "box"),
+        ("2", "correct", "length"),
+    ]
+    first, second = d.attempts
+    assert d.ids[first.end] == chat.end_of_turn and d.mask[first.end] == 0  # the environment closes the turn
+    assert (
+        len(d.ids) == len(d.mask) == len(d.logprobs)
+        and sum(d.mask) == second.end - second.start + first.end - first.start
+    )
+
+
 def test_context_full(chat, monkeypatch):
     room = len(chat.prompt(PROBLEM["question"], 3))
     monkeypatch.setattr(rollout, "CONTEXT", room + 5)
@@ -173,6 +260,91 @@ def test_attempts_are_drawn_uniformly(monkeypatch):
     assert draws == [rollout.draw_attempts(0, step, i) for step in range(20) for i in range(200)]
 
 
+def test_samples_of_a_problem_share_n(monkeypatch):
+    monkeypatch.setattr(rollout, "SAMPLES_PER_PROMPT", 4)
+    draws = [rollout.draw_attempts(0, 1, i) for i in range(400)]
+    assert all(len(set(draws[i : i + 4])) == 1 for i in range(0, 400, 4)) and len(set(draws)) == 5
+
+
+# Other models' templates ----------------------------------------------------------------------------------------------
+LLAMA = (
+    "<|begin|>{% for m in messages %}<|start|>{{ m['role'] }}<|mid|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|mid|>\n\n{% endif %}"
+)
+GEMMA = (  # no system turns; roles alternate
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>model\n{% endif %}"
+)
+TO_THE_FRONT = (  # system turns are collected before the first question
+    "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}\n{% endfor %}"
+    "{% for m in messages if m['role'] != 'system' %}<|start|>{{ m['content'] }}<|eot|>{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def merging_tokenizer(template: str):
+    """A byte-level BPE that has learnt to merge line breaks with each other and with the words around them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|start|>", "<|mid|>", "<|eot|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = ["It is \\boxed{2}", *("\n" * n for n in range(2, 9))] * 50
+    tokenizer.train_from_iterator(text, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eot|>", pad_token="<|pad|>")
+    fast.chat_template = template
+    return fast
+
+
+@pytest.mark.parametrize(("template", "system_turns"), [(LLAMA, True), (LLAMA, False), (GEMMA, False)])
+def test_other_chat_templates(monkeypatch, template, system_turns):
+    """What was shown is what the template renders for the whole dialogue, and no sampled id is changed, although the
+    tokenizer merges an attempt's leading line breaks with the prompt's when it sees them together."""
+    monkeypatch.setattr(rollout, "SYSTEM_TURNS", system_turns)
+    tokenizer = merging_tokenizer(template)
+    chat = Chat(tokenizer)
+    answers = ["\n\nIt is \\boxed{3}<|eot|>", "\n\\boxed{2}<|eot|>"]
+    sampled = [tokenizer(a, add_special_tokens=False)["input_ids"] for a in answers]
+    d = scripted_dialogue(chat, answers, attempts=2)
+    assert [d.ids[a.start : a.end] for a in d.attempts] == sampled
+    text = tokenizer.decode(d.ids)
+    again = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert again != d.ids  # re-tokenising would have trained other ids than those sampled
+    ask = rollout.SAY_MULTI.replace("{attempts}", "2")
+    wrong = rollout.SAY_WRONG.replace("{attempts}", "1")
+    if system_turns:
+        turns = [("system", ask), ("user", PROBLEM["question"]), ("assistant", "{}"), ("system", wrong)]
+    else:
+        turns = [("user", f"{ask}\n\n{PROBLEM['question']}"), ("assistant", "{}"), ("user", wrong)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == whole.replace("{}<|eot|>", answers[0]) + answers[1]
+
+
+def test_templates_that_cannot_say_it(monkeypatch):
+    for template, message in (
+        (PLAIN, "without a token of its own"),
+        ("", "no chat template"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            Chat(merging_tokenizer(template))
+    with pytest.raises(SystemExit, match=r"System role not supported; SYSTEM_TURNS=0"):
+        Chat(merging_tokenizer(GEMMA)).prompt("q", 2)
+    with pytest.raises(SystemExit, match=r"drops what is said.*SYSTEM_TURNS=0"):
+        Chat(merging_tokenizer(TO_THE_FRONT)).feedback("q", 2)
+    monkeypatch.setattr(rollout, "SYSTEM_TURNS", False)
+    assert rollout.SAY_WRONG[:20] in Chat(merging_tokenizer(TO_THE_FRONT)).tokenizer.decode(
+        Chat(merging_tokenizer(TO_THE_FRONT)).feedback("q", 2)
+    )
+
+
 # The real engine ------------------------------------------------------------------------------------------------------
 def test_real_engine_plays_what_the_model_says(toy, engine):
     """Every sampled id has the log-probability that transformers gives it in fp32; greedy is transformers' arg max; the
@@ -197,10 +369,47 @@ def test_real_engine_plays_what_the_model_says(toy, engine):
                 assert abs(logprobs[t - 1, d.ids[t]].item() - d.logprobs[t]) < 1e-4
     assert [d.ids for d in played(range(23, -1, -1), 1.0)] == [d.ids for d in sampled]
     assert [d.ids for d in played(range(5), 1.0)] == [d.ids for d in sampled[:5]]
+    rollout.SEED_ATTEMPTS = False  # then a seed holds for the whole call, and the schedule matters
+    try:
+        assert [d.ids for d in played(range(24), 1.0)] == [d.ids for d in played(range(24), 1.0)]
+        assert [d.ids for d in played(range(23, -1, -1), 1.0)] != [d.ids for d in played(range(24), 1.0)]
+    finally:
+        rollout.SEED_ATTEMPTS = True
     for d in played(range(6), 0.0):
         with torch.no_grad():
             best = model(torch.tensor([d.ids])).logits.argmax(-1)[0]
         assert all(best[t - 1] == d.ids[t] for t in range(1, len(d.ids)) if d.mask[t])
+
+
+def test_dialogues_do_not_depend_on_the_size_of_the_engine(toy, engine, monkeypatch):
+    """Three at a time are what 256 at a time are: a script in a process of its own says what it has played."""
+    script = (
+        "import sys, json, rollout; rollout.MAX_SEQUENCES = 3\n"
+        "engine = rollout.Engine(sys.argv[1]); chat = rollout.Chat(engine.tokenizer)\n"
+        "ps = rollout.load_problems(sys.argv[2])[:12]\n"
+        "ds = [rollout.new_dialogue(chat, p, 3) for p in ps]\n"
+        "print(json.dumps([d.ids for d in rollout.play(engine, chat, ds, list(range(12)), 1.0)]))\n"
+    )
+    command = [sys.executable, "-c", script, toy / "warm_start", toy / "test.jsonl"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    chat = Chat(engine.tokenizer)
+    dialogues = [rollout.new_dialogue(chat, p, 3) for p in rollout.load_problems(toy / "test.jsonl")[:12]]
+    rollout.play(engine, chat, dialogues, list(range(12)), 1.0)
+    assert json.loads(printed.splitlines()[-1]) == [d.ids for d in dialogues]
+
+
+def test_a_stale_engine_is_found_out(toy, engine, monkeypatch):
+    """An engine that does not take the weights is named before it samples anything."""
+    model = AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32)
+    weights = dict(model.named_parameters())
+    engine.load_weights(weights.items())
+    changed = {name: w + 0.01 if name.endswith("layers.1.input_layernorm.weight") else w for name, w in weights.items()}
+    monkeypatch.setattr(engine.llm, "collective_rpc", lambda *_, kwargs: list(kwargs["weights_iterator"]))
+    with pytest.raises(RuntimeError, match=r"does not hold.*layers\.1\.input_layernorm"):
+        engine.load_weights(changed.items())
+    monkeypatch.undo()
+    engine.load_weights(weights.items())
 
 
 def test_more_prompts_than_one_forward_pass_takes(toy, engine):
@@ -279,6 +488,36 @@ def test_problem_text_survives(tmp_path):
     problem = {"id": "a", "question": "Ünï\\frac{1}{2}\u2028code\n<|im_end|>?", "answer": "½"}
     (tmp_path / "p.jsonl").write_text(json.dumps(problem, ensure_ascii=False) + "\n", encoding="utf-8")
     assert rollout.load_problems(tmp_path / "p.jsonl") == [problem]
+
+
+def test_questions_longer_than_the_context(chat, monkeypatch, capsys):
+    problems = [PROBLEM, PROBLEM | {"id": "long one", "question": "why? " * 5000}]
+    with pytest.raises(
+        SystemExit, match=r"my.jsonl: 1 of 2 questions fill the context of 4096 tokens: long one; shorten"
+    ):
+        rollout.check_lengths(chat, problems, "my.jsonl")
+    monkeypatch.setattr(rollout, "LEAVE_OUT_LONG", True)
+    assert rollout.check_lengths(chat, problems, "my.jsonl") == [PROBLEM]
+    assert "long one; left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1 of 1 questions"):
+        rollout.check_lengths(chat, problems[1:], "my.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MAX_ATTEMPTS", 0, "MIN_ATTEMPTS=1 <= MAX_ATTEMPTS=0"),
+        ("MIN_ATTEMPTS", 0, "1 <= MIN_ATTEMPTS=0"),
+        ("MAX_ATTEMPT_TOKENS", 0, "MAX_ATTEMPT_TOKENS=0: must be at least 1"),
+        ("REWARD", "score", "REWARD=score: must be one of outcome, per_attempt, score_stage1, score_stage2"),
+        ("FEEDBACK", "oracle", "FEEDBACK=oracle: must be one of verified, intrinsic"),
+    ],
+)
+def test_constants_that_cannot_be(monkeypatch, name, value, message):
+    rollout.check_constants()
+    monkeypatch.setattr(rollout, name, value)
+    with pytest.raises(SystemExit, match=message):
+        rollout.check_constants()
 
 
 def test_reward_of_a_dialogue_without_an_attempt():

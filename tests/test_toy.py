@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.toy as toy
-from rollout import FEEDBACK, SYSTEM_MULTI, SYSTEM_SINGLE
+from rollout import SAY_MULTI, SAY_SINGLE, SAY_WRONG
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,14 @@ def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
         "<|im_start|>assistant\nIt is \\boxed{ 9}<|im_end|>"
     )
     messages = [
-        {"role": "system", "content": SYSTEM_MULTI.replace("{attempts}", "5")},
+        {"role": "system", "content": SAY_MULTI.replace("{attempts}", "5")},
         {"role": "user", "content": "Q?"},
         {"role": "assistant", "content": "It is \\boxed{ 12}"},
-        {"role": "system", "content": FEEDBACK.replace("{attempts}", "4")},
+        {"role": "system", "content": SAY_WRONG.replace("{attempts}", "4")},
     ]
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat + toy.response_text(9) == dialogue
-    single = [{"role": "system", "content": SYSTEM_SINGLE}, {"role": "user", "content": "Q?"}]
+    single = [{"role": "system", "content": SAY_SINGLE}, {"role": "user", "content": "Q?"}]
     chat = tokenizer.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
     assert chat == toy.prompt_text("Q?", None)
 

@@ -1,0 +1,238 @@
+"""What the attempt loop costs and saves: a table of ratios, each within this one run, on one engine.
+
+    python tests/bench_rollout.py                  # a random model of 2 M parameters, 512 dialogues; minutes on two cores
+    python tests/bench_rollout.py MODEL=folder DIALOGUES=2048 DTYPE=bfloat16
+
+The workload: N drawn from 1..5, attempts of 16 to 512 tokens (log-uniform: a long tail), a quarter of them right. Lengths
+and verdicts are drawn in advance, so that every scheme does the same work; what is said is random.
+"""
+
+import math
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import grader
+import rollout
+from rollout import Chat, Dialogue, Engine, random_number
+
+MODEL: str = ""  # folder or hub name; "" = a random one
+DTYPE: str = "float32"
+DIALOGUES: int = 512
+SHORTEST: int = 16  # tokens of an attempt
+LONGEST: int = 512
+RIGHT: float = 0.25  # share of right attempts
+HANGING: float = 0.01  # share of verdicts that hang until their time limit
+TOKENIZER: str = "data/toy/warm_start"  # of the random model
+HIDDEN: int = 256  # width of the random model
+LAYERS: int = 4  # its depth
+CHUNK: int = 64  # tokens of one call of the reference's scheme
+REFERENCE_BATCH: int = 256  # dialogues that the reference plays together
+REPEATS: int = 2  # the best of so many counts
+
+HANG = r"\sin(x) + \cos(x^2) < e^x + x^{7/3}"  # an inequality that sympy does not solve in time
+
+
+def random_model(folder: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=rollout.CONTEXT, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.05,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# The workload ---------------------------------------------------------------------------------------------------------
+def attempt_length(dialogue: int, attempt: int) -> int:
+    share = random_number("length", dialogue, attempt) / 2**31
+    return round(SHORTEST * (LONGEST / SHORTEST) ** share)
+
+
+def is_right(dialogue: int, attempt: int) -> bool:
+    return random_number("right", dialogue, attempt) / 2**31 < RIGHT
+
+
+def attempts_of(dialogue: int) -> int:
+    """How many attempts the dialogue takes: up to the first right one, or all that it was granted."""
+    granted = rollout.draw_attempts(0, 1, dialogue)
+    return next((k + 1 for k in range(granted) if is_right(dialogue, k)), granted)
+
+
+class DrawnLengths(Engine):
+    """The engine, but an attempt is as long as was drawn for it, and ends by nothing else."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.never |= dict.fromkeys(self.stop_ids, -100.0)
+        self.attempt: dict[int, int] = {}
+
+    def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
+        attempt = self.attempt[key] = self.attempt.get(key, -1) + 1
+        super().submit(key, ids, attempt_length(key, attempt), temperature, seed, set())
+
+
+class DrawnVerdicts:
+    """In place of grader.submit: grades the text as ever, then gives the verdict that was drawn, or hangs."""
+
+    def __init__(self, engine: DrawnLengths, hanging: float):
+        self.engine, self.hanging, self.submit = engine, hanging, grader.submit
+
+    def __call__(self, response: str, gold: str, tolerance: float | None) -> Future:
+        dialogue = int(gold)  # a problem's answer is its number here
+        attempt = self.engine.attempt[dialogue]
+        if random_number("hang", dialogue, attempt) / 2**31 < self.hanging:
+            return grader.submit_answer(HANG, "x < 1")
+        self.submit(response, gold, tolerance).result()
+        right = is_right(dialogue, attempt)
+        return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
+
+
+# The schemes: -> seconds, generated tokens ----------------------------------------------------------------------------
+def new_dialogues(chat: Chat) -> list[Dialogue]:
+    said = [
+        f"What is the median of {' '.join(str(random_number(i, j) % 20) for j in range(9))}?" for i in range(DIALOGUES)
+    ]
+    problems = [{"id": str(i), "question": question, "answer": str(i)} for i, question in enumerate(said)]
+    return [rollout.new_dialogue(chat, p, rollout.draw_attempts(0, 1, i)) for i, p in enumerate(problems)]
+
+
+def ours(engine: DrawnLengths, chat: Chat, hanging: float = 0.0) -> tuple[float, int]:
+    engine.attempt.clear()
+    submit, grader.submit = grader.submit, DrawnVerdicts(engine, hanging)
+    dialogues = new_dialogues(chat)
+    start = time.perf_counter()
+    rollout.play(engine, chat, dialogues, list(range(DIALOGUES)), 1.0)
+    seconds, grader.submit = time.perf_counter() - start, submit
+    return seconds, sum(sum(d.mask) for d in dialogues)
+
+
+def reference(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
+    """The scheme of the paper's code: lock-step calls of CHUNK tokens over all unfinished dialogues, text in and text out,
+    the whole attempt graded after every call. It is spared its waste: an attempt is as long as was drawn."""
+    from vllm import SamplingParams
+
+    dialogues = new_dialogues(chat)
+    tokens = 0
+    start = time.perf_counter()
+    for first in range(0, DIALOGUES, REFERENCE_BATCH):
+        batch = range(first, min(first + REFERENCE_BATCH, DIALOGUES))
+        text = {i: chat.tokenizer.decode(dialogues[i].ids) for i in batch}
+        said = dict.fromkeys(batch, "")
+        attempt = dict.fromkeys(batch, 0)
+        to_come = {i: attempt_length(i, 0) for i in batch}
+        left = {i: dialogues[i].max_attempts for i in batch}
+        while text:
+            going = list(text)
+            params = [
+                SamplingParams(
+                    temperature=1.0, seed=random_number(i, attempt[i], to_come[i]), max_tokens=min(CHUNK, to_come[i]),
+                    logit_bias=engine.never, ignore_eos=True, skip_special_tokens=False,
+                )
+                for i in going
+            ]  # fmt: skip
+            for i, out in zip(
+                going, engine.llm.generate([text[i] for i in going], params, use_tqdm=False), strict=True
+            ):
+                tokens += len(out.outputs[0].token_ids)
+                to_come[i] -= len(out.outputs[0].token_ids)
+                said[i] += out.outputs[0].text
+                text[i] += out.outputs[0].text
+            for i in going:
+                grader.grade(said[i], str(i))
+                if to_come[i] > 0:
+                    continue
+                left[i] -= 1
+                if left[i] == 0 or is_right(i, attempt[i]):
+                    del text[i]
+                    continue
+                attempt[i] += 1
+                to_come[i], said[i] = attempt_length(i, attempt[i]), ""
+                text[i] += "<|im_end|>" + chat.tokenizer.decode(chat.feedback("", left[i]))
+    return time.perf_counter() - start, tokens
+
+
+def bare_engine(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
+    """llm.generate on as many prompts and tokens as the dialogues have attempts and actions; no dialogue, no grading."""
+    from vllm import SamplingParams
+
+    prompts, params = [], []
+    for i, dialogue in enumerate(new_dialogues(chat)):
+        for k in range(attempts_of(i)):
+            prompts.append({"prompt_token_ids": dialogue.ids})
+            params.append(
+                SamplingParams(
+                    temperature=1.0, seed=random_number(i, k) if rollout.SEED_ATTEMPTS else None, logprobs=0,
+                    max_tokens=attempt_length(i, k), logit_bias=engine.never, ignore_eos=True, detokenize=False,
+                )
+            )  # fmt: skip
+    start = time.perf_counter()
+    outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - start, sum(len(out.outputs[0].token_ids) for out in outputs)
+
+
+def transfer(engine: DrawnLengths, model: str) -> tuple[float, float, float]:
+    """-> seconds of a weight transfer, of copying the same bytes, and their size in MB; the best of five each."""
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, DTYPE)).to("cuda" if engine.cuda else "cpu")
+    weights = {name: w.detach() for name, w in lm.named_parameters()}
+    copies = {name: torch.empty_like(w) for name, w in weights.items()}
+    best = [math.inf, math.inf]
+    for _ in range(5):
+        start = time.perf_counter()
+        engine.load_weights(weights.items())
+        best[0] = min(best[0], time.perf_counter() - start)
+        start = time.perf_counter()
+        for name, w in weights.items():
+            copies[name].copy_(w)
+        if engine.cuda:
+            torch.cuda.synchronize()
+        best[1] = min(best[1], time.perf_counter() - start)
+    return *best, sum(w.nbytes for w in weights.values()) / 1e6
+
+
+def main() -> None:
+    rollout.override_constants(sys.argv[1:], {"bench": sys.modules[__name__], "rollout": rollout, "grader": grader})
+    with tempfile.TemporaryDirectory() as folder:
+        model = MODEL or random_model(folder)
+        engine = DrawnLengths(model, dtype=DTYPE)
+        chat = Chat(engine.tokenizer)
+        bare_engine(engine, chat)  # the first call in a process is slower
+        lengths = [attempt_length(i, k) for i in range(DIALOGUES) for k in range(attempts_of(i))]
+        print(f"{DIALOGUES} dialogues, {len(lengths)} attempts, {sum(lengths):,} tokens to generate")
+        seconds: dict[str, float] = {}
+
+        def measure(name: str, scheme, *arguments: Any) -> None:
+            took, tokens = zip(*(scheme(engine, chat, *arguments) for _ in range(REPEATS)), strict=True)
+            seconds[name] = min(took)
+            print(
+                f"{name:34} {min(took):6.1f} s {DIALOGUES / min(took):7.1f} dialogues/s {tokens[0] / min(took):9,.0f} tokens/s"
+            )
+
+        measure("reference's scheme", reference)
+        measure("the loop", ours)
+        measure("llm.generate, same prompts, tokens", bare_engine)
+        measure(f"the loop, {HANGING:.0%} of verdicts hang", ours, HANGING)
+        rollout.SEED_ATTEMPTS = False
+        measure("the loop, no seed per attempt", ours)
+        loop = seconds["the loop"]
+        for name, taken in seconds.items():
+            print(f"the loop is {taken / loop:5.2f} x as fast as: {name}")
+        took, copied, size = transfer(engine, model)
+        print(
+            f"weight transfer: {1e3 * took:.1f} ms for {size:.0f} MB, copying them {1e3 * copied:.1f} ms: {took / copied:.1f} x"
+        )
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
