@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 from collections import Counter, deque
@@ -285,7 +286,9 @@ def measure(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
         "repeat": share(total(lambda a, k: sum(repeats(a))), total(lambda a, k: max(0, len(a) - 1))),
         "attempts": share(tries, dialogues),
         "tokens": share(total(lambda attempts, k: sum(a["tokens"] for a in attempts)), dialogues),
-        "truncated": share(total(lambda attempts, k: sum(a["ending"] != "stop" for a in attempts)), tries),
+        "truncated": share(
+            total(lambda attempts, k: sum(a["ending"] in ("length", "context") for a in attempts)), tries
+        ),
         "out_of_context": share(total(lambda a, k: len(a) < k and (intrinsic or not right(a, k))), dialogues),
     }
     accuracy = found["accuracy"]
@@ -425,7 +428,7 @@ def compare(first: Estimate, second: Estimate) -> dict[str, Any]:
 # Playing -------------------------------------------------------------------------------------------------------------
 def plan(problems: Sequence[dict[str, Any]]) -> list[Item]:
     """All that is played of one model. The longest dialogues first: the queue's end, where the engine runs empty, is
-    then made of short ones. An intrinsic dialogue is the same whatever K ends it, so one run tells all k."""
+    then made of short ones. Intrinsic dialogues are played once: SCoRe's Acc@t1 and Acc@t2 are of one run."""
     own_runs = PROTOCOL == "paper" and rollout.FEEDBACK != "intrinsic"
     budgets = range(rollout.MAX_ATTEMPTS, 0, -1) if own_runs else [rollout.MAX_ATTEMPTS]
     items = [Item(p, K, False, i) for K in budgets for p in problems for i in range(max(1, SAMPLES))]
@@ -506,8 +509,8 @@ def weights_of(model: Path) -> str:
 
 def settings(benchmarks: dict[str, Path]) -> dict[str, Any]:
     """What the numbers depend on, besides the model."""
-    names = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "REPEAT_QUESTION", "MAX_ATTEMPT_TOKENS", "CONTEXT", "SEED")
-    values = {name: getattr(rollout, name) for name in names}
+    names = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "SYSTEM_TURNS", "REPEAT_QUESTION", "MAX_ATTEMPT_TOKENS", "STOP_AT")
+    values = {name: getattr(rollout, name) for name in (*names, "CONTEXT", "SEED", "SEED_ATTEMPTS")}
     names = ("PROTOCOL", "SAMPLES", "RESAMPLES", "TEMPERATURE", "CONFIDENCE", "BOOTSTRAP", "DTYPE")
     values |= {name: globals()[name] for name in names}
     return values | {f"benchmark {name}": fingerprint(path) for name, path in benchmarks.items()}
@@ -705,39 +708,47 @@ def evaluate_model(model: Path, problems: list[dict[str, Any]], name: str, out: 
         if store:
             dist.barrier()
 
-    parts = f".dialogues-{name}.rank-*.jsonl"
-    mine = out / parts.replace("*", str(rank))
+    parts, tensor_parallel = out / f".{name}.playing", rollout.TENSOR_PARALLEL
+    mine = parts / f"rank-{rank}.jsonl"
+    parts.mkdir(exist_ok=True)
     items = plan(problems)
-    done = {key_of(r) for part in out.glob(parts) for r in read_records(part)}
+    done = {key_of(r) for part in parts.glob("*.jsonl") for r in read_records(part)}
+    left = [item for item in items if item.key not in done]
     wait_for_all()  # all ranks have read before any writes
     write_atomically(mine, "".join(map(to_line, read_records(mine))))  # without a line that was cut off
     engine = Engine(str(model), dtype=DTYPE, seed=rollout.SEED)
-    with mine.open("a", encoding="utf-8", buffering=1) as file:  # flushed at the end of every line
-        left = [item for item in items if item.key not in done]
-        evaluate(
-            engine,
-            Chat(engine.tokenizer),
-            left[rank::world],
-            lambda r: file.write(to_line(r)) and None,
-            name if rank == 0 else None,
-        )
+    with mine.open("a", encoding="utf-8", buffering=1) as file:  # every line goes to the file at once
+
+        def keep(played: dict[str, Any]) -> None:
+            if rank % tensor_parallel == 0:  # ranks that share an engine play the same
+                file.write(to_line(played))
+
+        stripe = left[rank // tensor_parallel :: world // tensor_parallel]
+        evaluate(engine, Chat(engine.tokenizer), stripe, keep, name if rank == 0 else None)
     wait_for_all()  # all ranks have played before rank 0 reads
     if rank == 0:
         place = {item.key: i for i, item in enumerate(items)}
-        records = [r for part in out.glob(parts) for r in read_records(part)]
+        records = [r for part in parts.glob("*.jsonl") for r in read_records(part)]
         records.sort(key=lambda r: place[key_of(r)])
         write_atomically(out / f"dialogues-{name}.jsonl", "".join(map(to_line, records)))
-        for part in out.glob(parts):
-            part.unlink()
+        shutil.rmtree(parts)
     engine.shutdown()
+
+
+def check_constants() -> None:
+    """Raises SystemExit, naming the constant, where one cannot be."""
+    rollout.check_constants()
+    if PROTOCOL not in PROTOCOLS:
+        raise SystemExit(f"PROTOCOL={PROTOCOL}: must be one of {', '.join(PROTOCOLS)}")
+    if SAMPLES < 0 or RESAMPLES < 0 or BOOTSTRAP < 1 or not 0 < CONFIDENCE < 1:
+        raise SystemExit("SAMPLES, RESAMPLES >= 0, BOOTSTRAP >= 1 and 0 < CONFIDENCE < 1 must hold")
+    if TEMPERATURE <= 0 and (SAMPLES or RESAMPLES):
+        raise SystemExit(f"TEMPERATURE={TEMPERATURE}: must be above 0 where SAMPLES or RESAMPLES are drawn")
 
 
 def main() -> None:
     override_constants(sys.argv[1:], {"evaluate": sys.modules[__name__], "rollout": rollout})
-    if rollout.MAX_ATTEMPTS < 1:
-        raise SystemExit(f"MAX_ATTEMPTS={rollout.MAX_ATTEMPTS}: expected at least 1")
-    if PROTOCOL not in PROTOCOLS:
-        raise SystemExit(f"PROTOCOL={PROTOCOL}: expected one of {', '.join(PROTOCOLS)}")
+    check_constants()
     folders, benchmarks = by_name(MODEL, "models"), by_name(BENCHMARKS, "benchmarks")
     weights = {name: weights_of(model) for name, model in folders.items()}
     problems = [p | {"benchmark": name} for name, path in benchmarks.items() for p in load_problems(path)]

@@ -319,7 +319,8 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
+def evaluation_command(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> tuple[list[str], dict]:
+    """The command and how to run it; of an argument that is given twice, the last one counts."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *launch, "evaluate.py", f"MODEL={tiny}/one,{tiny}/two/policy", f"OUT={out}"]
     command += [
@@ -329,10 +330,13 @@ def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subpro
         "CONTEXT=512",
         "MAX_ATTEMPT_TOKENS=8",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return [*command, *arguments], {"cwd": ROOT, "env": environment}
+
+
+def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    command, how = evaluation_command(tiny, out, *arguments, ranks=ranks)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
 
 
 @pytest.fixture(scope="module")
@@ -342,51 +346,110 @@ def evaluated(tiny):
     return done
 
 
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def test_evaluation_end_to_end(tiny, evaluated):
     results = json.loads((tiny / "out" / "results.json").read_text())
     assert list(results["models"]) == ["one", "two"]
-    for name in ("one", "two"):
-        lines = (tiny / "out" / f"dialogues-{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        records = [json.loads(line) for line in lines]
+    models = {name: records_of(tiny / "out" / f"dialogues-{name}.jsonl") for name in ("one", "two")}
+    assert {k: results[k] for k in ("models", "comparisons")} == evaluate.summarise(models)  # all follows from these
+    for records in models.values():
         assert len(records) == 8 * (2 + 3)
-        assert results["models"][name] == {
-            "mixed": evaluate.summarise(records)
-        }  # everything follows from the dialogues
         assert {r["benchmark"] for r in records} == {"mixed"}
         assert [len(r["attempts"]) for r in records if r["id"] == "real/2"] == [0] * 5
-        assert all(
-            len(r["attempts"]) == r["K"] for r in records if r["id"] != "real/2"
-        )  # a random model is never right
+        granted = [len(r["attempts"]) == r["K"] for r in records if r["id"] != "real/2"]
+        assert all(granted)  # a random model is never right
         assert all(0 < a["tokens"] <= 8 for r in records for a in r["attempts"])
     assert results["models"]["one"]["mixed"]["n"] == 8
-    assert results["models"]["one"]["mixed"]["too_long"] == 1
-    assert "too short for 1 of 8 problems" in evaluated.stdout
-    assert sorted(p.suffix for p in (tiny / "out").iterdir()) == [".json", ".jsonl", ".jsonl", ".png", ".svg"]
+    assert results["models"]["one"]["mixed"]["metrics"]["out_of_context"]["value"] == [1 / 8, 1 / 8]
+    assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated.stdout
+    made = {"accuracy.png", "accuracy.svg", "results.json", "results.csv", "report.html"}
+    made |= {f"dialogues-{name}.jsonl" for name in models}
+    assert {p.name for p in (tiny / "out").iterdir()} == made  # nothing half-done is left
 
 
 def test_two_ranks_give_the_same(tiny, evaluated):
     done = evaluation(tiny, tiny / "ranks", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("dialogues-one.jsonl", "dialogues-two.jsonl"):
+    for name in ("dialogues-one.jsonl", "dialogues-two.jsonl", "results.json", "results.csv", "report.html"):
         assert (tiny / "ranks" / name).read_bytes() == (tiny / "out" / name).read_bytes()
-    one, two = (json.loads((tiny / out / "results.json").read_text()) for out in ("out", "ranks"))
-    assert one["models"] == two["models"]
-    assert one["settings"] == two["settings"]
 
 
-def test_second_call_skips_and_other_settings_stop(tiny, evaluated):
-    before = (tiny / "out" / "results.json").stat().st_mtime_ns
-    start = time.monotonic()
-    again = evaluation(tiny, tiny / "out")
+def test_second_call_plays_nothing_and_other_settings_stop(tiny, evaluated):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tiny / "out").iterdir()}
+    again = evaluation(tiny, tiny / "out", "GATHER_HOURS=1")
     assert again.returncode == 0
     assert again.stdout == evaluated.stdout
-    assert time.monotonic() - start < 10
-    assert (tiny / "out" / "results.json").stat().st_mtime_ns == before
+    for path, (content, time_ns) in before.items():
+        assert path.read_bytes() == content
+        assert path.stat().st_mtime_ns == time_ns or not path.name.startswith("dialogues")
     other = evaluation(tiny, tiny / "out", "MAX_ATTEMPTS=3", "PROMPT=single_turn")
     assert other.returncode == 1
     assert "MAX_ATTEMPTS: 2 there, 3 now" in other.stderr
     assert "PROMPT: multi_attempt there, single_turn now" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_killed_evaluation_goes_on_where_it_stopped(tiny):
+    """Killed in the middle, and started again with another number of ranks: what had ended is not played again."""
+    out, part = tiny / "killed", tiny / "killed" / ".one.playing" / "rank-0.jsonl"
+    arguments = ["RESAMPLES=24", "MAX_ATTEMPT_TOKENS=32", f"MODEL={tiny}/one"]
+    command, how = evaluation_command(tiny, out, *arguments)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how)
+    while process.poll() is None and not (part.is_file() and len(part.read_bytes().split(b"\n")) > 10):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    played = records_of(part)
+    assert 10 <= len(played) < 8 * (2 + 24)  # it was killed before its end
+    played[3]["attempts"][0]["text"] = "as it was written"
+    with part.open("w", encoding="utf-8") as file:  # what had ended, and a line that the kill cut in two
+        file.write("".join(map(evaluate.to_line, played)) + evaluate.to_line(played[0])[:30])
+    again = evaluation(tiny, out, *arguments, ranks=2)
+    assert again.returncode == 0, again.stderr[-3000:]
+    records = records_of(out / "dialogues-one.jsonl")
+    runs = [(False, K, 0) for K in (1, 2)] + [(True, 1, i) for i in range(24)]
+    assert sorted((r["id"], r["control"], r["K"], r["sample"]) for r in records) == sorted(
+        (name, *run) for name in {r["id"] for r in records} for run in runs
+    )
+    assert len(records) == 8 * len(runs)
+    by_key = {evaluate.key_of(r): r for r in records}
+    assert all(by_key[evaluate.key_of(r)] == r for r in played)
+    assert not part.parent.exists()
+
+
+def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, monkeypatch):
+    """What a dialogue becomes does not depend on what else is played: sampled ones, the prefix protocol, controls."""
+    monkeypatch.setattr(evaluate, "PROTOCOL", "prefix")
+    monkeypatch.setattr(evaluate, "SAMPLES", 2)
+    monkeypatch.setattr(evaluate, "RESAMPLES", 3)
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
+    problems = [p | {"benchmark": "test"} for p in rollout.load_problems(toy / "test.jsonl")[:12]]
+    chat, items, ended = rollout.Chat(engine.tokenizer), evaluate.plan(problems), []
+    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36
+    whole = {evaluate.key_of(r): r for r in evaluate.evaluate(engine, chat, items, ended.append)}
+    assert len(whole) == len(ended) == 60
+    part = evaluate.evaluate(engine, chat, items[1::3])
+    assert {evaluate.key_of(r) for r in part} == {item.key for item in items[1::3]}
+    assert all(r == whole[evaluate.key_of(r)] for r in part)
+    first, second = (
+        {r["id"]: r["attempts"] for r in whole.values() if r["K"] == 3 and r["sample"] == i} for i in (0, 1)
+    )
+    assert first != second
+    found = evaluate.measure(list(whole.values()))
+    assert found["accuracy"].value.tolist() == sorted(found["accuracy"].value)  # within more attempts, never fewer
+
+
+def test_plan_of_each_protocol(monkeypatch):
+    problems = [{"benchmark": "b", "id": name} for name in "xy"]
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(evaluate, "RESAMPLES", 0)
+    assert [i.K for i in evaluate.plan(problems)] == [3, 3, 2, 2, 1, 1]  # the longest first
+    assert len({i.key for i in evaluate.plan(problems)}) == 6
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    assert [i.K for i in evaluate.plan(problems)] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -395,6 +458,8 @@ def test_second_call_skips_and_other_settings_stop(tiny, evaluated):
         ("MODEL=no/such", "no/such: no model folder"),
         ("BENCHMARKS=no/such.jsonl", "no/such.jsonl: no such problem file"),
         ("MAX_ATTEMPT=3", "MAX_ATTEMPT: no such constant; the nearest is MAX_ATTEMPTS"),
+        ("PROTOCOL=both", "PROTOCOL=both: must be one of paper, prefix"),
+        ("TEMPERATURE=0", "TEMPERATURE=0.0: must be above 0 where SAMPLES or RESAMPLES are drawn"),
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, argument, message):
