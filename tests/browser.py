@@ -29,7 +29,7 @@ class Browser:
     """One page. The browser reads commands from its descriptor 3 and answers on 4; a zero byte ends each message."""
 
     def __init__(self, dark: bool = False):
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its helpers end a little later
         theirs_in, self.to = os.pipe()
         self.back, theirs_out = os.pipe()
         command = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
@@ -104,7 +104,8 @@ class Browser:
         return [str(x) for x in thrown] + [x["text"] for x in logged if x["level"] == "error"]
 
     def close(self) -> None:
-        self.process.terminate()
+        self.session = None
+        self.send("Browser.close")
         self.process.wait()
         os.close(self.to)
         os.close(self.back)

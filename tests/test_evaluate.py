@@ -393,7 +393,7 @@ def test_second_call_plays_nothing_and_other_settings_stop(tiny, evaluated):
 
 
 def test_killed_evaluation_goes_on_where_it_stopped(tiny):
-    """Killed in the middle, and started again with another number of ranks: what had ended is not played again."""
+    """Killed in the middle and started again: what had ended, on any rank, is not played again."""
     out, part = tiny / "killed", tiny / "killed" / ".one.playing" / "rank-0.jsonl"
     arguments = ["RESAMPLES=24", "MAX_ATTEMPT_TOKENS=32", f"MODEL={tiny}/one"]
     command, how = evaluation_command(tiny, out, *arguments)
@@ -405,9 +405,10 @@ def test_killed_evaluation_goes_on_where_it_stopped(tiny):
     played = records_of(part)
     assert 10 <= len(played) < 8 * (2 + 24)  # it was killed before its end
     played[3]["attempts"][0]["text"] = "as it was written"
-    with part.open("w", encoding="utf-8") as file:  # what had ended, and a line that the kill cut in two
+    part.unlink()
+    with part.with_name("rank-5.jsonl").open("w", encoding="utf-8") as file:  # and a line that the kill cut in two
         file.write("".join(map(evaluate.to_line, played)) + evaluate.to_line(played[0])[:30])
-    again = evaluation(tiny, out, *arguments, ranks=2)
+    again = evaluation(tiny, out, *arguments)
     assert again.returncode == 0, again.stderr[-3000:]
     records = records_of(out / "dialogues-one.jsonl")
     runs = [(False, K, 0) for K in (1, 2)] + [(True, 1, i) for i in range(24)]
