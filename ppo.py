@@ -11,8 +11,10 @@
     torchrun --nproc-per-node 8 ppo.py PRESET=paper RUN=paper TRAIN_DATA=data/math_train.jsonl
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -20,7 +22,9 @@ import os
 import random
 import resource
 import shutil
+import signal
 import socket
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -33,13 +37,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 import grader
 import rollout
@@ -67,8 +73,20 @@ GAMMA: float = 1.0  # discount per action
 LAMBDA: float = 0.99  # GAE: 1 = whole return (no bias), 0 = one step (little variance)
 CLIP: float = 0.2  # PPO: the ratio earns nothing outside 1 +- CLIP
 VALUE_CLIP: float = 0.2  # values move at most this far from those of the rollout
-KL_COEF: float = 0.01  # weight of the k3 estimate of KL(policy || start model); 0 = no reference model is loaded
+ATTEMPT_GAMMA: float = (
+    1.0  # discount from one attempt to the next, on top (paper 1; SCoRe 0: each earns its own reward)
+)
+KL_COEF: tuple[float, ...] = (
+    0.01,
+)  # k3 of KL(policy || start model) in the loss, by attempt; the last holds for the rest
+KL_IN_REWARD: float = (
+    0.0  # weight of k1 in each action's reward (paper 0); no KL anywhere: no reference model is loaded
+)
 ENTROPY_COEF: float = 0.0  # weight of an entropy bonus (paper: none)
+TRUNCATE_IS: float = (
+    0.0  # weigh actions by min(trainer's / sampler's probability, this) (truncated importance); 0 = do not
+)
+CRITIC_WARMUP: int = 0  # first steps in which only the critic learns (paper 0)
 WHITEN: bool = True  # advantages to mean 0 and standard deviation 1 over a rollout
 # Optimisers
 ACTOR_LR: float = 5e-7  # peak
@@ -78,15 +96,28 @@ WARMUP: float = 0.03  # share of the training with a rising learning rate
 BETAS: tuple[float, float] = (0.9, 0.95)  # Adam's
 WEIGHT_DECAY: float = 0.0
 GRAD_CLIP: float = 1.0  # largest gradient norm
+MAX_SKIPPED: int = 3  # optimiser steps skipped in a row, their gradients not being finite, after which the run stops
 # Hardware
 COMPUTE_DTYPE: str = "bfloat16"  # of forward and backward and of the engine; master weights and reductions are float32
 GRADIENT_CHECKPOINTING: bool = True  # recompute activations in the backward pass: a third more time, far less memory
-LOGITS_CHUNK: int = 2048  # actions whose (actions x vocabulary) float32 logits exist at one time
+LOGITS_CHUNK: int = 512  # actions whose (actions x vocabulary) float32 logits exist at one time
+SHARD_RANKS: int = 0  # ranks that share one copy of the weights (others hold replicas: HSDP); 0 = those of a node
+OFFLOAD: bool = (
+    False  # weights, gradients and Adam's moments in the CPU's memory between their uses: slower, for small GPUs
+)
+PEAK_TFLOPS: float = 989.0  # of a GPU in COMPUTE_DTYPE, which MFU is a share of (H100, H200: 989; A100: 312)
 MAX_MISMATCH: float = 0.05  # nats; mean |sampler - trainer| log-probability above which the run stops as broken
 # The run's folder
-SAVE_EVERY: int = 8  # steps between checkpoints (paper 8)
-KEEP_CHECKPOINTS: int = 2  # the newest so many stay
-DIALOGUES_LOGGED: int = 2  # dialogues a step that dialogues.jsonl keeps as text
+SAVE_EVERY: int = 8  # steps between checkpoints, each with a test on the dev split (paper 8)
+KEEP_CHECKPOINTS: int = 2  # the newest so many stay, and the best by the dev split (paper 2)
+DEV_PROBLEMS: int = (
+    256  # taken out of TRAIN_DATA by SEED, to choose the best checkpoint; 0 = none (the paper: on the tests)
+)
+DIALOGUES_LOGGED: int = (
+    2  # dialogues a step that dialogues.jsonl keeps as text, and at a checkpoint tokens.jsonl by token
+)
+TRACK: str = "tensorboard"  # where metrics go besides metrics.jsonl: "tensorboard", "wandb" or ""
+DRY_RUN: bool = False  # 1: say what would happen, and stop
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"rollout.SEED_ATTEMPTS": False},
@@ -101,7 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ROW_TOKENS": 128,
         # Exploration needs the entropy bonus. But behind the box anything may be said, and the bonus pays for that too;
         # a KL weight above it makes the first token of junk cost more than it earns.
-        "KL_COEF": 0.04,
+        "KL_COEF": (0.04,),
         "ENTROPY_COEF": 0.02,
         "ACTOR_LR": 1e-3,
         "CRITIC_LR": 2e-3,
@@ -110,6 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "COMPUTE_DTYPE": "float32",
         "GRADIENT_CHECKPOINTING": False,
         "SAVE_EVERY": 50,
+        "TRACK": "",
         "rollout.MAX_ATTEMPT_TOKENS": 64,
         "rollout.LEAVE_OUT_LONG": True,
     },
@@ -118,12 +150,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # Advantages and losses ------------------------------------------------------------------------------------------------
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, attempt_gamma: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates over the actions alone (arXiv 1506.02438, eq. 16) -> advantages, returns.
 
     rewards, values, mask: (B, T) float32; mask 1 = action. values[b, t] is the value of the state in which action t is
     taken. Time passes only at actions: behind an action comes the next action, however many environment tokens lie
     between, and behind the last one comes the end with value 0. Nothing is read at environment tokens (NaN, say).
+    attempt_gamma discounts once more where environment tokens follow an action, that is, from one attempt to the next.
     Returned are (B, T) float32, 0 at environment tokens; returns = advantages + values.
 
     Two actions, a token of feedback between them, reward 1 at the end; gamma 1, lambda .5:
@@ -131,26 +166,32 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     >>> rewards, values = torch.tensor([[0., 9., 1.]]), torch.tensor([[.2, 9., .4]])
     >>> gae(rewards, values, torch.tensor([[1., 0., 1.]]), gamma=1.0, lam=0.5)
     (tensor([[0.5000, 0.0000, 0.6000]]), tensor([[0.7000, 0.0000, 1.0000]]))
+    >>> gae(rewards, values, torch.tensor([[1., 0., 1.]]), gamma=1.0, lam=0.5, attempt_gamma=0.0)[0]  # each on its own
+    tensor([[-0.2000,  0.0000,  0.6000]])
     """
     advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    following_action = next_value > 0  # (B,) whether the next token, of whatever kind, is an action
     for t in reversed(range(values.shape[1])):
         action = mask[:, t] > 0
-        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
+        discount = torch.where(following_action, gamma, gamma * attempt_gamma)
+        advantage = rewards[:, t] + discount * next_value - values[:, t] + discount * lam * next_advantage
         advantages[:, t] = torch.where(action, advantage, 0.0)
         returns[:, t] = torch.where(action, advantage + values[:, t], 0.0)
         next_advantage = torch.where(action, advantage, next_advantage)
         next_value = torch.where(action, values[:, t], next_value)
+        following_action = action
     return advantages, returns
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float, weights: Tensor | float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), summed over the actions -> loss, sums to log.
 
-    All (B, T) or any one shape; mask 1 = action. The caller divides by the number of actions of the optimiser step, on
-    all ranks together. The ratio 1.5 of a good action is clipped to 1.2 and passes no gradient:
+    All (B, T) or any one shape; mask 1 = action; weights multiply each action's term. The caller divides by the number
+    of actions of the optimiser step, on all ranks together. The ratio 1.5 of a good action is clipped to 1.2 and passes
+    no gradient:
     >>> logprobs = torch.tensor([1.5, 1.0]).log().requires_grad_()
     >>> loss, stats = policy_loss(logprobs, torch.zeros(2), torch.tensor([1.0, -2.0]), torch.ones(2), clip=0.2)
     >>> loss.backward()
@@ -161,7 +202,7 @@ def policy_loss(
     log_ratio = torch.where(action, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
     gain, clipped_gain = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    loss = -torch.where(action, torch.minimum(gain, clipped_gain), 0.0).sum()
+    loss = -torch.where(action, weights * torch.minimum(gain, clipped_gain), 0.0).sum()
     with torch.no_grad():
         stats = {
             "clipped": (action & (clipped_gain < gain)).sum().float(),
@@ -230,13 +271,31 @@ def start_ranks() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
+def share(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Dialogues of a mini-batch -> those of each rank, so that ranks have about equally many tokens: the longest first,
+    each to the rank that has fewest so far. Rank 0 trains on 9 + 1 tokens here, rank 1 on 5 + 4:
+    >>> share([4, 9, 1, 5], ranks=2)
+    [[1, 2], [3, 0]]
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        rank = min(range(ranks), key=lambda r: (tokens[r], len(shares[r])))
+        shares[rank].append(index)
+        tokens[rank] += lengths[index]
+    return shares
+
+
 # Packing --------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Batch:
-    """The dialogues of one rank as tensors, (B, T) each, aligned with Dialogue.ids and 0 behind its end."""
+    """The dialogues that this rank trains on as tensors, (B, T) each, aligned with Dialogue.ids, 0 behind its end."""
 
+    dialogues: Sequence[Dialogue]
+    mini_batches: list[range]  # rows of each optimiser step
     ids: Tensor  # int64
     mask: Tensor  # 1 = action
+    attempt: Tensor  # int64; number of the attempt that an action belongs to, from 0
     rewards: Tensor
     sampler_logprobs: Tensor
     lengths: list[int]  # tokens of each dialogue
@@ -247,18 +306,32 @@ class Batch:
     returns: Tensor | None = None
 
 
-def make_batch(dialogues: Sequence[Dialogue]) -> Batch:
+def make_batch(mini_batches: Sequence[Sequence[Dialogue]]) -> Batch:
+    dialogues = list(itertools.chain(*mini_batches))
+    ends = list(itertools.accumulate(map(len, mini_batches)))
+
     def pad(rows: list[list[float]], dtype: torch.dtype = torch.float32) -> Tensor:
         tensors = [torch.tensor(row, dtype=dtype) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device())
 
     return Batch(
+        dialogues=dialogues,
+        mini_batches=[range(end - len(rows), end) for end, rows in zip(ends, mini_batches, strict=True)],
         ids=pad([d.ids for d in dialogues], torch.int64),
         mask=pad([d.mask for d in dialogues]),
+        attempt=pad([attempt_numbers(d) for d in dialogues], torch.int64),
         rewards=pad([rollout.token_rewards(d) for d in dialogues]),
         sampler_logprobs=pad([d.logprobs for d in dialogues]),
         lengths=[len(d.ids) for d in dialogues],
     )
+
+
+def attempt_numbers(dialogue: Dialogue) -> list[int]:
+    """(T,) the number, from 0, of the attempt that each action belongs to; 0 elsewhere."""
+    numbers = [0] * len(dialogue.ids)
+    for k, attempt in enumerate(dialogue.attempts):
+        numbers[attempt.start : attempt.end] = [k] * (attempt.end - attempt.start)
+    return numbers
 
 
 def pack(lengths: Sequence[int], row_tokens: int, batch_tokens: int) -> list[list[list[int]]]:
@@ -296,6 +369,7 @@ class MicroBatch:
 
     ids: Tensor  # (R, L) int64
     positions: Tensor  # (R, L) int64; starts at 0 for each dialogue, which keeps attention inside it
+    attention: dict[str, Any]  # boundaries() for the kernel on a GPU; else empty, and attention goes by the positions
     state: tuple[Tensor, Tensor]  # (A,) row and column of the token behind which the action was sampled
     action: tuple[Tensor, Tensor]  # (A,) dialogue and time of the action in the Batch
 
@@ -317,14 +391,28 @@ def make_micro_batch(batch: Batch, rows: list[list[int]]) -> MicroBatch:
             dialogues.append(torch.full_like(time_of_action, i))
             times.append(time_of_action)
             start += length
-    return MicroBatch(ids, positions, (torch.cat(states), torch.cat(columns)), (torch.cat(dialogues), torch.cat(times)))
+    state, action = (torch.cat(states), torch.cat(columns)), (torch.cat(dialogues), torch.cat(times))
+    return MicroBatch(ids, positions, boundaries(positions) if ids.is_cuda else {}, state, action)
+
+
+def boundaries(positions: Tensor) -> dict[str, Any]:
+    """What varlen_attention has to know: where dialogues start in the rows laid end to end; the longest one's length.
+
+    >>> boundaries(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))
+    {'boundaries': tensor([ 0,  3,  5,  7,  8,  9, 10], dtype=torch.int32), 'longest': 3}
+    """
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    found = F.pad(starts, (0, 1), value=positions.numel()).to(torch.int32)
+    return {"boundaries": found, "longest": int(found.diff().max())}
 
 
 def micro_batches(batch: Batch, indices: Iterable[int]) -> Iterator[tuple[MicroBatch, bool, bool]]:
     """-> (micro-batch, counts?, last?) of the dialogues `indices`; equally many on every rank, since every forward and
     backward pass is a collective under FSDP. A rank with fewer repeats its last one, which then does not count."""
     indices = list(indices)
-    packed = pack([batch.lengths[i] for i in indices], ROW_TOKENS, MAX_TOKENS_PER_MICRO_BATCH)
+    # The kernel on a GPU takes one long row; a dense mask (CPU) costs the square of the row.
+    row_tokens = MAX_TOKENS_PER_MICRO_BATCH if torch.cuda.is_available() else ROW_TOKENS
+    packed = pack([batch.lengths[i] for i in indices], row_tokens, MAX_TOKENS_PER_MICRO_BATCH)
     most = torch.tensor(len(packed), device=device())
     dist.all_reduce(most, dist.ReduceOp.MAX)
     for k in range(int(most)):
@@ -334,6 +422,25 @@ def micro_batches(batch: Batch, indices: Iterable[int]) -> Iterator[tuple[MicroB
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
+def varlen_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
+    boundaries: Tensor, longest: int, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention inside each dialogue of rows laid end to end, without a mask (CUDA); (R, heads, L, D) each.
+    transformers calls it under the name "varlen" and hands on the last two arguments from the model's forward."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, heads, width, depth = query.shape
+    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+    flat = [x.transpose(1, 2).reshape(rows * width, heads, depth) for x in (query, key, value)]
+    causal = {"window_size": (-1, 0), "scale": scaling}
+    out = varlen_attn(*flat, boundaries, boundaries, longest, longest, **causal)  # (R * L, heads, D)
+    return out.view(rows, width, heads, depth), None
+
+
+AttentionInterface.register("varlen", varlen_attention)
+
+
 class Actor(nn.Module):
     """A causal language model asked for its actions alone: forward -> (logprobs, entropy), (A,) float32 each."""
 
@@ -343,8 +450,7 @@ class Actor(nn.Module):
         self.tokens = tokens  # ids of the tokenizer; rows of a padded vocabulary behind them are never sampled
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        hidden = self.lm.model(input_ids=micro.ids, position_ids=micro.positions, use_cache=False).last_hidden_state
-        hidden = hidden[micro.state]  # (R, L, H) -> (A, H)
+        hidden = read(self.lm.model, micro)  # (A, H)
         rows, columns = micro.state
         targets = micro.ids[rows, columns + 1]  # (A,)
         head = self.lm.lm_head.weight[: self.tokens]  # (V, H)
@@ -354,6 +460,12 @@ class Actor(nn.Module):
         ]
         logprobs, entropy = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropy)
+
+
+def read(body: nn.Module, micro: MicroBatch) -> Tensor:
+    """Hidden states from which the actions are taken, (A, H)."""
+    rows = body(input_ids=micro.ids, position_ids=micro.positions, use_cache=False, **micro.attention)
+    return rows.last_hidden_state[micro.state]  # (R, L, H) -> (A, H)
 
 
 def token_logprobs(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,27 +488,61 @@ class Critic(nn.Module):
         nn.init.normal_(self.head.weight, std=1 / (width + 1))
 
     def forward(self, micro: MicroBatch) -> Tensor:
-        hidden = self.body(input_ids=micro.ids, position_ids=micro.positions, use_cache=False).last_hidden_state
-        return (hidden[micro.state] @ self.head.weight[0]).float()  # (R, L, H) -> (A, H) -> (A,)
+        return (read(self.body, micro) @ self.head.weight[0]).float()  # (A, H) -> (A,)
 
 
 def load_model(model: str) -> nn.Module:
     """Float32 master weights: bfloat16 ones would swallow updates of a learning rate of 5e-7."""
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").train()
+    attention = "varlen" if torch.cuda.is_available() else "sdpa"
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).train()
     if GRADIENT_CHECKPOINTING:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
 
 
 def shard(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
-    """FSDP2 over all ranks: a unit a block; the rest, with the embedding that may be tied to the head, in the root."""
-    compute = getattr(torch, COMPUTE_DTYPE)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
-    model.to(device())
+    """FSDP2: a unit a block; the rest, with the embedding that may be tied to the head, in the root. SHARD_RANKS ranks
+    share one copy of the weights; with more ranks than that there are replicas, whose gradients are averaged (HSDP)."""
+    world = dist.get_world_size()
+    together = SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shape, names = (
+        ((world,), ("shard",)) if together == world else ((world // together, together), ("replica", "shard"))
+    )
+    options = {
+        "mesh": init_device_mesh(device().type, shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, COMPUTE_DTYPE), reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if OFFLOAD else OffloadPolicy(),
+    }
+    if not OFFLOAD:
+        model.to(device())
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+@dataclasses.dataclass
+class Learner:
+    """What is trained, with what; the critic is None where the advantages need none, the reference where no KL does."""
+
+    actor: Actor
+    critic: Critic | None
+    reference: Actor | None
+    optimizers: dict[str, torch.optim.Optimizer]  # "actor", "critic"
+    skipped: int = 0  # optimiser steps skipped in a row
+
+    @classmethod
+    def load(cls, tokens: int) -> "Learner":
+        """All models from MODEL; tokens: size of the tokenizer. Optimisers come before any forward pass (FSDP2)."""
+        actor, critic, reference = Actor(MODEL, tokens), Critic(MODEL), None
+        if any(KL_COEF) or KL_IN_REWARD:
+            reference = Actor(MODEL, tokens).requires_grad_(False)
+            reference = shard(reference, reference.lm.model.layers)
+        actor, critic = shard(actor, actor.lm.model.layers), shard(critic, critic.body.layers)
+        return cls(actor, critic, reference, {"actor": adam(actor, ACTOR_LR), "critic": adam(critic, CRITIC_LR)})
+
+    def trained(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
+        for name, optimizer in self.optimizers.items():
+            yield name, getattr(self, name), optimizer
 
 
 def named_weights(actor: Actor) -> Iterator[tuple[str, Tensor]]:
@@ -432,8 +578,8 @@ def problem_order(seed: int, epoch: int, count: int) -> list[int]:
 def play_step(engine: Engine, chat: Chat, problems: list[dict[str, Any]], step: int) -> list[Dialogue]:
     """This rank's dialogues of a step: every WORLD-th, so that a mini-batch is the same set for any number of ranks.
     Ranks that share an engine play the dialogues of all of them together."""
-    rank, shared = dist.get_rank(), rollout.TENSOR_PARALLEL
-    played = range(rank // shared, DIALOGUES, dist.get_world_size() // shared)
+    rank, world, shared = dist.get_rank(), dist.get_world_size(), rollout.TENSOR_PARALLEL
+    played = [i for i in range(DIALOGUES) if i % world // shared == rank // shared]
     dialogues = []
     for i in played:
         visit = ((step - 1) * DIALOGUES + i) // rollout.SAMPLES_PER_PROMPT
@@ -460,22 +606,39 @@ def over_actions(model: nn.Module, batch: Batch) -> Tensor:
     return out
 
 
-def prepare(batch: Batch, actor: Actor, critic: Critic, reference: Actor | None) -> dict[str, float]:
+def exchange(dialogues: list[Dialogue]) -> list[Dialogue]:
+    """The dialogues of all ranks, in the order of the step: what rank r played j-th is the (j * ranks + r)-th."""
+    everyones: list[Any] = [dialogues]
+    if dist.get_world_size() > 1:
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, dialogues)
+    return [dialogue for of_one_turn in zip(*everyones, strict=True) for dialogue in of_one_turn]
+
+
+def my_batch(dialogues: Sequence[Dialogue]) -> Batch:
+    """This rank's share of each mini-batch. Who played a dialogue does not matter for who trains on it."""
+    mini_batches = [dialogues[at : at + MINI_BATCH] for at in range(0, len(dialogues), MINI_BATCH)]
+    shares = [share([len(d.ids) for d in rows], dist.get_world_size())[dist.get_rank()] for rows in mini_batches]
+    return make_batch([[rows[i] for i in mine] for rows, mine in zip(mini_batches, shares, strict=True)])
+
+
+def prepare(batch: Batch, learner: Learner) -> dict[str, float]:
     """Fill in what the update needs: log-probabilities, values, advantages and returns -> metrics."""
-    batch.old_logprobs = over_actions(actor, batch)
-    batch.ref_logprobs = over_actions(reference, batch) if reference else batch.old_logprobs
-    batch.values = over_actions(critic, batch)
-    batch.advantages, batch.returns = gae(batch.rewards, batch.values, batch.mask, GAMMA, LAMBDA)
+    batch.old_logprobs = over_actions(learner.actor, batch)
+    batch.ref_logprobs = over_actions(learner.reference, batch) if learner.reference else batch.old_logprobs
+    batch.values = over_actions(learner.critic, batch)
+    drift = batch.old_logprobs - batch.ref_logprobs  # (B, T)
+    rewards = batch.rewards - KL_IN_REWARD * drift
+    batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, GAMMA, LAMBDA, ATTEMPT_GAMMA)
     action = batch.mask > 0
     returns, error = batch.returns[action], (batch.returns - batch.values)[action]
     mismatch = (batch.old_logprobs - batch.sampler_logprobs)[action].abs()
-    drift = (batch.old_logprobs - batch.ref_logprobs)[action]
     n, gap, total, squares, errors, errors2, k1, advantage = all_sum(
         len(returns), mismatch.sum(), returns.sum(), returns.square().sum(), error.sum(), error.square().sum(),
-        drift.sum(), batch.advantages[action].sum(),
+        drift[action].sum(), batch.advantages[action].sum(),
     ).tolist()  # fmt: skip
     variance, unexplained = squares / n - (total / n) ** 2, errors2 / n - (errors / n) ** 2
-    if gap / n > MAX_MISMATCH:
+    if not gap / n <= MAX_MISMATCH:
         raise RuntimeError(
             f"sampler and trainer disagree by {gap / n:.3f} nats an action (MAX_MISMATCH={MAX_MISMATCH}): the engine "
             "does not hold the trainer's weights, or samples from another distribution (TEMPERATURE must be 1)"
@@ -490,49 +653,50 @@ def prepare(batch: Batch, actor: Actor, critic: Critic, reference: Actor | None)
     }
 
 
-def update(
-    batch: Batch,
-    actor: Actor,
-    critic: Critic,
-    actor_optimizer: torch.optim.Optimizer,
-    critic_optimizer: torch.optim.Optimizer,
-) -> dict[str, float]:
-    """EPOCHS passes of PPO over the rollout, an optimiser step a mini-batch -> metrics (means over actions)."""
+def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> dict[str, float]:
+    """EPOCHS passes of PPO over the rollout, an optimiser step a mini-batch -> metrics (means over actions).
+
+    train_actor: whether the actor learns, too (not during CRITIC_WARMUP). A step with a gradient that is not finite is
+    skipped and its mini-batch written to `folder`; after MAX_SKIPPED in a row, RuntimeError.
+    """
     sums: Counter[str] = Counter()
     norms: dict[str, list[float]] = defaultdict(list)
-    per_rank = MINI_BATCH // dist.get_world_size()
-    mini_batches = [range(s, s + per_rank) for s in range(0, len(batch.lengths), per_rank)]
-    for dialogues in mini_batches * EPOCHS:
-        (actions,) = all_sum(batch.mask[dialogues.start : dialogues.stop].sum()).tolist()
+    kl_coef = torch.tensor(KL_COEF, device=device())[batch.attempt.clamp(max=len(KL_COEF) - 1)]  # (B, T)
+    for rows in batch.mini_batches * EPOCHS:
+        (actions,) = all_sum(batch.mask[rows.start : rows.stop].sum()).tolist()
         scale = dist.get_world_size() / actions  # FSDP averages gradients over ranks; we want the mean over all actions
-        for micro, counts, last in micro_batches(batch, dialogues):
-            actor.set_requires_gradient_sync(last)
-            critic.set_requires_gradient_sync(last)
-            mask = torch.full_like(batch.mask[micro.action], float(counts))  # (A,)
-            logprobs, entropy = actor(micro)
-            loss, stats = policy_loss(
-                logprobs, batch.old_logprobs[micro.action], batch.advantages[micro.action], mask, CLIP
-            )
-            kl = (mask * kl_k3(logprobs, batch.ref_logprobs[micro.action])).sum()
-            entropy = (mask * entropy).sum()
-            ((loss + KL_COEF * kl - ENTROPY_COEF * entropy) * scale).backward()
-            values = critic(micro)
-            critic_loss, value_stats = value_loss(
-                values, batch.values[micro.action], batch.returns[micro.action], mask, VALUE_CLIP
-            )
-            (critic_loss * scale).backward()
-            losses = {
-                "policy_loss": loss,
-                "value_loss": critic_loss,
-                "kl_k3": kl,
-                "entropy": entropy,
-                "actions": mask.sum(),
-            }
-            sums.update({name: value.item() for name, value in (losses | stats | value_stats).items()})
-        for name, model, optimizer in (("actor", actor, actor_optimizer), ("critic", critic, critic_optimizer)):
-            norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-            norms[f"{name}_grad_norm"].append(norm.full_tensor().item())
-            optimizer.step()
+        for micro, counts, last in micro_batches(batch, rows):
+            at = micro.action
+            mask = torch.full_like(batch.mask[at], float(counts))  # (A,)
+            losses = {"actions": mask.sum()}
+            if train_actor:
+                learner.actor.set_requires_gradient_sync(last)
+                logprobs, entropy = learner.actor(micro)
+                weights = 1.0
+                if TRUNCATE_IS:
+                    weights = (batch.old_logprobs - batch.sampler_logprobs)[at].exp().clamp(max=TRUNCATE_IS)
+                loss, stats = policy_loss(logprobs, batch.old_logprobs[at], batch.advantages[at], mask, CLIP, weights)
+                kl, entropy = mask * kl_k3(logprobs, batch.ref_logprobs[at]), (mask * entropy).sum()
+                ((loss + (kl_coef[at] * kl).sum() - ENTROPY_COEF * entropy) * scale).backward()
+                losses |= {"policy_loss": loss, "kl_k3": kl.sum(), "entropy": entropy, **stats}
+            learner.critic.set_requires_gradient_sync(last)
+            values = learner.critic(micro)
+            loss, stats = value_loss(values, batch.values[at], batch.returns[at], mask, VALUE_CLIP)
+            (loss * scale).backward()
+            losses |= {"value_loss": loss, **stats}
+            sums.update({name: value.item() for name, value in losses.items()})
+        step = [part for part in learner.trained() if train_actor or part[0] == "critic"]
+        found = {name: nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP) for name, model, _ in step}
+        found = {f"{name}_grad_norm": norm.full_tensor().item() for name, norm in found.items()}
+        if all(map(math.isfinite, found.values())):
+            learner.skipped = 0
+            for _, _, optimizer in step:
+                optimizer.step()
+            for name, norm in found.items():
+                norms[name].append(norm)
+        else:
+            skip(batch, rows, learner, found, folder)
+        for _, _, optimizer in step:
             optimizer.zero_grad(set_to_none=True)
     names = sorted(sums)
     totals = dict(zip(names, all_sum(*(sums[k] for k in names)).tolist(), strict=True))
@@ -540,39 +704,40 @@ def update(
     return {k: v / count for k, v in totals.items()} | {k: sum(v) / len(v) for k, v in norms.items()}
 
 
+def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], folder: Path) -> None:
+    """Write down the mini-batch behind a gradient that is not finite; its optimiser step is not taken."""
+    learner.skipped += 1
+    path = folder / f"not-finite-{learner.skipped}-rank-{dist.get_rank()}.pt"
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in ("mini_batches",)}
+    torch.save({name: value[rows.start : rows.stop] for name, value in tensors.items()}, path)
+    print(f"gradient not finite ({norms}): step skipped, its mini-batch is in {path}")
+    if learner.skipped >= MAX_SKIPPED:
+        raise RuntimeError(f"{learner.skipped} gradients in a row were not finite; the mini-batches are in {folder}")
+
+
 def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
-    """Means over dialogues (or attempts) of all ranks; accuracy_at_k: right within k attempts, if k were granted."""
-    sums: Counter[str] = Counter()
-    for d in dialogues:
-        sums.update(
-            dialogues=1,
-            attempts=len(d.attempts),
-            reward=sum(a.reward for a in d.attempts),
-            solved=d.solved_at is not None,
-            tokens=len(d.ids),
-            generated=sum(d.mask),
-        )
-        sums.update(f"ending_{a.ending}" for a in d.attempts)
-        sums.update(f"status_{a.status}" for a in d.attempts)
-        for k in range(1, rollout.MAX_ATTEMPTS + 1):
-            if d.max_attempts >= k:
-                sums.update({f"had_{k}": 1, f"solved_by_{k}": int(d.solved_at is not None and d.solved_at <= k)})
-    ks = range(1, rollout.MAX_ATTEMPTS + 1)
-    endings, statuses = ("stop", "length", "context", "box"), ("correct", "wrong", "no_answer", "timeout")
-    names = ["dialogues", "attempts", "reward", "solved", "tokens", "generated"]
-    names += [f"ending_{e}" for e in endings] + [f"status_{s}" for s in statuses]
-    names += [f"{which}_{k}" for k in ks for which in ("had", "solved_by")]
-    s = dict(zip(names, all_sum(*(sums[n] for n in names)).tolist(), strict=True))
+    """Means over all dialogues of a step, or over their attempts; accuracy_at_k: right within k attempts, if k were
+    granted."""
+    attempts = [a for d in dialogues for a in d.attempts]
+    generated = sum(sum(d.mask) for d in dialogues)
+
+    def share_of(field: str, value: str) -> float:
+        return sum(getattr(a, field) == value for a in attempts) / len(attempts)
+
+    within = {}
+    for k in range(1, rollout.MAX_ATTEMPTS + 1):
+        if granted := [d for d in dialogues if d.max_attempts >= k]:
+            within[f"accuracy_at_{k}"] = statistics.fmean((d.solved_at or math.inf) <= k for d in granted)
     return {
-        "reward": s["reward"] / s["dialogues"],
-        "accuracy": s["solved"] / s["dialogues"],
-        "attempts_used": s["attempts"] / s["dialogues"],
-        "tokens": s["tokens"],
-        "generated": s["generated"],
-        "attempt_length": s["generated"] / s["attempts"],
-        **{f"ending_{e}": s[f"ending_{e}"] / s["attempts"] for e in endings},
-        **{f"status_{x}": s[f"status_{x}"] / s["attempts"] for x in statuses},
-        **{f"accuracy_at_{k}": s[f"solved_by_{k}"] / s[f"had_{k}"] for k in ks if s[f"had_{k}"]},
+        "reward": sum(a.reward for a in attempts) / len(dialogues),
+        "accuracy": statistics.fmean(d.solved_at is not None for d in dialogues),
+        "attempts_used": len(attempts) / len(dialogues),
+        "tokens": sum(len(d.ids) for d in dialogues),
+        "generated": generated,
+        "attempt_length": generated / len(attempts),
+        **{f"ending_{e}": share_of("ending", e) for e in rollout.ENDINGS},
+        **{f"status_{x}": share_of("status", x) for x in rollout.STATUSES},
+        **within,
     }
 
 
@@ -592,38 +757,71 @@ def open_run(folder: Path, constants: dict[str, Any]) -> None:
         write_atomically(config, json.dumps(constants, indent=1))
 
 
-def save(folder: Path, step: int, generated: int, parts: dict[str, Any]) -> None:
-    """checkpoints/step-000100: both models and optimisers, sharded, and the step. All ranks must call it."""
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoints/step-??????"))
+
+
+@contextlib.contextmanager
+def writing(partial: Path) -> Iterator[None]:
+    """Turns a disk that is full into a clear end, which leaves nothing half-written and all checkpoints whole."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        there = [path.name for path in checkpoints(partial.parent.parent) + checkpoints(partial.parent)]
+        behind = f"from {there[-1]}" if there else "at its beginning"
+        raise SystemExit(f"{partial} could not be written ({last_line(error)}); the run goes on {behind}") from error
+
+
+def save(folder: Path, step: int, generated: int, learner: Learner, best: int) -> None:
+    """checkpoints/step-000100: models and optimisers, sharded, and the step. The newest KEEP_CHECKPOINTS and that of
+    step `best` stay. All ranks must call it. A failure leaves the checkpoints before it whole."""
     name = folder / "checkpoints" / f"step-{step:06d}"
     partial = name.with_name(name.name + ".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
     dist.barrier()
-    dcp.save({"parts": gather_state(parts), "step": step, "generated": generated}, checkpoint_id=partial)
+    with writing(partial):
+        dcp.save({"parts": gather_state(learner), "step": step, "generated": generated}, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(name)
-        for old in sorted(folder.glob("checkpoints/step-??????"))[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
+        for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+            if old.name != f"step-{best:06d}":
+                shutil.rmtree(old)
     dist.barrier()
 
 
-def load(folder: Path, parts: dict[str, Any]) -> tuple[int, int]:
-    """The newest checkpoint into the models and optimisers -> (step, generated tokens); (0, 0) where there is none."""
-    found = sorted(folder.glob("checkpoints/step-??????"))
-    if not found:
+def load(folder: Path, learner: Learner) -> tuple[int, int]:
+    """The newest checkpoint into models and optimisers -> (step, generated tokens); (0, 0) where there is none.
+
+    Raises SystemExit, naming the checkpoint and the one before it, if it cannot be read.
+    """
+    *older, newest = [None, *checkpoints(folder)]
+    if newest is None:
         return 0, 0
-    state = {"parts": gather_state(parts), "step": 0, "generated": 0}
-    dcp.load(state, checkpoint_id=found[-1])
-    for name in ("actor", "critic"):
-        model, optimizer = parts[name]
+    state = {"parts": gather_state(learner), "step": 0, "generated": 0}
+    try:
+        dcp.load(state, checkpoint_id=newest)
+    except (Exception, CheckpointException) as error:  # whatever a damaged or foreign file makes of its reader
+        before = f"it resumes from {older[-1].name}" if older and older[-1] else "it starts anew"
+        raise SystemExit(
+            f"{newest} is damaged or of another model ({last_line(error)}): delete it and start again; {before}"
+        ) from error
+    for name, model, optimizer in learner.trained():
         weights, moments = state["parts"][name]["model"], state["parts"][name]["optimizer"]
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return state["step"], state["generated"]
 
 
-def gather_state(parts: dict[str, Any]) -> dict[str, Any]:
-    states = {name: get_state_dict(model, optimizer) for name, (model, optimizer) in parts.items()}
+def gather_state(learner: Learner) -> dict[str, Any]:
+    states = {name: get_state_dict(model, optimizer) for name, model, optimizer in learner.trained()}
     return {name: {"model": weights, "optimizer": moments} for name, (weights, moments) in states.items()}
+
+
+def last_line(error: BaseException) -> str:
+    """The most telling line of an error that torch has wrapped in many."""
+    lines = [line.strip() for line in str(error).splitlines() if "Error" in line or "error" in line]
+    return (lines or [repr(error)])[-1][:200]
 
 
 def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
@@ -633,19 +831,40 @@ def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         actor.lm.config.dtype = getattr(torch, COMPUTE_DTYPE)
-        actor.lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        with writing(partial):
+            actor.lm.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+        if folder.is_dir():
+            folder.rename(folder.with_name(folder.name + ".old"))
         partial.rename(folder)
+        shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
     dist.barrier()
 
 
+def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as log:
+        log.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, less a last one that was being written when the run was killed."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def best_so_far(folder: Path, goal: str) -> tuple[int, float]:
+    """(step, value) of the highest metric `goal` in the log, by rank 0's copy of it; (0, -1) where there is none."""
+    found = [max(((r[goal], r["step"]) for r in read_log(folder / "metrics.jsonl") if goal in r), default=(-1.0, 0))]
+    dist.broadcast_object_list(found, src=0)
+    value, step = found[0]
+    return step, value
+
+
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a log that a killed run wrote behind its last checkpoint: those steps will be done again."""
+    """Drop the rows of a log that a killed run wrote behind its last checkpoint: those steps will be done again."""
     if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
+        kept = [row for row in read_log(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def as_text(dialogue: Dialogue, chat: Chat, step: int) -> dict[str, Any]:
@@ -659,101 +878,269 @@ def as_text(dialogue: Dialogue, chat: Chat, step: int) -> dict[str, Any]:
     }
 
 
+def by_token(batch: Batch, row: int, chat: Chat, step: int) -> dict[str, Any]:
+    """One dialogue of the batch token by token, for evaluate.py's report: what PPO reinforces, and where."""
+    dialogue = batch.dialogues[row]
+
+    def numbers(tensor: Tensor) -> list[float]:
+        return [round(x, 4) for x in tensor[row, : len(dialogue.ids)].tolist()]
+
+    values = {name: numbers(getattr(batch, name)) for name in ("advantages", "values", "returns")}
+    tokens = [chat.tokenizer.decode([token]) for token in dialogue.ids]
+    text = {k: v for k, v in as_text(dialogue, chat, step).items() if k != "text"}
+    return {**text, "tokens": tokens, "mask": dialogue.mask, **values}
+
+
 # The run --------------------------------------------------------------------------------------------------------------
 def check_constants() -> None:
     """Raises SystemExit where numbers do not fit each other, before anything costs time."""
     rollout.check_constants()
     world, shared = dist.get_world_size(), rollout.TENSOR_PARALLEL
-    for name, number, unit in (
-        ("DIALOGUES", DIALOGUES, MINI_BATCH),
-        ("MINI_BATCH", MINI_BATCH, world),
-        ("MINI_BATCH", MINI_BATCH, rollout.SAMPLES_PER_PROMPT),
-        ("ranks", world, shared),
+    for name, number, of, unit in (
+        ("DIALOGUES", DIALOGUES, "MINI_BATCH", MINI_BATCH),
+        ("MINI_BATCH", MINI_BATCH, "the number of ranks", world),
+        ("MINI_BATCH", MINI_BATCH, "rollout.SAMPLES_PER_PROMPT", rollout.SAMPLES_PER_PROMPT),
+        ("the number of ranks", world, "rollout.TENSOR_PARALLEL", shared),
+        ("the number of ranks", world, "SHARD_RANKS", SHARD_RANKS or 1),
     ):
         if number % unit:
-            raise SystemExit(
-                f"{name}={number} is no multiple of {unit}: DIALOGUES must be one of MINI_BATCH={MINI_BATCH}, that one "
-                f"of the {world} ranks and of SAMPLES_PER_PROMPT={rollout.SAMPLES_PER_PROMPT}, and the ranks one of "
-                f"TENSOR_PARALLEL={shared}"
-            )
+            raise SystemExit(f"{name} = {number} must be a multiple of {of} = {unit}")
+    if TRACK not in ("", "tensorboard", "wandb"):
+        raise SystemExit(f"TRACK={TRACK}: must be tensorboard, wandb or empty")
+    if TRACK == "wandb" and not importlib.util.find_spec("wandb"):
+        raise SystemExit("TRACK=wandb: Weights & Biases is not installed (pip install wandb)")
 
 
-def train(folder: Path) -> None:
+def split_problems(problems: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """-> (train, dev): DEV_PROBLEMS of them drawn by SEED, and the others less what asks the same as one of those."""
+    if len(problems) <= DEV_PROBLEMS:
+        raise SystemExit(
+            f"DEV_PROBLEMS={DEV_PROBLEMS} leaves none of {TRAIN_DATA}'s {len(problems)} problems to train on"
+        )
+    dev = random.Random(f"dev-{SEED}").sample(problems, DEV_PROBLEMS)
+    asked = {rollout.question_key(p["question"]) for p in dev}
+    return [p for p in problems if rollout.question_key(p["question"]) not in asked], dev
+
+
+def dev_accuracies(engine: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dict[str, float]:
+    """Greedy accuracy within 1..MAX_ATTEMPTS attempts of dialogues that grant as many. All ranks must call it."""
+    groups = dist.get_world_size() // rollout.TENSOR_PARALLEL
+    mine = dev[dist.get_rank() // rollout.TENSOR_PARALLEL :: groups]
+    dialogues = [rollout.new_dialogue(chat, p, rollout.MAX_ATTEMPTS) for p in mine]
+    rollout.play(engine, chat, dialogues, [0] * len(dialogues), 0.0, "dev" if dist.get_rank() == 0 else None)
+    ks = range(1, rollout.MAX_ATTEMPTS + 1)
+    solved = all_sum(*(sum((d.solved_at or math.inf) <= k for d in dialogues) for k in ks))
+    times = rollout.TENSOR_PARALLEL * len(dev)  # ranks that share an engine have all played the same
+    return {f"dev_accuracy_at_{k}": n / times for k, n in zip(ks, solved.tolist(), strict=True)}
+
+
+def model_flops(learner: Learner, lengths: Iterable[int], actions: int) -> float:
+    """Floating-point operations that a whole update needs, on all ranks together: 2 a weight and token for a forward
+    pass, 4 for a backward pass, attention likewise by the pairs that it looks at. What checkpointing computes again is
+    not counted."""
+    lengths = list(lengths)
+    config = learner.actor.lm.config
+    weights = sum(p.numel() for p in learner.actor.lm.model.layers.parameters())
+    pairs = sum(n * n for n in lengths) / 2
+    body = (
+        2 * weights * sum(lengths)
+        + 4 * pairs * config.num_attention_heads * head_width(config) * config.num_hidden_layers
+    )
+    head = 2 * actions * config.hidden_size * learner.actor.tokens
+    once = body * (2 + bool(learner.reference)) + head * (1 + bool(learner.reference))  # prepare(): no gradients
+    return once + EPOCHS * 3 * (2 * body + head)
+
+
+def head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def plan(learner: Learner, problems: int, dev: int) -> str:
+    """What will happen, for the terminal: batches, memory and the least time that the hardware allows."""
+    world, gib = dist.get_world_size(), 2**30
+    config = learner.actor.lm.config
+    copies = {
+        "actor": 16,
+        "critic": 16,
+        "reference": 4,
+    }  # bytes a weight: value, gradient and Adam's two moments; value
+    sharded = sum(
+        copies[name] * sum(p.numel() for p in model.parameters())
+        for name in copies
+        if (model := getattr(learner, name))
+    ) / (SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world)))  # fmt: skip
+    item = getattr(torch, COMPUTE_DTYPE).itemsize
+    tokens = MAX_TOKENS_PER_MICRO_BATCH
+    kept = 1 if GRADIENT_CHECKPOINTING else 34  # activations of a layer, in hidden states (34: arXiv 2205.05198, eq. 2)
+    passes = tokens * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
+    passes += 4 * LOGITS_CHUNK * learner.actor.tokens * 4 + 2 * config.vocab_size * config.hidden_size * item
+    total = sum([0 if OFFLOAD else sharded, passes]) / gib
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(device()).total_memory / gib
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
+    lines = [
+        f"{problems:,} problems to train on, {dev} to choose the checkpoint; {world} rank{'s' * (world > 1)}",
+        f"a rollout: {DIALOGUES // rollout.SAMPLES_PER_PROMPT} problems x {rollout.SAMPLES_PER_PROMPT} = {DIALOGUES} "
+        f"dialogues of up to {rollout.MAX_ATTEMPTS} attempts",
+        f"a step: {EPOCHS} x {DIALOGUES // MINI_BATCH} updates of {MINI_BATCH} dialogues, in micro-batches of at most "
+        f"{MAX_TOKENS_PER_MICRO_BATCH:,} tokens",
+        f"memory of a rank, estimated: {total:.1f} GiB of {room:.0f} ({sharded / gib:.1f} for weights and optimisers): "
+        + ("fits" if total < 0.95 * room else "will NOT fit; more ranks, a smaller micro-batch or OFFLOAD=1 would"),
+    ]
+    if torch.cuda.is_available():
+        longest = rollout.CONTEXT // 2  # a guess: half of the context
+        flops = model_flops(learner, [longest] * DIALOGUES, longest * DIALOGUES)
+        hours = STEPS * flops / (0.4 * PEAK_TFLOPS * 1e12 * world) / 3600
+        lines.append(
+            f"updates, projected at 40 % of {PEAK_TFLOPS:.0f} TFLOPS and {longest} tokens a dialogue: {hours:.1f} h"
+        )
+    return "\n".join(lines)
+
+
+SHOWN = {  # metric -> its name on the terminal
+    "reward": "reward", "accuracy_at_1": "acc@1", "accuracy": "acc", "attempts_used": "attempts",
+    "attempt_length": "length", "entropy": "entropy", "kl_k3": "kl", "clipped": "clipped",
+    "explained_variance": "expl.var", "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB",
+}  # fmt: skip
+
+
+class Tracker:
+    """metrics.jsonl, TensorBoard or Weights & Biases, and a line on the terminal; rank 0's alone."""
+
+    def __init__(self, folder: Path, step: int, constants: dict[str, Any]):
+        self.path = folder / "metrics.jsonl"
+        self.writer = None
+        if TRACK == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        elif TRACK == "wandb":
+            import wandb
+
+            wandb.init(project="multi-attempt", name=RUN, id=RUN.replace("/", "-"), resume="allow", config=constants)
+
+    def log(self, metrics: dict[str, float], bar: tqdm) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        numbers = {name: value for name, value in metrics.items() if name != "step"}
+        if TRACK == "tensorboard":
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, metrics["step"])
+        elif TRACK == "wandb":
+            import wandb
+
+            wandb.log(numbers, step=metrics["step"])
+        cells = [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
+        bar.write(f"step {metrics['step']} | " + " | ".join(cells))
+
+
+def train(folder: Path, constants: dict[str, Any]) -> None:
     lead = dist.get_rank() == 0
     torch.manual_seed(SEED)
     chat = Chat(AutoTokenizer.from_pretrained(MODEL))
     problems = rollout.check_lengths(chat, rollout.load_problems(TRAIN_DATA), TRAIN_DATA)
+    problems, dev = split_problems(problems)
     engine = Engine(MODEL, dtype=COMPUTE_DTYPE, seed=SEED)  # before the trainer: it wants to find the GPU's memory free
-    tokens = len(chat.tokenizer)
-    actor = Actor(MODEL, tokens)
-    actor = shard(actor, actor.lm.model.layers)
-    critic = Critic(MODEL)
-    critic = shard(critic, critic.body.layers)
-    reference = None
-    if KL_COEF:
-        reference = Actor(MODEL, tokens).requires_grad_(False)
-        reference = shard(reference, reference.lm.model.layers)
-    parts = {"actor": (actor, adam(actor, ACTOR_LR)), "critic": (critic, adam(critic, CRITIC_LR))}
-    step, generated = load(folder, parts)
+    engine.sleep()
+    learner = Learner.load(len(chat.tokenizer))
     if lead:
-        for log in ("metrics.jsonl", "dialogues.jsonl"):
+        print(plan(learner, len(problems), len(dev)))
+    if DRY_RUN:
+        engine.shutdown()
+        return
+    step, generated = load(folder, learner)
+    if lead:
+        for log in ("metrics.jsonl", "dialogues.jsonl", "tokens.jsonl"):
             keep_until(folder / log, step)
-        print(
-            f"{DIALOGUES} dialogues a rollout = {DIALOGUES // MINI_BATCH} mini-batches of {MINI_BATCH}; "
-            f"{dist.get_world_size()} ranks; {len(problems)} problems; "
-            + (f"{TOKEN_BUDGET:,} generated tokens" if TOKEN_BUDGET else f"{STEPS} steps")
-            + (f"; goes on behind step {step}" if step else "")
-        )
+        print(f"{folder} goes on behind step {step}" if step else f"{folder} begins")
+    goal = f"dev_accuracy_at_{rollout.MAX_ATTEMPTS}"
+    best, best_accuracy = best_so_far(folder, goal)
+    tracker = Tracker(folder, step, constants) if lead else None
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # a preempted job: finish the step, save, end well
 
     def progress() -> float:
         return generated / TOKEN_BUDGET if TOKEN_BUDGET else step / STEPS
 
-    engine.load_weights(named_weights(actor))
+    engine.load_weights(named_weights(learner.actor))
     total, unit = (TOKEN_BUDGET, " tokens") if TOKEN_BUDGET else (STEPS, " steps")
-    bar = tqdm(total=total, unit=unit, unit_scale=bool(TOKEN_BUDGET), desc=RUN, disable=not lead, initial=0)
+    bar = tqdm(total=total, unit=unit, unit_scale=bool(TOKEN_BUDGET), desc=RUN, disable=not lead)
     bar.update(generated if TOKEN_BUDGET else step)
+    bar.unpause()
     while progress() < 1:
         step += 1
-        clock = [time.perf_counter()]
+        clock = Clock()
         dialogues = play_step(engine, chat, problems, step)
         engine.sleep()
-        clock.append(time.perf_counter())
-        batch = make_batch(dialogues)
-        metrics = rollout_metrics(dialogues) | prepare(batch, actor, critic, reference)
-        clock.append(time.perf_counter())
-        generated += int(metrics["generated"])
+        clock.stop("rollout")
+        dialogues = exchange(dialogues)
+        batch = my_batch(dialogues)
+        metrics = rollout_metrics(dialogues)
+        clock.stop("pack")
+        metrics |= prepare(batch, learner)
+        clock.stop("prepare")
+        generated += metrics["generated"]
         factor = learning_rate(progress())
-        for (_, optimizer), peak in zip(parts.values(), (ACTOR_LR, CRITIC_LR), strict=True):
-            for group in optimizer.param_groups:
+        for name, peak in (("actor", ACTOR_LR), ("critic", CRITIC_LR)):
+            metrics[f"{name}_lr"] = peak * factor
+            for group in learner.optimizers[name].param_groups:
                 group["lr"] = peak * factor
-        metrics |= update(batch, actor, critic, parts["actor"][1], parts["critic"][1])
-        clock.append(time.perf_counter())
-        engine.load_weights(named_weights(actor))
-        clock.append(time.perf_counter())
-        seconds = [after - before for before, after in itertools.pairwise(clock)]
+        metrics |= update(batch, learner, step > CRITIC_WARMUP, folder)
+        clock.stop("update")
+        engine.load_weights(named_weights(learner.actor))
+        clock.stop("transfer")
+        (preempted,) = all_sum(bool(stop))
+        saving = step % SAVE_EVERY == 0 or progress() >= 1 or preempted
+        if saving and dev:
+            metrics |= dev_accuracies(engine, chat, dev)
+            if metrics[goal] > best_accuracy:
+                best, best_accuracy = step, metrics[goal]
+                export(folder / "best", learner.actor, chat.tokenizer)
+            clock.stop("dev")
+        if saving:
+            save(folder, step, generated, learner, best)
+            clock.stop("save")
+        flops = model_flops(learner, (len(d.ids) for d in dialogues), metrics["generated"])
+        trained = clock.seconds["prepare"] + clock.seconds["update"]
         metrics = {
             "step": step,
             "generated_tokens": generated,
             "token_budget": TOKEN_BUDGET,
-            "actor_lr": ACTOR_LR * factor,
             **metrics,
-            **{f"seconds_{n}": s for n, s in zip(("rollout", "prepare", "update", "transfer"), seconds, strict=True)},
-            "tokens_per_second": metrics["tokens"] / sum(seconds),
+            **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
+            "tokens_per_second": metrics["tokens"] / sum(clock.seconds.values()),
+            "mfu": flops / trained / (PEAK_TFLOPS * 1e12 * dist.get_world_size()) if torch.cuda.is_available() else 0.0,
             "peak_memory_gib": peak_memory(),
         }
         if lead:
-            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(metrics) + "\n")
-            with (folder / "dialogues.jsonl").open("a", encoding="utf-8") as log:
-                log.writelines(json.dumps(as_text(d, chat, step)) + "\n" for d in dialogues[:DIALOGUES_LOGGED])
-        shown = ("reward", "accuracy", "attempts_used", "entropy", "kl_k3")
-        bar.set_postfix({k: f"{metrics[k]:.3f}" for k in shown}, refresh=False)
-        bar.update(int(metrics["generated"]) if TOKEN_BUDGET else 1)
-        if step % SAVE_EVERY == 0 or progress() >= 1:
-            save(folder, step, generated, parts)
+            tracker.log(metrics, bar)
+            append(folder / "dialogues.jsonl", [as_text(d, chat, step) for d in dialogues[:DIALOGUES_LOGGED]])
+            if saving:
+                rows = range(min(DIALOGUES_LOGGED, len(batch.dialogues)))
+                append(folder / "tokens.jsonl", [by_token(batch, row, chat, step) for row in rows])
+        bar.update(metrics["generated"] if TOKEN_BUDGET else 1)
+        if preempted:
+            break
     bar.close()
-    export(folder / "policy", actor, chat.tokenizer)
+    if progress() >= 1:
+        export(folder / "policy", learner.actor, chat.tokenizer)
+    elif lead:
+        print(f"stopped by SIGTERM behind step {step}, which is saved; the same command goes on")
     engine.shutdown()
+
+
+class Clock:
+    """Seconds by phase since it was made."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.last = time.perf_counter()
+
+    def stop(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
 
 
 def peak_memory() -> float:
@@ -769,11 +1156,12 @@ def main() -> None:
     folder = Path("runs") / RUN
     start_ranks()
     check_constants()
-    open_run(folder, constants)
+    if not DRY_RUN:
+        open_run(folder, constants)
     if (folder / "policy").is_dir():
         print(f"{folder} is finished: its policy is in {folder / 'policy'}")
     else:
-        train(folder)
+        train(folder, constants)
     if dist.is_initialized():  # the engine's shutdown takes the group with it
         dist.destroy_process_group()
 

@@ -1,10 +1,10 @@
 """What the attempt loop costs and saves: a table of ratios, each within this one run, on one engine.
 
-    python tests/bench_rollout.py                  # a random model of 2 M parameters, 512 dialogues; minutes on two cores
+    python tests/bench_rollout.py                  # a random model of 4 M parameters, 512 dialogues; some minutes
     python tests/bench_rollout.py MODEL=folder DIALOGUES=2048 DTYPE=bfloat16
 
-The workload: N drawn from 1..5, attempts of 16 to 512 tokens (log-uniform: a long tail), a quarter of them right. Lengths
-and verdicts are drawn in advance, so that every scheme does the same work; what is said is random.
+The workload: N drawn from 1..5, attempts of 16 to 512 tokens (log-uniform: a long tail), a quarter of them right.
+Lengths and verdicts are drawn in advance, so that every scheme does the same work; what is said is random.
 """
 
 import math
@@ -100,11 +100,12 @@ class DrawnVerdicts:
 
 # The schemes: -> seconds, generated tokens ----------------------------------------------------------------------------
 def new_dialogues(chat: Chat) -> list[Dialogue]:
-    said = [
-        f"What is the median of {' '.join(str(random_number(i, j) % 20) for j in range(9))}?" for i in range(DIALOGUES)
-    ]
-    problems = [{"id": str(i), "question": question, "answer": str(i)} for i, question in enumerate(said)]
-    return [rollout.new_dialogue(chat, p, rollout.draw_attempts(0, 1, i)) for i, p in enumerate(problems)]
+    dialogues = []
+    for i in range(DIALOGUES):
+        shown = " ".join(str(random_number(i, j) % 20) for j in range(9))
+        problem = {"id": str(i), "question": f"What is the median of {shown}?", "answer": str(i)}
+        dialogues.append(rollout.new_dialogue(chat, problem, rollout.draw_attempts(0, 1, i)))
+    return dialogues
 
 
 def ours(engine: DrawnLengths, chat: Chat, hanging: float = 0.0) -> tuple[float, int]:
@@ -118,7 +119,7 @@ def ours(engine: DrawnLengths, chat: Chat, hanging: float = 0.0) -> tuple[float,
 
 
 def reference(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
-    """The scheme of the paper's code: lock-step calls of CHUNK tokens over all unfinished dialogues, text in and text out,
+    """The scheme of the paper's code: lock-step calls of CHUNK tokens over all unfinished dialogues, text in and out,
     the whole attempt graded after every call. It is spared its waste: an attempt is as long as was drawn."""
     from vllm import SamplingParams
 
@@ -163,7 +164,7 @@ def reference(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
 
 
 def bare_engine(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
-    """llm.generate on as many prompts and tokens as the dialogues have attempts and actions; no dialogue, no grading."""
+    """llm.generate on as many prompts and tokens as the dialogues have attempts and actions; nothing else."""
     from vllm import SamplingParams
 
     prompts, params = [], []
@@ -214,9 +215,8 @@ def main() -> None:
         def measure(name: str, scheme, *arguments: Any) -> None:
             took, tokens = zip(*(scheme(engine, chat, *arguments) for _ in range(REPEATS)), strict=True)
             seconds[name] = min(took)
-            print(
-                f"{name:34} {min(took):6.1f} s {DIALOGUES / min(took):7.1f} dialogues/s {tokens[0] / min(took):9,.0f} tokens/s"
-            )
+            rate = f"{DIALOGUES / min(took):7.1f} dialogues/s {tokens[0] / min(took):9,.0f} tokens/s"
+            print(f"{name:34} {min(took):6.1f} s {rate}", flush=True)
 
         measure("reference's scheme", reference)
         measure("the loop", ours)
@@ -228,9 +228,8 @@ def main() -> None:
         for name, taken in seconds.items():
             print(f"the loop is {taken / loop:5.2f} x as fast as: {name}")
         took, copied, size = transfer(engine, model)
-        print(
-            f"weight transfer: {1e3 * took:.1f} ms for {size:.0f} MB, copying them {1e3 * copied:.1f} ms: {took / copied:.1f} x"
-        )
+        times = f"{1e3 * took:.1f} ms for {size:.0f} MB, copying them {1e3 * copied:.1f} ms"
+        print(f"weight transfer: {times}: {took / copied:.1f} x")
         engine.shutdown()
 
 

@@ -469,8 +469,8 @@ def test_override_constants():
     ("lines", "message"),
     [
         (['{"id": "a", "question": "q", "answer": "1"}', "{broken"], "line 2: not JSON"),
-        (['{"id": "a", "question": "q", "answer": 1}'], 'line 1: "answer" must be'),
-        (['{"id": "a", "question": " ", "answer": "1"}'], 'line 1: "question" must be'),
+        (['{"id": "a", "question": "q", "answer": null}'], 'line 1, id a: "answer" must be'),
+        (['{"id": "a", "question": " ", "answer": "1"}'], 'line 1, id a: "question" must be'),
         (["[1]"], "line 1"),
         ([""], "no problem"),
     ],
