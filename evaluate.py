@@ -13,12 +13,10 @@
 Stopped, it goes on where it was, dialogue by dialogue; called again, it plays only the models that OUT has not yet.
 """
 
-import csv
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import math
@@ -37,7 +35,7 @@ import numpy as np
 
 import grader
 import rollout
-from data.report import OKABE_ITO, Curve, draw, page
+from data import report
 from rollout import Chat, Dialogue, Engine, load_problems, new_dialogue, override_constants, play, random_number
 
 # What is measured ----------------------------------------------------------------------------------------------------
@@ -469,7 +467,8 @@ def by_name(paths: str, what: str) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path in map(Path, filter(None, paths.split(","))):
         absolute = path.absolute()
-        name = absolute.parent.name if absolute.name == "policy" else absolute.name.removesuffix(".jsonl")
+        name = absolute.stem if absolute.suffix in (".jsonl", ".parquet", ".csv") else absolute.name
+        name = absolute.parent.name if name == "policy" else name
         if name in names:
             raise SystemExit(f"{names[name]} and {path}: two {what} named {name}; rename a folder or a file")
         if name == AVERAGE:
@@ -513,6 +512,7 @@ def settings(benchmarks: dict[str, Path]) -> dict[str, Any]:
     values = {name: getattr(rollout, name) for name in (*names, "CONTEXT", "SEED", "SEED_ATTEMPTS")}
     names = ("PROTOCOL", "SAMPLES", "RESAMPLES", "TEMPERATURE", "CONFIDENCE", "BOOTSTRAP", "DTYPE")
     values |= {name: globals()[name] for name in names}
+    values["grader.py"] = fingerprint(Path(grader.__file__))
     return values | {f"benchmark {name}": fingerprint(path) for name, path in benchmarks.items()}
 
 
@@ -568,85 +568,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def to_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-def to_csv(results: dict[str, Any]) -> str:
-    """results.csv: every number of results.json on a line of its own."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["model", "benchmark", "metric", "k", "value", "low", "high"])
-
-    def write(model: str, benchmark: str, metric: str, *columns: Sequence[float | None]) -> None:
-        for k, numbers in enumerate(zip(*columns, strict=True), 1):
-            if numbers[0] is not None:
-                lines.writerow([model, benchmark, metric, k, *("" if x is None else f"{x:.6g}" for x in numbers)])
-
-    for model, each in results["models"].items():
-        for benchmark, r in each.items():
-            write(model, benchmark, "accuracy", r["accuracy"], r["low"], r["high"])
-            for metric, m in r["metrics"].items():
-                write(model, benchmark, metric, m["value"], m["low"], m["high"])
-    for c in results["comparisons"]:
-        pair, nothing = f"{c['models'][1]} - {c['models'][0]}", [None] * len(c["difference"])
-        write(pair, c["benchmark"], "accuracy", c["difference"], c["low"], c["high"])
-        write(pair, c["benchmark"], "p (McNemar)", c.get("p", nothing), nothing, nothing)
-    return text.getvalue()
-
-
-# Tables and figures --------------------------------------------------------------------------------------------------
-def table(results: dict[str, Any]) -> str:
-    """For a terminal: accuracy by allowed attempts; indented under a model its controls, then differences of models."""
-    most = results["settings"]["MAX_ATTEMPTS"]
-    rows = [["benchmark", "model", *(f"k={k}" for k in range(1, most + 1)), "repeat", "tokens"]]
-
-    def cells(values: Sequence[float | None], sign: str = "") -> list[str]:
-        return ["" if v is None else format(v, f"{sign}.3f") for v in values]
-
-    for benchmark in next(iter(results["models"].values())):
-        for name, each in results["models"].items():
-            r = each[benchmark]
-            metrics = r["metrics"]
-            row = cells(r["accuracy"])
-            row[-1] += f" ±{(r['high'][-1] - r['low'][-1]) / 2:.3f}"
-            last = [cells(metrics["repeat"]["value"])[-1], f"{metrics['tokens']['value'][-1]:.0f}"]
-            rows.append([f"{benchmark} ({r['n']})", name, *row, *last])
-            for metric, words in ("pass", "pass@k"), ("pass_same_tokens", "same tokens"), ("majority", "maj@k"):
-                if metric in metrics:
-                    rows.append(["", f"  {words}", *cells(metrics[metric]["value"]), "", ""])
-        for c in results["comparisons"]:
-            if c["benchmark"] == benchmark:
-                rows.append(["", " - ".join(reversed(c["models"])), *cells(c["difference"], "+"), "", ""])
-                if "p" in c:
-                    rows.append(["", "  p (McNemar)", *cells(c["p"]), "", ""])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def losses(results: dict[str, Any]) -> list[str]:
-    """A line for each result that the context's length has spoilt."""
-    given = results["settings"]
-    return [
-        f"{name} on {benchmark}: CONTEXT={given['CONTEXT']} ended {ended:.1%} of the dialogues of "
-        f"{given['MAX_ATTEMPTS']} attempts early; they count as not solved"
-        for name, each in results["models"].items()
-        for benchmark, r in each.items()
-        if (ended := r["metrics"]["out_of_context"]["value"][-1])
-    ]
-
-
-def curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
-    """One panel per benchmark, one curve per model; dotted and without a name: its pass@k, the control."""
-    panels: dict[str, list[Curve]] = {}
-    for i, (name, results) in enumerate(models.items()):
-        color = OKABE_ITO[i % len(OKABE_ITO)]
-        for benchmark, r in results.items():
-            panel = panels.setdefault(f"{benchmark} (n = {r['n']})", [])
-            panel.append(Curve(name, r["accuracy"], r["low"], r["high"], color))
-            control = [v for v in r["metrics"].get("pass", {"value": []})["value"] if v is not None]
-            panel += [Curve("", control, color=color, line=":")] if control else []
-    return panels
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -752,9 +673,6 @@ def main() -> None:
     folders, benchmarks = by_name(MODEL, "models"), by_name(BENCHMARKS, "benchmarks")
     weights = {name: weights_of(model) for name, model in folders.items()}
     problems = [p | {"benchmark": name} for name, path in benchmarks.items() for p in load_problems(path)]
-    count = Counter((p["benchmark"], p["id"]) for p in problems)
-    if twice := [name for name, times in count.items() if times > 1]:
-        raise SystemExit(f"{benchmarks[twice[0][0]]}: several problems with the id {twice[0][1]}")
     out = Path(OUT)
     results = load_results(out / "results.json", settings(benchmarks), weights)
     out.mkdir(parents=True, exist_ok=True)
@@ -775,11 +693,11 @@ def main() -> None:
         models = {name: read_records(out / f"dialogues-{name}.jsonl") for name in results["weights"]}
         results |= summarise(models)
         write_atomically(out / "results.json", to_json(results))
-        write_atomically(out / "results.csv", to_csv(results))
-        draw(curves(results["models"]), out)
+        write_atomically(out / "results.csv", report.to_csv(results))
+        report.draw(report.curves(results["models"]), out)
         runs = {name: read_records(f.parent / "metrics.jsonl") for name, f in folders.items() if f.name == "policy"}
-        write_atomically(out / "report.html", page(out, report_data(results, models, problems, folders), runs))
-        print(table(results), *losses(results), f"{out}/report.html", sep="\n")
+        write_atomically(out / "report.html", report.page(out, report_data(results, models, problems, folders), runs))
+        print(report.table(results), *report.losses(results), f"{out}/report.html", sep="\n")
 
 
 if __name__ == "__main__":

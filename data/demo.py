@@ -28,7 +28,8 @@ from tqdm import tqdm
 import evaluate
 import rollout
 from data import toy
-from evaluate import OKABE_ITO, Curve, draw, to_json, wilson, write_atomically
+from data.report import OKABE_ITO, Curve, draw
+from evaluate import to_json, wilson, write_atomically
 
 SEEDS: str = "0"  # comma-separated; each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/demo"  # folder of the results

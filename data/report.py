@@ -1,10 +1,12 @@
-"""Figures and the report page of evaluate.py and data/demo.py. The page's template is report.html beside this file."""
+"""How results.json is shown: table, CSV, figures (the demo's, too) and the page, whose template is report.html."""
 
 import base64
+import csv
 import dataclasses
 import gzip
 import hashlib
 import html
+import io
 import json
 import math
 import re
@@ -36,6 +38,86 @@ class Curve:
     color: str = "#555555"
     line: str = "-"  # "-", "--" or ":"
     at: Sequence[float] | None = None  # where the values lie on the x axis; None = at 1, 2, ...
+
+
+# Numbers: results is results.json ------------------------------------------------------------------------------------
+def to_csv(results: dict[str, Any]) -> str:
+    """results.csv: every number of results.json on a line of its own."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["model", "benchmark", "metric", "k", "value", "low", "high"])
+
+    def write(model: str, benchmark: str, metric: str, *columns: Sequence[float | None]) -> None:
+        for k, numbers in enumerate(zip(*columns, strict=True), 1):
+            if numbers[0] is not None:
+                lines.writerow([model, benchmark, metric, k, *("" if x is None else f"{x:.6g}" for x in numbers)])
+
+    for model, each in results["models"].items():
+        for benchmark, r in each.items():
+            write(model, benchmark, "accuracy", r["accuracy"], r["low"], r["high"])
+            for metric, m in r["metrics"].items():
+                write(model, benchmark, metric, m["value"], m["low"], m["high"])
+    for c in results["comparisons"]:
+        pair, nothing = f"{c['models'][1]} - {c['models'][0]}", [None] * len(c["difference"])
+        write(pair, c["benchmark"], "accuracy", c["difference"], c["low"], c["high"])
+        write(pair, c["benchmark"], "p (McNemar)", c.get("p", nothing), nothing, nothing)
+    return text.getvalue()
+
+
+def table(results: dict[str, Any]) -> str:
+    """For a terminal: accuracy by allowed attempts; indented under a model its controls, then differences of models."""
+    most = results["settings"]["MAX_ATTEMPTS"]
+    rows = [["benchmark", "model", *(f"k={k}" for k in range(1, most + 1)), "repeat", "tokens"]]
+
+    def cells(values: Sequence[float | None], sign: str = "") -> list[str]:
+        return ["" if v is None else format(v, f"{sign}.3f") for v in values]
+
+    for benchmark in next(iter(results["models"].values())):
+        for name, each in results["models"].items():
+            r = each[benchmark]
+            metrics = r["metrics"]
+            row = cells(r["accuracy"])
+            row[-1] += f" ±{(r['high'][-1] - r['low'][-1]) / 2:.3f}"
+            last = [cells(metrics["repeat"]["value"])[-1], f"{metrics['tokens']['value'][-1]:.0f}"]
+            rows.append([f"{benchmark} ({r['n']})", name, *row, *last])
+            for metric, words in ("pass", "pass@k"), ("pass_same_tokens", "same tokens"), ("majority", "maj@k"):
+                if metric in metrics:
+                    rows.append(["", f"  {words}", *cells(metrics[metric]["value"]), "", ""])
+        for c in results["comparisons"]:
+            if c["benchmark"] == benchmark:
+                rows.append(["", " - ".join(reversed(c["models"])), *cells(c["difference"], "+"), "", ""])
+                if "p" in c:
+                    rows.append(["", "  p (McNemar)", *cells(c["p"]), "", ""])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def losses(results: dict[str, Any]) -> list[str]:
+    """A line for each result that the context's length has spoilt."""
+    given = results["settings"]
+    return [
+        f"{name} on {benchmark}: CONTEXT={given['CONTEXT']} ended {ended:.1%} of the dialogues of "
+        f"{given['MAX_ATTEMPTS']} attempts early; they count as not solved"
+        for name, each in results["models"].items()
+        for benchmark, r in each.items()
+        if (ended := r["metrics"]["out_of_context"]["value"][-1])
+    ]
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+def curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
+    """One panel per benchmark, one curve per model; dotted and without a name: its pass@k, the control."""
+    panels: dict[str, list[Curve]] = {}
+    for i, (name, results) in enumerate(models.items()):
+        color = OKABE_ITO[i % len(OKABE_ITO)]
+        for benchmark, r in results.items():
+            panel = panels.setdefault(f"{benchmark} (n = {r['n']})", [])
+            panel.append(Curve(name, r["accuracy"], r["low"], r["high"], color))
+            control = [v for v in r["metrics"].get("pass", {"value": []})["value"] if v is not None]
+            panel += [Curve("", control, color=color, line=":")] if control else []
+    return panels
 
 
 def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> None:
@@ -112,6 +194,7 @@ def learning_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> dict[str, list
     return panels
 
 
+# The page ------------------------------------------------------------------------------------------------------------
 def page(out: Path, data: dict[str, Any], runs: dict[str, Sequence[dict[str, Any]]]) -> str:
     """The report as one HTML file: the template with out/accuracy.svg, the learning curves and, compressed, the data.
 

@@ -1,6 +1,6 @@
 """What one queue for all K saves, and how large, quick to open and quick to search the report is.
 
-    python tests/bench_evaluate.py                      # a random model of 4 M parameters; minutes on two cores
+    python tests/bench_evaluate.py                      # a random model of 1 M parameters; minutes on two cores
     python tests/bench_evaluate.py PROBLEMS=30,40,500,272,675 MODEL=folder DTYPE=bfloat16
     python tests/bench_evaluate.py PROBLEMS= TEXTS=file.jsonl    # the report alone, made of a file's "question" texts
 
@@ -31,7 +31,7 @@ from tests.browser import Browser, find_browser
 PROBLEMS: str = "30,40,50,27,68"  # sizes of the benchmarks; the paper's five, the large ones a tenth of their size
 MODEL: str = ""  # folder or hub name; "" = a random one
 DTYPE: str = "float32"
-HIDDEN: int = 256  # width of the random model
+HIDDEN: int = 128  # width of the random model
 LAYERS: int = 4  # its depth
 SHORTEST: int = 16  # tokens of an attempt
 LONGEST: int = 256
@@ -99,23 +99,24 @@ def bench_queue(folder: Path) -> None:
     names = [f"benchmark {i}" for i, size in enumerate(sizes) for _ in range(size)]
     problems = [p | {"benchmark": name} for p, name in zip(questions, names, strict=True)]
     items = evaluate.plan(problems)
-    seven = [[i for i in items if i.K == k] for k in range(1, rollout.MAX_ATTEMPTS + 1)]
-    single = [[i for i in run if i.problem["benchmark"] == name] for run in seven for name in dict.fromkeys(names)]
+    seven = [[i for i in items if i.key[2] == k] for k in range(1, rollout.MAX_ATTEMPTS + 1)]
+    single = [[i for i in run if i.key[0] == name] for run in seven for name in dict.fromkeys(names)]
     play(engine, [seven[0][:64]])  # the first call in a process is slower
     engine.asked.clear()
     queue = play(engine, [items])
     asked = list(engine.asked)
-    schemes = {
-        "one queue (evaluate.py)": queue,
-        "llm.generate, same prompts and tokens": bare_engine(engine, asked),
-        f"{len(seven)} runs, one after the other": play(engine, seven),
-        f"{len(single)} runs, each benchmark alone": play(engine, single),
-    }
-    engine.shutdown()
     print(f"{len(items)} dialogues, {len(asked)} attempts of {SHORTEST} to {LONGEST} tokens, K = 1..{len(seven)}")
-    for name, (seconds, tokens) in schemes.items():
-        ratio = f"one queue is {tokens / queue[1] * seconds / queue[0]:.2f} x as fast"
-        print(f"{name:40} {seconds:7.1f} s {tokens:9,} tokens {tokens / seconds:9,.0f} tokens/s   {ratio}")
+
+    def show(name: str, result: Play) -> None:
+        (seconds, tokens), ratio = result, result[0] / result[1] * queue[1] / queue[0]
+        rate = f"{seconds:7.1f} s {tokens:9,} tokens {tokens / seconds:9,.0f} tokens/s"
+        print(f"{name:40} {rate}   one queue is {ratio:.2f} x as fast", flush=True)
+
+    show("one queue (evaluate.py)", queue)
+    show("llm.generate, same prompts and tokens", bare_engine(engine, asked))
+    show(f"{len(seven)} runs, one after the other", play(engine, seven))
+    show(f"{len(single)} runs, each benchmark alone", play(engine, single))
+    engine.shutdown()
 
 
 def bench_report(folder: Path) -> None:
@@ -154,7 +155,7 @@ def bench_report(folder: Path) -> None:
     start = time.perf_counter()
     results = {"settings": evaluate.settings({}), "versions": evaluate.versions()} | evaluate.summarise({"m": records})
     counted = time.perf_counter() - start
-    report.draw(evaluate.curves(results["models"]), folder)
+    report.draw(report.curves(results["models"]), folder)
     start = time.perf_counter()
     data = evaluate.report_data(results, {"m": records}, problems, {})
     page = folder / "report.html"

@@ -19,8 +19,8 @@ import torch
 
 import evaluate
 import rollout
-from data import demo, toy
-from evaluate import Curve
+from data import demo, report, toy
+from data.report import Curve
 
 ROOT = Path(__file__).parent.parent
 
@@ -243,7 +243,7 @@ def test_csv_and_table_say_what_the_results_say():
     records = [*noisy(0, "x", 20, 0.5), *(spoke(f"{i}", 1, "7", benchmark="x", control=True) for i in range(20))]
     models = {"first": records, "second": noisy(1, "x", 20, 0.5)}
     results = {"settings": {"MAX_ATTEMPTS": 1, "CONTEXT": 9}} | evaluate.summarise(models)
-    rows = list(csv.DictReader(evaluate.to_csv(results).splitlines()))
+    rows = list(csv.DictReader(report.to_csv(results).splitlines()))
     for row in rows:
         if " - " not in row["model"]:
             r = results["models"][row["model"]][row["benchmark"]]
@@ -256,7 +256,7 @@ def test_csv_and_table_say_what_the_results_say():
     assert float(paired["p (McNemar)"]["value"]) == pytest.approx(compared["p"][0], rel=1e-5)
     metrics = {row["metric"] for row in rows if row["model"] == "first"}
     assert metrics == {"accuracy", *results["models"]["first"]["x"]["metrics"]} - {"repeat"}  # one attempt: no retries
-    text = evaluate.table(results)
+    text = report.table(results)
     assert f"{results['models']['second']['x']['accuracy'][0]:.3f} ±" in text
     assert "pass@k" in text
     assert f"{compared['p'][0]:.3f}" in text
@@ -541,7 +541,7 @@ def test_report_says_the_numbers(tmp_path):
     text = demo.meaning(results)
     assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
     assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
-    evaluate.draw({"toy": demo.panel(results)}, tmp_path)
+    report.draw({"toy": demo.panel(results)}, tmp_path)
     svg = (tmp_path / "accuracy.svg").read_text()
     labels = ("multi-attempt RL", "single-turn RL", "warm start", "single-turn RL, resampled", "ideal reader")
     assert all(f">{label}<" in svg for label in labels)

@@ -72,7 +72,7 @@ def made(tmp_path_factory) -> Path:
     (run / "tokens.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 9, "cut')
     results = {"settings": {"MAX_ATTEMPTS": 3, "CONFIDENCE": 0.95}, "versions": {"torch": "0"}}
     results |= evaluate.summarise(MODELS)
-    report.draw(evaluate.curves(results["models"]), out)
+    report.draw(report.curves(results["models"]), out)
     data = evaluate.report_data(results, MODELS, PROBLEMS, {"first": run / "policy", "second": out / "second"})
     (out / "report.html").write_text(report.page(out, data, {"first": rows}), encoding="utf-8")
     (out / "results.json").write_text(evaluate.to_json(results))
@@ -134,7 +134,7 @@ def test_bands_and_controls_in_the_figure(tmp_path, monkeypatch):
     }
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    report.draw(evaluate.curves({"m": {"x": result}}), tmp_path)
+    report.draw(report.curves({"m": {"x": result}}), tmp_path)
     panel = drawn[0].axes[0]
     shown = {tuple(line.get_ydata()): line.get_linestyle() for line in panel.lines}
     assert shown == {(0.5, 0.5, 0.75): "-", (0.25, 0.5): ":"}
