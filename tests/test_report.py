@@ -212,14 +212,17 @@ def test_page_shows_the_numbers(made, browser):
         browser.run(f"($('metric').value = '{metric}', $('metric').onchange())")
         rows = browser.run("[...$('table').rows].map(r => [...r.cells].map(c => c.textContent))")[1:]
         assert len(rows) == 6
-        for benchmark, model, *cells in rows:
+        for benchmark, model, _, *cells in rows:
             r = results["models"][model][benchmark.split()[0]]
             m = r["metrics"].get(metric) or {"value": r["accuracy"], "low": r["low"], "high": r["high"]}
             scale, digits = (1, 2) if metric == "tokens" else (100, 1)
             for cell, *expected in zip(cells, m["value"], m["low"], m["high"], strict=True):
                 numbers = [float(x) for x in re.findall(r"[\d.]+", cell)]
                 assert numbers == [pytest.approx(scale * x, abs=0.51 * 10**-digits) for x in expected if x is not None]
-    pairs = browser.run("[...$('pairs').rows].map(r => r.cells[2].textContent)")[1:]
+    browser.run("($('metric').value = '', $('metric').onchange())")
+    shown = browser.run("[...$('table').rows].map(r => r.cells[2].textContent)")[1:]
+    assert shown == ["accuracy", "repeat"] * 6  # no controls were played
+    pairs = browser.run("[...$('pairs').rows].map(r => r.cells[3].textContent)")[1:]
     assert len(pairs) == 3
     assert f"p {results['comparisons'][0]['p'][0]:.1f}" in pairs[0]
 
