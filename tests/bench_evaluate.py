@@ -5,7 +5,8 @@
     python tests/bench_evaluate.py PROBLEMS= TEXTS=file.jsonl    # the report alone, made of a file's "question" texts
 
 Attempts have 16 to LONGEST tokens (log-uniform: a long tail), a quarter of them are right. Lengths and verdicts follow
-from what the model was shown, so every scheme plays the same dialogues, greedily.
+from what the model was shown, so every scheme plays the same dialogues, greedily. On a machine that others use, too,
+the CPU seconds of this process are the steadier measure (of a CPU engine).
 """
 
 import json
@@ -40,7 +41,7 @@ REPORT_PROBLEMS: int = 1517  # of the report; the paper's five benchmarks have a
 REPORT_ATTEMPTS: int = 2500  # characters of an attempt in the report
 TEXTS: str = ""  # problem files whose questions make the report's texts; "" = made-up words
 
-Play = tuple[float, int]  # seconds, generated tokens
+Play = tuple[float, float, int]  # seconds, CPU seconds of this process, generated tokens
 
 
 class DrawnLengths(Engine):
@@ -65,14 +66,12 @@ def drawn_verdict(response: str, gold: str, tolerance: float | None) -> Future:
 
 def play(engine: DrawnLengths, runs: Iterable[list[Item]]) -> Play:
     """Each run of its own, one after the other, with a fresh prefix cache."""
-    chat, tokens, seconds = Chat(engine.tokenizer), 0, 0.0
+    chat, tokens, clocks = Chat(engine.tokenizer), 0, (time.perf_counter(), time.process_time())
     for items in runs:
         engine.llm.reset_prefix_cache()
-        start = time.perf_counter()
         records = evaluate.evaluate(engine, chat, items)
-        seconds += time.perf_counter() - start
         tokens += sum(a["tokens"] for r in records for a in r["attempts"])
-    return seconds, tokens
+    return time.perf_counter() - clocks[0], time.process_time() - clocks[1], tokens
 
 
 def bare_engine(engine: DrawnLengths, asked: list[tuple[list[int], int]]) -> Play:
@@ -82,9 +81,10 @@ def bare_engine(engine: DrawnLengths, asked: list[tuple[list[int], int]]) -> Pla
     engine.llm.reset_prefix_cache()
     prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
     shared = {"temperature": 0.0, "logprobs": 0, "logit_bias": engine.never, "ignore_eos": True, "detokenize": False}
-    start = time.perf_counter()
+    clocks = time.perf_counter(), time.process_time()
     outputs = engine.llm.generate(prompts, [SamplingParams(max_tokens=n, **shared) for _, n in asked], use_tqdm=False)
-    return time.perf_counter() - start, sum(len(out.outputs[0].token_ids) for out in outputs)
+    tokens = sum(len(out.outputs[0].token_ids) for out in outputs)
+    return time.perf_counter() - clocks[0], time.process_time() - clocks[1], tokens
 
 
 def bench_queue(folder: Path) -> None:
@@ -108,9 +108,10 @@ def bench_queue(folder: Path) -> None:
     print(f"{len(items)} dialogues, {len(asked)} attempts of {SHORTEST} to {LONGEST} tokens, K = 1..{len(seven)}")
 
     def show(name: str, result: Play) -> None:
-        (seconds, tokens), ratio = result, result[0] / result[1] * queue[1] / queue[0]
-        rate = f"{seconds:7.1f} s {tokens:9,} tokens {tokens / seconds:9,.0f} tokens/s"
-        print(f"{name:40} {rate}   one queue is {ratio:.2f} x as fast", flush=True)
+        (seconds, cpu, tokens), per_token = result, [clock / result[2] * queue[2] for clock in result[:2]]
+        rate = f"{seconds:7.1f} s {cpu:7.1f} CPU s {tokens:9,} tokens {tokens / seconds:8,.0f} tokens/s"
+        ratios = f"{per_token[0] / queue[0]:.2f} x as fast, by CPU seconds {per_token[1] / queue[1]:.2f} x"
+        print(f"{name:40} {rate}   one queue is {ratios}", flush=True)
 
     show("one queue (evaluate.py)", queue)
     show("llm.generate, same prompts and tokens", bare_engine(engine, asked))
