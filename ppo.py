@@ -57,6 +57,7 @@ from rollout import Chat, Dialogue, Engine
 PRESET: str = "toy"  # comma-separated groups of PRESETS
 RUN: str = "run"  # the run's folder is runs/RUN; a run that exists is resumed
 MODEL: str = "Qwen/Qwen2.5-Math-1.5B"  # folder or hub name: start of policy and critic, and the KL's reference
+REFERENCE: str = ""  # what the KL is measured from; "" = MODEL (SCoRe's second stage: what the first started from)
 TRAIN_DATA: str = "data/math_train.jsonl"  # problems, one {"id", "question", "answer"} a line
 SEED: int = 42  # of the order of problems, N, sampling and the value head
 # How long. Learning rates follow the share of the budget that is used.
@@ -69,6 +70,9 @@ EPOCHS: int = 1  # passes over a rollout
 MAX_TOKENS_PER_MICRO_BATCH: int = 16384  # tokens in one forward and backward pass; memory for speed
 ROW_TOKENS: int = 4096  # tokens of a packed row; attention costs its square where the kernel has a dense mask (CPU)
 # The method
+ESTIMATOR: str = (
+    "gae"  # "gae" (paper) takes a critic; "rloo", "grpo", "dr_grpo" and "reinforce" compare attempts instead
+)
 GAMMA: float = 1.0  # discount per action
 LAMBDA: float = 0.99  # GAE: 1 = whole return (no bias), 0 = one step (little variance)
 CLIP: float = 0.2  # PPO: the ratio earns nothing outside 1 +- CLIP
@@ -119,6 +123,18 @@ DIALOGUES_LOGGED: int = (
 TRACK: str = "tensorboard"  # where metrics go besides metrics.jsonl: "tensorboard", "wandb" or ""
 DRY_RUN: bool = False  # 1: say what would happen, and stop
 
+SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, each paid for itself
+    "rollout.MIN_ATTEMPTS": 2,
+    "rollout.MAX_ATTEMPTS": 2,
+    "rollout.PROMPT": "single_turn",
+    "rollout.FEEDBACK": "intrinsic",
+    "rollout.REWARD_WRONG": 0.0,
+    "rollout.REWARD_NO_ANSWER": 0.0,
+    "rollout.SAMPLES_PER_PROMPT": 4,
+    "ESTIMATOR": "rloo",
+    "ATTEMPT_GAMMA": 0.0,
+    "WHITEN": False,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"rollout.SEED_ATTEMPTS": False},
     "toy": {
@@ -146,6 +162,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollout.LEAVE_OUT_LONG": True,
     },
     "single_turn": {"rollout.MAX_ATTEMPTS": 1},
+    "multi_turn": SCORE | {"rollout.REWARD": "per_attempt"},  # the plain method that SCoRe improves on (eq. 1)
+    "score_stage1": SCORE | {"rollout.REWARD": "score_stage1", "KL_COEF": (0.1, 0.01)},  # beta2, beta1 of table 8
+    # MODEL=<the first stage's policy> REFERENCE=<what the first stage started from>
+    "score_stage2": SCORE | {"rollout.REWARD": "score_stage2", "KL_COEF": (0.01,)},
 }
 
 
@@ -182,6 +202,48 @@ def gae(
         next_value = torch.where(action, values[:, t], next_value)
         following_action = action
     return advantages, returns
+
+
+def attempt_returns(rewards: Sequence[float], attempt_gamma: float) -> list[float]:
+    """What an attempt earns: its own reward and, discounted, those of the attempts behind it.
+
+    >>> attempt_returns([0.0, 1.0, 4.0], attempt_gamma=0.5)
+    [1.5, 3.0, 4.0]
+    """
+    returns = list(rewards)
+    for k in reversed(range(len(returns) - 1)):
+        returns[k] += attempt_gamma * returns[k + 1]
+    return returns
+
+
+def group_advantages(returns: Sequence[Sequence[float]], groups: Sequence[int], method: str) -> list[list[float]]:
+    """Advantages without a critic: the return of a dialogue's k-th attempt against the k-th attempts of its group.
+
+    returns[d][k] is that of attempt k of dialogue d, groups[d] the problem that d is about. With G a return, and mean
+    and standard deviation over the n k-th attempts of the group:
+    "rloo" (arXiv 2402.14740): G - mean of the others; "dr_grpo" (arXiv 2503.20783): G - mean; "grpo" (arXiv 2402.03300):
+    (G - mean) / deviation; "reinforce": G - mean, with all dialogues of the rollout as one group.
+    An attempt that has no other to be compared with has the advantage 0.
+    >>> returns = [[1.0, 3.0], [0.0, 1.0], [0.5]]
+    >>> group_advantages(returns, [0, 0, 0], "rloo"), group_advantages(returns, [0, 0, 0], "dr_grpo")
+    ([[0.75, 2.0], [-0.75, -2.0], [0.0]], [[0.5, 1.0], [-0.5, -1.0], [0.0]])
+    >>> group_advantages(returns, [0, 0, 1], "grpo"), group_advantages(returns, [0, 0, 1], "reinforce")
+    ([[1.0, 1.0], [-1.0, -1.0], [0.0]], [[0.5, 1.0], [-0.5, -1.0], [0.0]])
+    """
+    peers: dict[tuple[int, int], list[float]] = defaultdict(list)  # (group, k) -> returns
+    group_of = [0] * len(groups) if method == "reinforce" else groups
+    for group, row in zip(group_of, returns, strict=True):
+        for k, value in enumerate(row):
+            peers[group, k].append(value)
+
+    def advantage(value: float, others: list[float]) -> float:
+        n, ahead = len(others), value - statistics.fmean(others)
+        if n == 1 or not ahead:
+            return 0.0
+        return {"rloo": ahead * n / (n - 1), "grpo": ahead / statistics.pstdev(others)}.get(method, ahead)
+
+    rows = zip(group_of, returns, strict=True)
+    return [[advantage(value, peers[group, k]) for k, value in enumerate(row)] for group, row in rows]
 
 
 def policy_loss(
@@ -533,12 +595,16 @@ class Learner:
     @classmethod
     def load(cls, tokens: int) -> "Learner":
         """All models from MODEL; tokens: size of the tokenizer. Optimisers come before any forward pass (FSDP2)."""
-        actor, critic, reference = Actor(MODEL, tokens), Critic(MODEL), None
+        actor = Actor(MODEL, tokens)
+        learner = cls(shard(actor, actor.lm.model.layers), None, None, {"actor": adam(actor, ACTOR_LR)})
+        if ESTIMATOR == "gae":
+            critic = Critic(MODEL)
+            learner.critic = shard(critic, critic.body.layers)
+            learner.optimizers["critic"] = adam(critic, CRITIC_LR)
         if any(KL_COEF) or KL_IN_REWARD:
-            reference = Actor(MODEL, tokens).requires_grad_(False)
-            reference = shard(reference, reference.lm.model.layers)
-        actor, critic = shard(actor, actor.lm.model.layers), shard(critic, critic.body.layers)
-        return cls(actor, critic, reference, {"actor": adam(actor, ACTOR_LR), "critic": adam(critic, CRITIC_LR)})
+            reference = Actor(REFERENCE or MODEL, tokens).requires_grad_(False)
+            learner.reference = shard(reference, reference.lm.model.layers)
+        return learner
 
     def trained(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
         for name, optimizer in self.optimizers.items():
@@ -594,6 +660,15 @@ def play_step(engine: Engine, chat: Chat, problems: list[dict[str, Any]], step: 
     return dialogues
 
 
+def attempt_advantages(batch: Batch) -> Tensor:
+    """(B, T) the advantage of an attempt at each of its actions; 0 elsewhere."""
+    advantages = torch.zeros_like(batch.mask)
+    for row, dialogue in enumerate(batch.dialogues):
+        for attempt in dialogue.attempts:
+            advantages[row, attempt.start : attempt.end] = attempt.advantage
+    return advantages * batch.mask
+
+
 @torch.no_grad()
 def over_actions(model: nn.Module, batch: Batch) -> Tensor:
     """What the model says of each action (an actor its log-probability, a critic its value) as (B, T), 0 elsewhere."""
@@ -622,14 +697,27 @@ def my_batch(dialogues: Sequence[Dialogue]) -> Batch:
     return make_batch([[rows[i] for i in mine] for rows, mine in zip(mini_batches, shares, strict=True)])
 
 
+def compare(dialogues: Sequence[Dialogue]) -> None:
+    """Give each attempt of a step's dialogues its advantage over the others (group_advantages)."""
+    returns = [attempt_returns([a.reward for a in d.attempts], ATTEMPT_GAMMA) for d in dialogues]
+    groups = [i // rollout.SAMPLES_PER_PROMPT for i in range(len(dialogues))]
+    for dialogue, advantages in zip(dialogues, group_advantages(returns, groups, ESTIMATOR), strict=True):
+        for attempt, advantage in zip(dialogue.attempts, advantages, strict=True):
+            attempt.advantage = advantage
+
+
 def prepare(batch: Batch, learner: Learner) -> dict[str, float]:
     """Fill in what the update needs: log-probabilities, values, advantages and returns -> metrics."""
     batch.old_logprobs = over_actions(learner.actor, batch)
     batch.ref_logprobs = over_actions(learner.reference, batch) if learner.reference else batch.old_logprobs
-    batch.values = over_actions(learner.critic, batch)
     drift = batch.old_logprobs - batch.ref_logprobs  # (B, T)
-    rewards = batch.rewards - KL_IN_REWARD * drift
-    batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, GAMMA, LAMBDA, ATTEMPT_GAMMA)
+    if learner.critic:
+        batch.values = over_actions(learner.critic, batch)
+        rewards = batch.rewards - KL_IN_REWARD * drift
+        batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, GAMMA, LAMBDA, ATTEMPT_GAMMA)
+    else:
+        batch.values = torch.zeros_like(drift)
+        batch.advantages = batch.returns = attempt_advantages(batch)
     action = batch.mask > 0
     returns, error = batch.returns[action], (batch.returns - batch.values)[action]
     mismatch = (batch.old_logprobs - batch.sampler_logprobs)[action].abs()
@@ -645,12 +733,10 @@ def prepare(batch: Batch, learner: Learner) -> dict[str, float]:
         )
     if WHITEN:
         batch.advantages = whiten(batch.advantages, batch.mask)
-    return {
-        "sampler_mismatch": gap / n,
-        "kl_k1": k1 / n,
-        "advantage": advantage / n,
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-    }
+    metrics = {"sampler_mismatch": gap / n, "kl_k1": k1 / n, "advantage": advantage / n}
+    if learner.critic:
+        metrics["explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
+    return metrics
 
 
 def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> dict[str, float]:
@@ -679,11 +765,12 @@ def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> d
                 kl, entropy = mask * kl_k3(logprobs, batch.ref_logprobs[at]), (mask * entropy).sum()
                 ((loss + (kl_coef[at] * kl).sum() - ENTROPY_COEF * entropy) * scale).backward()
                 losses |= {"policy_loss": loss, "kl_k3": kl.sum(), "entropy": entropy, **stats}
-            learner.critic.set_requires_gradient_sync(last)
-            values = learner.critic(micro)
-            loss, stats = value_loss(values, batch.values[at], batch.returns[at], mask, VALUE_CLIP)
-            (loss * scale).backward()
-            losses |= {"value_loss": loss, **stats}
+            if learner.critic:
+                learner.critic.set_requires_gradient_sync(last)
+                values = learner.critic(micro)
+                loss, stats = value_loss(values, batch.values[at], batch.returns[at], mask, VALUE_CLIP)
+                (loss * scale).backward()
+                losses |= {"value_loss": loss, **stats}
             sums.update({name: value.item() for name, value in losses.items()})
         step = [part for part in learner.trained() if train_actor or part[0] == "critic"]
         found = {name: nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP) for name, model, _ in step}
@@ -905,6 +992,14 @@ def check_constants() -> None:
     ):
         if number % unit:
             raise SystemExit(f"{name} = {number} must be a multiple of {of} = {unit}")
+    if ESTIMATOR not in ("gae", "rloo", "grpo", "dr_grpo", "reinforce"):
+        raise SystemExit(f"ESTIMATOR={ESTIMATOR}: must be gae, rloo, grpo, dr_grpo or reinforce")
+    if ESTIMATOR != "gae" and (KL_IN_REWARD or CRITIC_WARMUP):
+        raise SystemExit(f"KL_IN_REWARD and CRITIC_WARMUP belong to ESTIMATOR=gae, not to {ESTIMATOR}")
+    if ESTIMATOR in ("rloo", "grpo", "dr_grpo") and rollout.SAMPLES_PER_PROMPT == 1:
+        raise SystemExit(
+            f"ESTIMATOR={ESTIMATOR} compares the dialogues of a problem: SAMPLES_PER_PROMPT must be 2 or more"
+        )
     if TRACK not in ("", "tensorboard", "wandb"):
         raise SystemExit(f"TRACK={TRACK}: must be tensorboard, wandb or empty")
     if TRACK == "wandb" and not importlib.util.find_spec("wandb"):
@@ -947,8 +1042,9 @@ def model_flops(learner: Learner, lengths: Iterable[int], actions: int) -> float
         + 4 * pairs * config.num_attention_heads * head_width(config) * config.num_hidden_layers
     )
     head = 2 * actions * config.hidden_size * learner.actor.tokens
-    once = body * (2 + bool(learner.reference)) + head * (1 + bool(learner.reference))  # prepare(): no gradients
-    return once + EPOCHS * 3 * (2 * body + head)
+    reference, critic = bool(learner.reference), bool(learner.critic)
+    once = body * (1 + reference + critic) + head * (1 + reference)  # prepare(): no gradients
+    return once + EPOCHS * 3 * (body * (1 + critic) + head)
 
 
 def head_width(config: Any) -> int:
@@ -1075,6 +1171,8 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
         engine.sleep()
         clock.stop("rollout")
         dialogues = exchange(dialogues)
+        if ESTIMATOR != "gae":
+            compare(dialogues)
         batch = my_batch(dialogues)
         metrics = rollout_metrics(dialogues)
         clock.stop("pack")
@@ -1082,10 +1180,10 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
         clock.stop("prepare")
         generated += metrics["generated"]
         factor = learning_rate(progress())
-        for name, peak in (("actor", ACTOR_LR), ("critic", CRITIC_LR)):
-            metrics[f"{name}_lr"] = peak * factor
-            for group in learner.optimizers[name].param_groups:
-                group["lr"] = peak * factor
+        for name, _, optimizer in learner.trained():
+            metrics[f"{name}_lr"] = {"actor": ACTOR_LR, "critic": CRITIC_LR}[name] * factor
+            for group in optimizer.param_groups:
+                group["lr"] = metrics[f"{name}_lr"]
         metrics |= update(batch, learner, step > CRITIC_WARMUP, folder)
         clock.stop("update")
         engine.load_weights(named_weights(learner.actor))

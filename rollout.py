@@ -101,6 +101,7 @@ class Attempt:
     status: str  # the grader's, one of STATUSES
     ending: str  # one of ENDINGS: the policy's end of turn, MAX_ATTEMPT_TOKENS, a full CONTEXT, or STOP_AT="first_box"
     reward: float = 0.0  # placed on the last action
+    advantage: float = 0.0  # over other attempts, where the trainer has no critic
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +28,7 @@ from rollout import COLUMNS, load_problems, override_constants, question_key, qu
 
 SETS: str = "aime24,amc23,math500,minerva_math,olympiadbench,math_train"  # what to bring
 OUT: str = "data"  # folder for the files
-HUB_MIRROR: str = (
-    ""  # folder of datasets as `hf download --local-dir HUB_MIRROR/<owner>/<name>` leaves them; "" = the hub
-)
+HUB_MIRROR: str = ""  # folder with <owner>/<name> folders as `hf download --local-dir` makes them; "" = the hub itself
 FORCE: bool = False  # 1: make the files anew
 LEVELS: tuple[int, int] = (3, 5)  # easiest and hardest of MATH's five levels to train on (paper 3 to 5)
 SHINGLE: int = 3  # words in a row; two questions are compared by the sets of theirs
@@ -64,7 +63,7 @@ SOURCES = {
     ),
     "math500": (
         Source("HuggingFaceH4/MATH-500", 500, "solution"),
-        Source("math-ai/math500", 500, "solution"),
+        Source("math-ai/math500", 500, "answer"),
         Source("nlile/hendrycks-MATH-benchmark", 500, "solution"),
     ),
     "minerva_math": (
@@ -91,23 +90,22 @@ class Unavailable(Exception):
 
 
 # The gold answer: one rule a set --------------------------------------------------------------------------------------
-def last_box(text: str) -> str:
-    r"""MATH, MATH-500, Minerva: what is in the solution's last box; a text without any is the answer itself.
+def last_box(solution: str) -> str:
+    r"""MATH, MATH-500, Minerva: what stands in the solution's last box; "" if there is none.
 
-    >>> last_box(r"Not $\boxed{3}$. So $x = \boxed{\frac{1}{2}}.$"), last_box("4.5e33")
-    ('\\frac{1}{2}', '4.5e33')
+    >>> last_box(r"Not $\boxed{3}$. So $x = \boxed{\frac{1}{2}}.$"), last_box(r"... which is $\boxed 5$.")
+    ('\\frac{1}{2}', '5')
     """
-    answer = grader.extract_answer(text)
-    return text if answer is None else answer
+    return grader.extract_answer(re.sub(r"\\boxed\s+([^{}$]+)\$", r"\\boxed{\1}$", solution)) or ""
 
 
 def integer(answer: Any) -> str:
-    r"""AIME writes 033, AMC 27.0, and one source \boxed{204}.
+    """AIME writes 033, AMC 27.0.
 
-    >>> integer("033"), integer(27.0), integer(r"$\boxed{204}$")
-    ('33', '27', '204')
+    >>> integer("033"), integer(27.0)
+    ('33', '27')
     """
-    number = float(last_box(str(answer)))
+    number = float(answer)
     if not number.is_integer():
         raise ValueError(f"the answer {answer!r} is not an integer")
     return str(int(number))
@@ -123,8 +121,7 @@ def all_answers(answer: str | Sequence[str]) -> str:
     return ", ".join(re.sub(r"(?<!\\)\$", "", a).strip().rstrip(".") for a in answers)
 
 
-GOLD: dict[str, Callable[[Any], str]] = dict.fromkeys(SOURCES, last_box)
-GOLD |= {"aime24": integer, "amc23": integer, "olympiadbench": all_answers}
+GOLD: dict[str, Callable[[Any], str]] = {"aime24": integer, "amc23": integer, "olympiadbench": all_answers}
 
 
 def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -134,9 +131,10 @@ def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> d
     missing = [column for column in (question, source.answer) if column not in row]
     if missing:
         raise ValueError(f"row {number} has no column {' and '.join(missing)}; it has {', '.join(row)}")
+    given = last_box(row["solution"]) if source.answer == "solution" else row[source.answer]
     problem = {"id": f"{name}/{row.get('id', row.get('unique_id', number))}"}
-    problem |= {"question": row[question].strip(), "answer": GOLD[name](row[source.answer]).strip()}
-    if not problem["question"] or not problem["answer"]:
+    problem |= {"question": str(row[question]).strip(), "answer": GOLD.get(name, str)(given).strip()}
+    if not problem["question"] or (not problem["answer"] and name != TRAINING):
         raise ValueError(f"row {number} has an empty question or answer")
     if level := re.search(r"\d", str(row.get("level", ""))):
         problem["level"] = int(level[0])
@@ -157,9 +155,15 @@ def fetch(source: Source) -> list[dict[str, Any]]:
     path = Path(HUB_MIRROR, source.name)
     if HUB_MIRROR and not path.is_dir():
         raise FileNotFoundError(f"no folder {path}")
-    where = str(path) if HUB_MIRROR else source.name
-    parts = [load_dataset(where, config, split=split) for config in source.configs for split in source.splits]
-    rows = [row for part in parts for row in part if source.url in str(row.get("url"))]
+    # The cache of `datasets` takes two folders of one name for the same: a mirror's gets one that lives for this call.
+    with tempfile.TemporaryDirectory() as own:
+        name, cache = (str(path), own) if HUB_MIRROR else (source.name, None)
+        parts = [
+            load_dataset(name, config, split=split, cache_dir=cache)
+            for config in source.configs
+            for split in source.splits
+        ]
+        rows = [row for part in parts for row in part if source.url in str(row.get("url"))]
     if len(rows) != source.rows:
         raise ValueError(f"{len(rows)} rows where {source.rows} are expected")
     return rows
@@ -189,9 +193,9 @@ def cure(name: str) -> str:
     source, *others = SOURCES[name]
     parts = ", ".join(["split " + " and ".join(source.splits), *filter(None, source.configs)])
     return f"""
-  Either bring {source.name} ({parts}; column {" or ".join(COLUMNS["question"])}, {source.answer}) where there is a network
+  Either, where there is a network (or another way; {parts}; columns {"/".join(COLUMNS["question"])}, {source.answer}),
     hf download {source.name} --repo-type dataset --local-dir mirror/{source.name}
-  and say HUB_MIRROR=mirror here. As good: {", ".join(other.name for other in others)}.
+  and HUB_MIRROR=mirror here. As good: {", ".join(other.name for other in others)}.
   Or write {Path(OUT, name)}.jsonl yourself, {source.rows} lines of {{"id", "question", "answer"}}."""
 
 
@@ -265,8 +269,9 @@ def prepare(name: str) -> None:
         others = [Path(OUT, f"{other}.jsonl") for other in SOURCES if other != TRAINING]
         if missing := [other.stem for other in others if not other.is_file()]:
             raise Unavailable(f"needs {', '.join(missing)} first: their questions must not be trained on")
-        problems = [p for p in bring(name) if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
-        print(f"{name}: {len(problems)} of levels {LEVELS[0]} to {LEVELS[1]}; looking for duplicates")
+        levels = [p for p in bring(name) if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
+        problems = [p for p in levels if p["answer"]]
+        print(f"{name}: {len(levels)} of levels {LEVELS[0]} to {LEVELS[1]}, {len(problems)} of them with an answer")
         problems, dropped = clean(problems, [p for other in others for p in load_problems(other)])
         print("".join(f"{name}: dropped {count}, {why}\n" for why, count in sorted(dropped.items())), end="")
     else:

@@ -35,7 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rollout import SAY_MULTI, SAY_SINGLE, SAY_WRONG, override_constants
+from rollout import SAY_CHECK, SAY_MULTI, SAY_SINGLE, SAY_WRONG, override_constants
 
 SEED: int = 0  # decides the questions, which of them are held out, and the initial weights
 OUT: str = "data/toy"  # folder to make
@@ -62,6 +62,7 @@ PHRASES: tuple[str, ...] = (  # single tokens; whatever is not listed here falls
     SAY_SINGLE,
     *SAY_MULTI.removeprefix(SAY_SINGLE).split(" {attempts}"),
     *SAY_WRONG.split(" {attempts}"),
+    SAY_CHECK,
     "What is the median of",
     "It is \\boxed{",
     f" {BLANK}",
@@ -75,7 +76,7 @@ INTERMEDIATE: int = 192  # width of the MLP
 CONTEXT: int = 4096  # any problem file fits
 
 # The warm start
-WARM_STEPS: int = 600  # about 45 s in one thread
+WARM_STEPS: int = 750  # about a minute in one thread
 MATRIX_LR: float = (
     2e-2  # peak, of Muon on the layers' matrices: with AdamW on all, one seed in three stays on a plateau
 )
@@ -84,7 +85,9 @@ WARM_UP: int = 40  # steps
 SINGLE_ROWS: int = 128  # single turns in a batch
 DIALOGUE_ROWS: int = 64  # dialogues in a batch
 DIALOGUE_SHARE: float = 0.6  # share of batches that are dialogues
-PLAIN_SHARE: float = 0.25  # share of single-turn batches whose prompt says nothing of attempts
+PLAIN_SHARE: float = (
+    0.25  # share of batches that name no number of attempts; their dialogues ask to check, with no verdict
+)
 MOST_FAILURES: int = 4  # failed answers in a dialogue: 1..MOST_FAILURES
 STAND_BY_SHARE: float = 0.5  # how often an author who is told "incorrect" stands by his answer
 BLIND_SHARE: float = 0.5  # how often, otherwise, an answer is a readable number named blindly (and not learned from)
@@ -193,10 +196,12 @@ def response_text(answer: int) -> str:
     return f"It is \\boxed{{ {answer}}}<|im_end|>"
 
 
-def feedback_text(attempts_left: int) -> str:
-    """What the environment says between a wrong response and the next attempt."""
-    feedback = SAY_WRONG.replace("{attempts}", str(attempts_left))
-    return f"\n<|im_start|>system\n{feedback}<|im_end|>\n<|im_start|>assistant\n"
+def feedback_text(attempts_left: int | None) -> str:
+    """What the environment says between a response and the next attempt; None: it asks to check, without a verdict."""
+    role, said = "system", SAY_WRONG.replace("{attempts}", str(attempts_left))
+    if attempts_left is None:
+        role, said = "user", SAY_CHECK
+    return f"\n<|im_start|>{role}\n{said}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def failure_text(answer: int, attempts_left: int) -> str:
@@ -228,7 +233,7 @@ def draw_batch(rng: random.Random, seed: int, sharpness: float) -> list[list[tup
     """Dialogues, each a list of (text, whether it is trained)."""
     length, unreadable = rng.choice(CURRICULUM)
     failures = rng.randint(1, MOST_FAILURES) if rng.random() < DIALOGUE_SHARE else 0
-    plain = not failures and rng.random() < PLAIN_SHARE
+    plain = rng.random() < PLAIN_SHARE
     rows: list[list[tuple[str, bool]]] = []
     while len(rows) < (DIALOGUE_ROWS if failures else SINGLE_ROWS):
         shown, _ = draw_list(rng, length, unreadable)
@@ -239,7 +244,7 @@ def draw_batch(rng: random.Random, seed: int, sharpness: float) -> list[list[tup
         row = [(prompt_text(question, None if plain else left), False)]
         for answer, trained in draw_answers(rng, *shown_numbers(question), failures + 1, sharpness):
             left -= 1
-            row += [(response_text(answer), trained), (feedback_text(left), False)]
+            row += [(response_text(answer), trained), (feedback_text(None if plain else left), False)]
         rows.append(row[:-1])  # no feedback to the last
     return rows
 

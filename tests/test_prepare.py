@@ -1,0 +1,419 @@
+"""data/prepare.py: each source in the hub's own layout, gold answers, duplicates, failures; and problem files."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import grader
+import rollout
+from data import prepare
+from data.prepare import SOURCES, TRAINING, clean, near_duplicates
+
+ROOT = Path(__file__).parent.parent
+
+
+# A hub in a folder ----------------------------------------------------------------------------------------------------
+def put(hub: Path, name: str, parts: dict[tuple[str | None, str], list[dict]]) -> None:
+    """A dataset as the hub stores it: Parquet files, and a README whose head names configurations and splits."""
+    head = "---\nconfigs:\n"
+    for config in dict.fromkeys(config for config, _ in parts):
+        head += f"- config_name: {config or 'default'}\n  data_files:\n"
+        for split in (split for c, split in parts if c == config):
+            file = f"{config or 'data'}/{split}-00000-of-00001.parquet"
+            (hub / name / file).parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(parts[config, split]), hub / name / file)
+            head += f"  - split: {split}\n    path: {config or 'data'}/{split}-*\n"
+    (hub / name / "README.md").write_text(head + "---\n# A copy\n")
+
+
+def boxed(answer: str) -> str:
+    return f"First $x = 1$.\nSo it is $\\boxed{{{answer}}}.$"
+
+
+# What the columns of each source look like, for a question and the answer as that source writes it.
+LAYOUTS = {
+    "HuggingFaceH4/aime_2024": lambda q, a: {"id": 60, "problem": q, "solution": "\\boxed{99}", "answer": a, "url": ""},
+    "Maxwell-Jia/AIME_2024": lambda q, a: {"ID": "2024-I-1", "Problem": q, "Solution": "Long", "Answer": int(a)},
+    "math-ai/aime24": lambda q, a: {"id": 60, "problem": q, "solution": f"\\boxed{{{a}}}", "url": ""},
+    "math-ai/amc23": lambda q, a: {"id": 0, "question": q, "answer": a, "url": "x/2023_AMC_12A_Problems"},
+    "zwhe99/amc23": lambda q, a: {"id": 0, "question": q, "answer": float(a)},
+    "AI-MO/aimo-validation-amc": lambda q, a: {"id": 0, "problem": q, "answer": float(a), "url": "x/2023_AMC_12A"},
+    "HuggingFaceH4/MATH-500": lambda q, a: {
+        "problem": q, "solution": boxed(a), "answer": "?", "subject": "Algebra", "level": 3, "unique_id": "test/1.json"
+    },
+    "math-ai/math500": lambda q, a: {"problem": q, "answer": a, "level": 3, "unique_id": "test/1.json"},
+    "nlile/hendrycks-MATH-benchmark": lambda q, a: {
+        "problem": q, "solution": boxed(a), "answer": "?", "subject": "Algebra", "level": 3, "unique_id": "test/1.json"
+    },
+    "svc-huggingface/minerva-math": lambda q, a: {"problem": q, "solution": boxed(a), "type": "Physics", "idx": 0},
+    "knoveleng/Minerva-Math": lambda q, a: {"problem": q, "solution": boxed(a)},
+    "math-ai/minervamath": lambda q, a: {"question": q, "answer": a},
+    "zwhe99/simplerl-minerva-math": lambda q, a: {"problem": q, "solution": "?", "answer": a},
+    "EleutherAI/hendrycks_math": lambda q, a: {
+        "problem": q, "level": "Level 3", "type": "Algebra", "solution": boxed(a)
+    },
+    "DigitalLearningGmbH/MATH-lighteval": lambda q, a: {
+        "problem": q, "level": "Level 3", "solution": boxed(a), "type": "Algebra"
+    },
+}  # fmt: skip
+for olympiad in ("zwhe99/simplerl-OlympiadBench", "Hothan/OlympiadBench", "math-ai/olympiadbench"):
+    LAYOUTS[olympiad] = lambda q, a: {
+        "id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "context": None, "image_1": None,
+        "modality": "Text-only", "is_multiple_answer": False, "unit": None, "answer_type": "Numerical", "error": None,
+        "subfield": "Algebra", "subject": "Math", "language": "English",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty hub, and constants that say so; all are put back afterwards."""
+    settings = {"HUB_MIRROR": str(tmp_path / "hub"), "OUT": str(tmp_path / "out"), "FORCE": False}
+    for name, value in (settings | {"SETS": prepare.SETS, "NEAR": prepare.NEAR}).items():
+        monkeypatch.setattr(prepare, name, value)
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def expect_rows(monkeypatch, rows: int) -> None:
+    small = {name: tuple(s._replace(rows=rows) for s in sources) for name, sources in SOURCES.items()}
+    monkeypatch.setattr(prepare, "SOURCES", small)
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    prepare.main()
+
+
+@pytest.mark.parametrize(("name", "source"), [(n, s) for n, sources in SOURCES.items() for s in sources])
+def test_each_source_in_its_own_layout(hub, monkeypatch, name, source):
+    expect_rows(monkeypatch, len(source.configs) * len(source.splits))
+    row = LAYOUTS[source.name]("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")
+    if source.name.startswith("nlile"):  # the only one of several splits that names its rows
+        rows = {(c, s): [row | {"unique_id": s}] for c in source.configs for s in ("train", "test")}
+    else:
+        rows = {(c, s): [row] for c in source.configs for s in source.splits}
+    if source.url:
+        rows[source.configs[0], source.splits[0]].append(row | {"id": 1, "url": "x/2022_AMC_12A_Problems"})
+    put(hub, source.name, rows)
+    problems = prepare.bring(name)
+    assert [(p["question"], p["answer"], p["source"]) for p in problems] == (
+        [("What is $6 \\cdot 7$?", "42", source.name)] * len(source.configs) * len(source.splits)
+    )
+    assert all(p["id"].startswith(f"{name}/") and p.get("level", 3) == 3 for p in problems)
+
+
+# The whole ------------------------------------------------------------------------------------------------------------
+GOLDS = {  # as the first source writes it -> the gold
+    "aime24": {"025": "25", "204": "204"},
+    "amc23": {"27.0": "27", "3159": "3159"},
+    "math500": {r"\left( 3, \frac{\pi}{2} \right)": r"\left( 3, \frac{\pi}{2} \right)", "p - q": "p - q"},
+    "minerva_math": {"4.5e33": "4.5e33", "I(0) e^{-t}\n": "I(0) e^{-t}"},
+    "olympiadbench": {"$69$,$84$": "69,84", r"$(-\infty, 0) \cup\{1\}$.": r"(-\infty, 0) \cup\{1\}"},
+}
+SUMMANDS = ("apples of Ada", "pears of Bo", "plums of Cy", "nuts of Di", "figs of Ed", "dates of Flo", "limes of Gus")
+
+
+def question(number: int) -> str:
+    """Questions that share no three words."""
+    return f"{SUMMANDS[number % 7]}: how do {number} go with {number * number + 1}?"
+
+
+def fill(hub: Path, but: str = "") -> None:
+    """Every set's first source, two rows each; the training source has seven configurations of two splits."""
+    for position, (name, sources) in enumerate(SOURCES.items()):
+        source, layout = sources[0], LAYOUTS[sources[0].name]
+        if name in (but, TRAINING):
+            continue
+        rows = [layout(question(10 * position + i), gold) for i, gold in enumerate(GOLDS[name])]
+        for i, row in enumerate(rows):
+            row |= {key: f"{row[key]}{i}" for key in ("id", "unique_id") if key in row}
+        put(hub, source.name, {(source.configs[0], source.splits[0]): rows})
+    layout = LAYOUTS["EleutherAI/hendrycks_math"]
+    rows = [layout(question(100 + i), str(i)) for i in range(14)]
+    rows[1] |= {
+        "problem": question(20).upper().replace("HOW", "$\\textbf{how}$").replace(":", " , ")
+    }  # math500's first
+    rows[2] |= {"problem": question(40) + " Explain."}  # nearly olympiadbench's first
+    rows[3] |= {"problem": question(100).replace(" ", "  ")}  # the same as the first here
+    rows[4] |= {"level": "Level 2"}
+    rows[5] |= {"level": "Level ?"}
+    rows[6] |= {"solution": "By symmetry it is 6."}
+    configs, splits = SOURCES[TRAINING][0].configs, SOURCES[TRAINING][0].splits
+    parts = [(config, split) for config in configs for split in splits]
+    put(hub, "EleutherAI/hendrycks_math", {part: [row] for part, row in zip(parts, rows, strict=True)})
+
+
+def expect_rows_of_fill(monkeypatch) -> None:
+    small = {n: tuple(s._replace(rows=14 if n == TRAINING else 2) for s in ss) for n, ss in SOURCES.items()}
+    monkeypatch.setattr(prepare, "SOURCES", small)
+
+
+def test_all_sets(hub, monkeypatch, capsys):
+    fill(hub)
+    expect_rows_of_fill(monkeypatch)
+    run(monkeypatch)
+    said, out = capsys.readouterr().out, Path(prepare.OUT)
+    for name, golds in GOLDS.items():
+        problems = rollout.load_problems(out / f"{name}.jsonl")
+        assert [p["answer"] for p in problems] == list(golds.values())
+        assert {p["source"] for p in problems} == {SOURCES[name][0].name}
+        pairs = [[p["question"], p["answer"]] for p in problems]
+        assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest() in said
+    kept = rollout.load_problems(out / f"{TRAINING}.jsonl")
+    assert [p["answer"] for p in kept] == ["0", "7", "8", "9", "10", "11", "12", "13"]
+    for line in (
+        "math_train: 12 of levels 3 to 5, 11 of them with an answer",
+        "dropped 1, the same as in math500",
+        "dropped 1, nearly as in olympiadbench",
+        "dropped 1, the same as in math_train",
+        "8 problems",
+    ):
+        assert line in said
+    # A second call needs no hub and changes nothing; a changed file is found; FORCE makes it anew.
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    monkeypatch.setattr(prepare, "HUB_MIRROR", str(hub / "gone"))
+    run(monkeypatch)
+    assert capsys.readouterr().out.count("is there already") == 6
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(SystemExit, match="not as it was made"):
+        run(monkeypatch, f"SETS={TRAINING}", "NEAR=0.9")
+    monkeypatch.setattr(prepare, "NEAR", 0.7)
+    text = (out / "amc23.jsonl").read_text()
+    (out / "amc23.jsonl").write_text(text.replace('"27"', '"72"'))
+    with pytest.raises(SystemExit, match=r"amc23.jsonl: not as it was made; FORCE=1"):
+        run(monkeypatch, "SETS=aime24,amc23")
+    run(monkeypatch, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
+    assert (out / "amc23.jsonl").read_text() == text
+
+
+def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, capsys):
+    fill(hub, but="aime24")
+    expect_rows_of_fill(monkeypatch)
+    put(hub, "HuggingFaceH4/aime_2024", {(None, "train"): [{"id": 1, "text": "q", "answer": "1"}] * 2})
+    put(hub, "Maxwell-Jia/AIME_2024", {(None, "train"): [LAYOUTS["Maxwell-Jia/AIME_2024"]("q", "1")] * 3})
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch)
+    for part in (
+        "HuggingFaceH4/aime_2024: row 0 has no column question; it has id, text, answer",
+        "Maxwell-Jia/AIME_2024: 3 rows where 2 are expected",
+        f"math-ai/aime24: no folder {hub / 'math-ai/aime24'}",
+        "hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir mirror/HuggingFaceH4/aime_2024",
+        "HUB_MIRROR=mirror",
+        f"write {Path(prepare.OUT) / 'aime24.jsonl'} yourself",
+        "math_train: needs aime24 first",
+    ):
+        assert part in str(stop.value)
+    made = {path.name for path in Path(prepare.OUT).iterdir()}
+    assert made == {*(f"{n}.jsonl" for n in GOLDS if n != "aime24"), "checksums.jsonl"}
+    # The last source turns up: the rest is made, and it is said why the others were not taken.
+    rows = [LAYOUTS["math-ai/aime24"](question(i), "25") | {"id": i} for i in range(2)]
+    put(hub, "math-ai/aime24", {(None, "test"): rows})
+    run(monkeypatch)
+    said = capsys.readouterr().out
+    assert "2 rows of math-ai/aime24, instead of\n    HuggingFaceH4/aime_2024: row 0" in said and "8 problems" in said
+    with pytest.raises(SystemExit, match="no set gsm8k; there are aime24, amc23"):
+        run(monkeypatch, "SETS=gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"question": "q", "answer": "1.5", "url": ""}], "the answer '1.5' is not an integer"),
+        ([{"question": " ", "answer": "1", "url": ""}], "row 0 has an empty question or answer"),
+        ([{"id": 1, "question": "q", "answer": "1"}] * 2, "ids repeat"),
+    ],
+)
+def test_rows_that_are_not_as_expected(hub, monkeypatch, rows, reason):
+    expect_rows(monkeypatch, len(rows))
+    put(hub, "math-ai/amc23", {(None, "test"): rows})
+    with pytest.raises(prepare.Unavailable, match=reason):
+        prepare.bring("amc23")
+
+
+@pytest.mark.parametrize("how", [["data/prepare.py"], ["-m", "data.prepare"]])
+def test_without_network(tmp_path, how):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, *how, f"OUT={tmp_path / 'out'}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "aime24: the hub cannot be reached" in result.stderr and "HUB_MIRROR=mirror" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# Gold answers and the grader ------------------------------------------------------------------------------------------
+MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "right", "wrong"),
+    [
+        (MINERVA, {}, (r"4.5 \times 10^{33}", "4.5e33", r"4.5e33 \text{ erg/s}"), ("4.5e32", "4.6e33")),
+        (MINERVA, {"solution": boxed("-3./2")}, ("-1.5", r"-\frac{3}{2}"), ("1.5",)),
+        (MINERVA, {"solution": boxed("np.arcsin(10/13)")}, (r"\arcsin\frac{10}{13}",), (r"\arcsin\frac{13}{10}",)),
+        (OLYMPIAD, {"final_answer": ["$69$,$84$"]}, ("84, 69", r"69 \text{ and } 84"), ("69", "84", "69, 84, 1")),
+        (OLYMPIAD, {"final_answer": ["$x=2$", "$x=-2$"]}, ("-2, 2", r"\pm 2"), ("2",)),
+        (OLYMPIAD, {"final_answer": ["(1,2), (3,4)"]}, ("(3, 4), (1, 2)",), ("(1,2)", "(2,1),(3,4)")),
+        (OLYMPIAD, {"final_answer": ["45"], "unit": "minute"}, ("45", r"45 \text{ minutes}"), ("54",)),
+        (OLYMPIAD, {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"}, ("4.2", "4.27", r"4.15\%"), ("4.35",)),
+        (OLYMPIAD, {"final_answer": ["4.2"]}, ("4.2",), ("4.27",)),
+    ],
+)
+def test_oddities_from_the_source_to_the_verdict(source, given, right, wrong):
+    """As an attempt is graded in a dialogue: the problem's line, its tolerance with it, and a boxed answer."""
+    name = "minerva_math" if source is MINERVA else "olympiadbench"
+    problem = prepare.to_problem(name, source, 0, LAYOUTS[source.name]("q?", "4.5e33") | given)
+
+    def solved(answer: str) -> bool:
+        text = f"It is \\boxed{{{answer}}}."
+        decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
+        chat = SimpleNamespace(tokenizer=decode, end_of_turn=0, prompt=lambda question, attempts: [1])
+        engine = SimpleNamespace(busy=False)
+        engine.submit = lambda *_: setattr(engine, "busy", True)
+
+        def step():
+            engine.busy = False
+            return [(0, list(map(ord, text)), [0.0] * len(text), True)]
+
+        engine.step = step
+        return rollout.play(engine, chat, [rollout.new_dialogue(chat, problem, 1)], [0], 0.0)[0].solved_at == 1
+
+    assert [a for a in right if not solved(a)] == [] and [a for a in wrong if solved(a)] == []
+
+
+# Duplicates -----------------------------------------------------------------------------------------------------------
+def redress(text: str, rng: random.Random) -> str:
+    """The same question, as another author would type it."""
+    for plain, dressed in (
+        (" ", "  "), (" ", "\n"), ("+", " + "), ("(", r"\left("), (")", r"\right)"), (r"\frac", r"\dfrac"),
+        ("$", r"\("), ("x^2", "x^{2}"), (r"\ldots", r"\cdots"), ("Find", "find"), (",", r",\,"), ("odd", r"\text{odd}"),
+    ):  # fmt: skip
+        if rng.random() < 0.5:
+            text = text.replace(plain, dressed)
+    return text
+
+
+def test_question_key_sees_no_dress():
+    text = r"Find all odd $x$, $y$ with $\frac{1}{23}(x^2+y) = 1, 2, \ldots, 10.5$, in that order."
+    rng = random.Random(0)
+    assert {rollout.question_key(redress(text, rng)) for _ in range(200)} == {rollout.question_key(text)}
+    others = [("+", "-"), ("23", "32"), ("{1}{23}", "{12}{3}"), ("10.5", "105"), ("(x^2+y)", "x^2+y"), ("odd", "even")]
+    assert len({rollout.question_key(text.replace(a, b)) for a, b in others}) == len(others)
+
+
+def test_near_duplicates_against_all_pairs(monkeypatch):
+    """The index finds what comparing every pair finds."""
+    rng = random.Random(1)
+    questions = [" ".join(rng.choices("abcde", k=rng.randint(0, 9))) for _ in range(150)]
+    monkeypatch.setattr(prepare, "SHINGLE", 2)
+    monkeypatch.setattr(prepare, "NEAR", 0.5)
+
+    def pairs(text: str) -> set[str]:
+        return {text[i : i + 3] for i in range(0, len(text) - 2, 2)}
+
+    for mine, found in zip(questions, near_duplicates(questions, questions), strict=True):
+        a, expected = pairs(mine), {}
+        for position, theirs in enumerate(questions):
+            b = pairs(theirs)
+            if mine == theirs or (a & b and len(a & b) / len(a | b) >= 0.5):
+                expected[position] = mine == theirs
+        assert found == expected
+
+
+def test_the_same_question_is_found_where_hardly_a_shingle_is_shared():
+    assert near_duplicates(["Roots of $jx=k y$?"], ["Roots of $j x = ky$?", "Roots of $x=y$?"]) == [{0: True}]
+
+
+def test_a_pattern_with_other_numbers_is_another_problem_in_training_but_not_beside_a_benchmark():
+    def problem(name: str, number: int, answer: str) -> dict:
+        triangle = "In a certain isosceles right triangle, the altitude to the hypotenuse has length"
+        return {"id": name, "question": f"{triangle} ${number}$. What is the area of the triangle?", "answer": answer}
+
+    training = [problem("a", 4, "16"), problem("b", 6, "36"), problem("c", 4, "16.0"), problem("d", 5, r"\frac{72}{2}")]
+    kept, dropped = clean(training, [])
+    assert [p["id"] for p in kept] == ["a", "b"]  # d only resembles b, but has its answer
+    assert dropped == {"the same as in math_train": 1, "nearly as in math_train": 1}
+    kept, dropped = clean(training, [problem("math500/1", 7, "49")])
+    assert kept == [] and dropped == {"nearly as in math500": 4}
+
+
+# Problem files --------------------------------------------------------------------------------------------------------
+ROWS = [
+    {"Problem": "What is $\\frac{1}{2}$\nof 66, \"exactly\"?", "Answer": "033", "level": "5"},
+    {"Problem": "Ünï?", "Answer": "½", "level": "1"},
+]  # fmt: skip
+
+
+def test_the_same_problems_from_each_format(tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in ROWS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "p.parquet")
+    with (tmp_path / "p.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    ids = {"jsonl": ["p/1", "p/3"], "parquet": ["p/1", "p/2"], "csv": ["p/3", "p/4"]}
+    for suffix, names in ids.items():
+        assert rollout.load_problems(tmp_path / f"p.{suffix}") == [
+            {"id": name, "question": row["Problem"], "answer": row["Answer"], "level": row["level"]}
+            for name, row in zip(names, ROWS, strict=True)
+        ]
+
+
+def test_numbers_and_tolerances(tmp_path):
+    rows = [{"id": 7, "prompt": "q", "gold": 27.0}, {"question": "q", "prompt": [1], "answer": 0.5, "tolerance": 1e-2}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rollout.load_problems(tmp_path / "p.jsonl") == [
+        {"id": "7", "question": "q", "answer": "27"},
+        {"id": "p/2", "question": "q", "answer": "0.5", "tolerance": 0.01, "prompt": [1]},
+    ]
+    (tmp_path / "p.csv").write_text("question,answer,tolerance\na,1,0.1\nb,2,\n")
+    first, second = rollout.load_problems(tmp_path / "p.csv")
+    assert first["tolerance"] == 0.1 and "tolerance" not in second
+    assert grader.grade("\\boxed{1.05}", first["answer"], first["tolerance"]).correct
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", '{"question": "q", "answer": "1"}\n{"question', "p.jsonl, line 2: not JSONL"),
+        (
+            "p.jsonl",
+            '{"id": "a", "question": "", "answer": 1}',
+            'line 1, id a: "question" must be a non-empty string, not',
+        ),
+        (
+            "p.jsonl",
+            '{"id": "a", "question": "q", "answer": [1]}',
+            'id a: "answer" must be a non-empty string or a number',
+        ),
+        ("p.jsonl", '{"question": "q", "answer": true}', 'line 1, id p/1: "answer" must be'),
+        ("p.jsonl", '{"question": "q", "answer": NaN}', 'id p/1: "answer" must be .*mend or drop it'),
+        ("p.jsonl", '{"question": "q", "solution": "1"}', 'id p/1: "answer" .* there are solution'),
+        (
+            "p.jsonl",
+            '{"id": 1, "question": "q", "answer": "1", "tolerance": "some"}',
+            'id 1: "tolerance" must be a number',
+        ),
+        ("p.jsonl", '{"id": "a", "question": "q", "answer": 1}\n' * 2, "line 2: id 'a' is there already"),
+        ("p.jsonl", '"question"', "line 1: must be an object"),
+        ("p.csv", "question,answer\nq,1\nq,1,2\n", "p.csv, line 3: must be .* a row as long as the header"),
+        ("p.csv", "question,answer\nq,1\nq\n", 'p.csv, line 3, id p/3: "answer" must be'),
+        ("p.csv", 'question,answer\nq,1\n"q,1\n', "p.csv, line 3: not CSV"),
+        ("p.csv", "question,answer\n", "p.csv: no problem in it"),
+        ("p.parquet", "not Parquet", "p.parquet: not PARQUET"),
+        ("p.txt", "q", "p.txt: a problem file ends in .jsonl"),
+    ],
+)
+def test_bad_files_name_the_place_and_the_cure(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        rollout.load_problems(tmp_path / name)
