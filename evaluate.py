@@ -611,11 +611,11 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 # python evaluate.py --------------------------------------------------------------------------------------------------
-def evaluate_model(model: Path, problems: list[dict[str, Any]], name: str, out: Path, store: Any) -> None:
+def evaluate_model(model: Path, problems: list[dict[str, Any]], name: str, out: Path, parts: Path, store: Any) -> None:
     """Play on an engine of its own, which is gone on return; at the end rank 0 writes dialogues-<name>.jsonl.
 
-    What has ended stands in a file of each rank, so that only the rest is played after a stop, by any number of ranks.
-    store: of torchrun's ranks, None without torchrun.
+    parts: folder with a file of each rank for what has ended, so that only the rest is played after a stop, by any
+    number of ranks. store: of torchrun's ranks, None without torchrun.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if store:
@@ -629,8 +629,7 @@ def evaluate_model(model: Path, problems: list[dict[str, Any]], name: str, out: 
         if store:
             dist.barrier()
 
-    parts, tensor_parallel = out / f".{name}.playing", rollout.TENSOR_PARALLEL
-    mine = parts / f"rank-{rank}.jsonl"
+    mine, tensor_parallel = parts / f"rank-{rank}.jsonl", rollout.TENSOR_PARALLEL
     parts.mkdir(exist_ok=True)
     items = plan(problems)
     done = {key_of(r) for part in parts.glob("*.jsonl") for r in read_records(part)}
@@ -673,24 +672,29 @@ def main() -> None:
     folders, benchmarks = by_name(MODEL, "models"), by_name(BENCHMARKS, "benchmarks")
     weights = {name: weights_of(model) for name, model in folders.items()}
     problems = [p | {"benchmark": name} for name, path in benchmarks.items() for p in load_problems(path)]
-    out = Path(OUT)
-    results = load_results(out / "results.json", settings(benchmarks), weights)
+    out, made_by = Path(OUT), settings(benchmarks)
+    results = load_results(out / "results.json", made_by, weights)
     out.mkdir(parents=True, exist_ok=True)
 
     lead, store = os.environ.get("RANK", "0") == "0", None
+    left = [m for m in folders if m not in results["weights"] or not (out / f"dialogues-{m}.jsonl").is_file()]
     if "RANK" in os.environ:
         from torch.distributed import rendezvous
 
         store, _, _ = next(rendezvous("env://"))
-    for name, model in folders.items():
-        if (out / f"dialogues-{name}.jsonl").is_file() and name in results["weights"]:
-            continue
+        if lead:  # decides for all
+            store.set("left", json.dumps(left))
+        left = json.loads(store.get("left"))
+    for name in left:
         results["weights"][name] = weights[name]
-        if lead:  # before the first dialogue: what is found half-done later was begun with these settings and weights
+        if lead:
             write_atomically(out / "results.json", to_json(results))
-        evaluate_model(model, problems, name, out, store)
+        # What is found half-done belongs to these settings and weights, whatever else has been tried here.
+        tag = hashlib.sha256(json.dumps([made_by, weights[name]]).encode()).hexdigest()[:8]
+        evaluate_model(folders[name], problems, name, out, out / f".{name}.{tag}", store)
     if lead:
-        models = {name: read_records(out / f"dialogues-{name}.jsonl") for name in results["weights"]}
+        played = {name: out / f"dialogues-{name}.jsonl" for name in results["weights"]}
+        models = {name: read_records(path) for name, path in played.items() if path.is_file()}
         results |= summarise(models)
         write_atomically(out / "results.json", to_json(results))
         write_atomically(out / "results.csv", report.to_csv(results))

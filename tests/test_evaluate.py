@@ -394,14 +394,16 @@ def test_second_call_plays_nothing_and_other_settings_stop(tiny, evaluated):
 
 def test_killed_evaluation_goes_on_where_it_stopped(tiny):
     """Killed in the middle and started again: what had ended, on any rank, is not played again."""
-    out, part = tiny / "killed", tiny / "killed" / ".one.playing" / "rank-0.jsonl"
+    out = tiny / "killed"
     arguments = ["RESAMPLES=24", "MAX_ATTEMPT_TOKENS=32", f"MODEL={tiny}/one"]
     command, how = evaluation_command(tiny, out, *arguments)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how)
-    while process.poll() is None and not (part.is_file() and len(part.read_bytes().split(b"\n")) > 10):
+    while process.poll() is None and not any(p.read_bytes().count(b"\n") > 10 for p in out.glob(".one.*/*.jsonl")):
         time.sleep(0.01)
     process.kill()
     process.wait()
+    (part,) = out.glob(".one.*/*.jsonl")
+    assert part.name == "rank-0.jsonl"
     played = records_of(part)
     assert 10 <= len(played) < 8 * (2 + 24)  # it was killed before its end
     played[3]["attempts"][0]["text"] = "as it was written"
@@ -421,8 +423,10 @@ def test_killed_evaluation_goes_on_where_it_stopped(tiny):
     assert not part.parent.exists()
 
 
-def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, monkeypatch):
+@pytest.mark.parametrize("feedback", ["verified", "intrinsic"])
+def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, monkeypatch, feedback):
     """What a dialogue becomes does not depend on what else is played: sampled ones, the prefix protocol, controls."""
+    monkeypatch.setattr(rollout, "FEEDBACK", feedback)
     monkeypatch.setattr(evaluate, "PROTOCOL", "prefix")
     monkeypatch.setattr(evaluate, "SAMPLES", 2)
     monkeypatch.setattr(evaluate, "RESAMPLES", 3)
@@ -440,7 +444,13 @@ def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, monkeypatch)
     )
     assert first != second
     found = evaluate.measure(list(whole.values()))
-    assert found["accuracy"].value.tolist() == sorted(found["accuracy"].value)  # within more attempts, never fewer
+    if feedback == "verified":
+        assert found["accuracy"].value.tolist() == sorted(found["accuracy"].value)  # within more attempts, never fewer
+        assert "i_to_c" not in found
+    else:
+        assert all(len(r["attempts"]) == r["K"] for r in whole.values())
+        net = np.subtract(metric(found, "i_to_c"), metric(found, "c_to_i"))
+        assert net.tolist() == pytest.approx(metric(found, "gain"), abs=1e-8)
 
 
 def test_plan_of_each_protocol(monkeypatch):
