@@ -49,6 +49,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 import grader
 import rollout
+from data.problems import load_problems, question_key
 from evaluate import write_atomically
 from rollout import Chat, Dialogue, Engine
 
@@ -221,8 +222,8 @@ def group_advantages(returns: Sequence[Sequence[float]], groups: Sequence[int], 
 
     returns[d][k] is that of attempt k of dialogue d, groups[d] the problem that d is about. With G a return, and mean
     and standard deviation over the n k-th attempts of the group:
-    "rloo" (arXiv 2402.14740): G - mean of the others; "dr_grpo" (arXiv 2503.20783): G - mean; "grpo" (arXiv 2402.03300):
-    (G - mean) / deviation; "reinforce": G - mean, with all dialogues of the rollout as one group.
+    "rloo" (arXiv 2402.14740): G - mean of the others; "grpo" (arXiv 2402.03300): (G - mean) / deviation;
+    "dr_grpo" (arXiv 2503.20783): G - mean; "reinforce": G - mean, with all dialogues of the rollout as one group.
     An attempt that has no other to be compared with has the advantage 0.
     >>> returns = [[1.0, 3.0], [0.0, 1.0], [0.5]]
     >>> group_advantages(returns, [0, 0, 0], "rloo"), group_advantages(returns, [0, 0, 0], "dr_grpo")
@@ -1013,8 +1014,8 @@ def split_problems(problems: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
             f"DEV_PROBLEMS={DEV_PROBLEMS} leaves none of {TRAIN_DATA}'s {len(problems)} problems to train on"
         )
     dev = random.Random(f"dev-{SEED}").sample(problems, DEV_PROBLEMS)
-    asked = {rollout.question_key(p["question"]) for p in dev}
-    return [p for p in problems if rollout.question_key(p["question"]) not in asked], dev
+    asked = {question_key(p["question"]) for p in dev}
+    return [p for p in problems if question_key(p["question"]) not in asked], dev
 
 
 def dev_accuracies(engine: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dict[str, float]:
@@ -1135,7 +1136,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     lead = dist.get_rank() == 0
     torch.manual_seed(SEED)
     chat = Chat(AutoTokenizer.from_pretrained(MODEL))
-    problems = rollout.check_lengths(chat, rollout.load_problems(TRAIN_DATA), TRAIN_DATA)
+    problems = rollout.check_lengths(chat, load_problems(TRAIN_DATA), TRAIN_DATA)
     problems, dev = split_problems(problems)
     engine = Engine(MODEL, dtype=COMPUTE_DTYPE, seed=SEED)  # before the trainer: it wants to find the GPU's memory free
     engine.sleep()

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/prepare.py` works, too
 
 import grader
+from data.problems import COLUMNS, load_problems, question_key, question_words
 from evaluate import write_atomically
-from rollout import COLUMNS, load_problems, override_constants, question_key, question_words
+from rollout import override_constants
 
 SETS: str = "aime24,amc23,math500,minerva_math,olympiadbench,math_train"  # what to bring
 OUT: str = "data"  # folder for the files

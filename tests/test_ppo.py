@@ -195,7 +195,7 @@ def constants(monkeypatch, **changes):
         "LAMBDA": 0.9, "CLIP": 0.2, "VALUE_CLIP": 0.2, "KL_COEF": (0.05,), "ENTROPY_COEF": 0.02, "WHITEN": True,
         "BETAS": (0.9, 0.95), "WEIGHT_DECAY": 0.0, "GRAD_CLIP": 0.7, "COMPUTE_DTYPE": "float32",
         "GRADIENT_CHECKPOINTING": False, "LOGITS_CHUNK": 2, "MAX_MISMATCH": math.inf, "ATTEMPT_GAMMA": 1.0,
-        "KL_IN_REWARD": 0.0, "TRUNCATE_IS": 0.0,
+        "KL_IN_REWARD": 0.0, "TRUNCATE_IS": 0.0, "ESTIMATOR": "gae",
     }  # fmt: skip
     for name, value in (small | changes).items():
         monkeypatch.setattr(ppo, name, value)
@@ -230,8 +230,8 @@ def one_step(folder: str, tokens: int, dialogues: list[Dialogue], actor_lr: floa
 
 @pytest.mark.parametrize("options", [False, True])
 def test_one_training_step_by_hand(toy, ranks, monkeypatch, options):
-    """Two dialogues, six actions: rewards, advantages, losses, clipped gradients and Adam with nothing but torch. The
-    options are what the paper has off: KL by attempt and in the reward, a discount between attempts, importance weights.
+    """Two dialogues, six actions: rewards, advantages, losses, clipped gradients and Adam with nothing but torch.
+    options: what the paper has off: KL by attempt and in the reward, a discount between attempts, importance weights.
     """
     constants(monkeypatch)
     kl_coefs, kl_in_reward, attempt_gamma = torch.full((6,), 0.05), 0.0, 1.0
@@ -360,6 +360,89 @@ def test_padded_vocabulary_has_no_probability(toy, ranks, monkeypatch):
     actor = ppo.shard(actor, actor.lm.model.layers)
     got = ppo.over_actions(actor, ppo.make_batch([two_dialogues()]))
     assert got[1, 2].item() == pytest.approx(expected, abs=1e-5)
+
+
+# Without a critic -----------------------------------------------------------------------------------------------------
+def attempts_of(statuses: str, reward: str, attempt_gamma: float, monkeypatch) -> list[float]:
+    monkeypatch.setattr(rollout, "REWARD", reward)
+    for name, value in {"REWARD_WRONG": 0.0, "REWARD_NO_ANSWER": 0.0, "SCORE_ALPHA": 10.0}.items():
+        monkeypatch.setattr(rollout, name, value)  # SCoRe's
+    names = {"c": "correct", "w": "wrong"}
+    return ppo.attempt_returns(rollout.attempt_rewards([names[s] for s in statuses], reward), attempt_gamma)
+
+
+def test_score_pays_as_its_equations_say(monkeypatch):
+    """With gamma 0 across attempts: stage I pays the second attempt alone, stage II the first its own correctness alone
+    and the second r2 + 10 (r2 - r1), of which section 5.2 lists the four cases."""
+    for statuses, second in {"cc": 1.0, "wc": 11.0, "cw": -10.0, "ww": 0.0}.items():
+        r1, r2 = (float(s == "c") for s in statuses)
+        assert attempts_of(statuses, "score_stage1", 0.0, monkeypatch) == [0.0, r2]
+        assert attempts_of(statuses, "score_stage2", 0.0, monkeypatch) == [r1, second]
+        assert attempts_of(statuses, "per_attempt", 0.0, monkeypatch) == [r1, r2]
+        assert attempts_of(statuses, "per_attempt", 1.0, monkeypatch) == [r1 + r2, r2]
+
+
+def test_group_advantages_by_hand():
+    """Four samples of one problem, three of which took a second attempt, and one of another problem."""
+    returns, groups = [[1.0], [0.0, 2.0], [0.0, 0.0], [3.0, 1.0], [5.0]], [0, 0, 0, 0, 1]
+    # first attempts 1, 0, 0, 3: mean 1, variance (0 + 1 + 1 + 4) / 4 = 1.5; second ones 2, 0, 1: mean 1, variance 2 / 3
+    rloo = [[1 - 3 / 3], [0 - 4 / 3, 2 - 1 / 2], [0 - 4 / 3, 0 - 3 / 2], [3 - 1 / 3, 1 - 2 / 2], [0.0]]
+    plain = [[0.0], [-1.0, 1.0], [-1.0, -1.0], [2.0, 0.0], [0.0]]
+    grpo = [[x / s for x, s in zip(row, (math.sqrt(1.5), math.sqrt(2 / 3)), strict=False)] for row in plain]
+    # one batch: first attempts 1, 0, 0, 3, 5: mean 1.8
+    batch = [[-0.8], [-1.8, 1.0], [-1.8, -1.0], [1.2, 0.0], [3.2]]
+    for method, expected in {"rloo": rloo, "dr_grpo": plain, "grpo": grpo, "reinforce": batch}.items():
+        got = ppo.group_advantages(returns, groups, method)
+        assert [pytest.approx(row) for row in expected] == got, method
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dr_grpo", "reinforce"])
+def test_a_shared_reward_teaches_nothing(method):
+    """The same return for every sample says nothing about any of them."""
+    assert ppo.group_advantages([[0.7, 0.1]] * 4, [0] * 4, method) == [[0.0, 0.0]] * 4
+
+
+def test_in_stage_one_the_first_attempt_feels_the_kl_alone(toy, ranks, monkeypatch):
+    """The gradient of the actions of the first attempts is that of their KL, whatever the second ones earned."""
+    constants(monkeypatch, ESTIMATOR="rloo", KL_COEF=(0.1, 0.0), ENTROPY_COEF=0.0, WHITEN=False, ATTEMPT_GAMMA=0.0)
+    monkeypatch.setattr(rollout, "REWARD", "score_stage1")
+    monkeypatch.setattr(rollout, "SAMPLES_PER_PROMPT", 2)
+    folder = str(toy / "warm_start")
+
+    def gradients(statuses: list[list[str]], kept: list[int]) -> torch.Tensor:
+        """Of the loss over the actions of the attempts `kept`."""
+        torch.manual_seed(0)
+        actor = ppo.Actor(folder, 280)
+        with torch.no_grad():
+            for p in actor.parameters():
+                p += 0.05 * torch.randn_like(p)
+        learner = learner_of(actor, ppo.Critic(folder), ppo.Actor(folder, 280))
+        learner.critic = None
+        del learner.optimizers["critic"]
+        said = ([11, 12], [13, 6]), ([14, 15], [16, 17])
+        dialogues = [
+            dialogue([([5, 9, 7], False), (first, True), ([3, 4], False), (second, True)], outcome)
+            for (first, second), outcome in zip(said, statuses, strict=True)
+        ]
+        for d in dialogues:
+            rollout.assign_rewards(d)
+        ppo.compare(dialogues)
+        batch = ppo.my_batch(dialogues)
+        ppo.prepare(batch, learner)
+        batch.mask *= torch.isin(batch.attempt, torch.tensor(kept)).float()
+        found = []
+        monkeypatch.setattr(learner.optimizers["actor"], "step", lambda: found.extend(
+            p.grad.full_tensor().flatten().clone() for p in learner.actor.parameters()
+        ))  # fmt: skip
+        ppo.update(batch, learner, True, Path("."))
+        return torch.cat(found)
+
+    mixed, none = [["correct", "wrong"], ["wrong", "correct"]], [["wrong", "wrong"]] * 2
+    assert torch.allclose(gradients(mixed, [0]), gradients(none, [0]), atol=1e-7)  # no reward reaches a first attempt
+    assert gradients(none, [0]).abs().max() > 1e-3  # its KL does
+    assert (
+        not gradients(none, [1]).any() and gradients(mixed, [1]).abs().max() > 1e-3
+    )  # second ones: the other way round
 
 
 # Learning -------------------------------------------------------------------------------------------------------------

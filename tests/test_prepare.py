@@ -18,6 +18,7 @@ import grader
 import rollout
 from data import prepare
 from data.prepare import SOURCES, TRAINING, clean, near_duplicates
+from data.problems import load_problems, question_key
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,12 +165,12 @@ def test_all_sets(hub, monkeypatch, capsys):
     run(monkeypatch)
     said, out = capsys.readouterr().out, Path(prepare.OUT)
     for name, golds in GOLDS.items():
-        problems = rollout.load_problems(out / f"{name}.jsonl")
+        problems = load_problems(out / f"{name}.jsonl")
         assert [p["answer"] for p in problems] == list(golds.values())
         assert {p["source"] for p in problems} == {SOURCES[name][0].name}
         pairs = [[p["question"], p["answer"]] for p in problems]
         assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest() in said
-    kept = rollout.load_problems(out / f"{TRAINING}.jsonl")
+    kept = load_problems(out / f"{TRAINING}.jsonl")
     assert [p["answer"] for p in kept] == ["0", "7", "8", "9", "10", "11", "12", "13"]
     for line in (
         "math_train: 12 of levels 3 to 5, 11 of them with an answer",
@@ -305,9 +306,9 @@ def redress(text: str, rng: random.Random) -> str:
 def test_question_key_sees_no_dress():
     text = r"Find all odd $x$, $y$ with $\frac{1}{23}(x^2+y) = 1, 2, \ldots, 10.5$, in that order."
     rng = random.Random(0)
-    assert {rollout.question_key(redress(text, rng)) for _ in range(200)} == {rollout.question_key(text)}
+    assert {question_key(redress(text, rng)) for _ in range(200)} == {question_key(text)}
     others = [("+", "-"), ("23", "32"), ("{1}{23}", "{12}{3}"), ("10.5", "105"), ("(x^2+y)", "x^2+y"), ("odd", "even")]
-    assert len({rollout.question_key(text.replace(a, b)) for a, b in others}) == len(others)
+    assert len({question_key(text.replace(a, b)) for a, b in others}) == len(others)
 
 
 def test_near_duplicates_against_all_pairs(monkeypatch):
@@ -362,7 +363,7 @@ def test_the_same_problems_from_each_format(tmp_path):
         writer.writerows(ROWS)
     ids = {"jsonl": ["p/1", "p/3"], "parquet": ["p/1", "p/2"], "csv": ["p/3", "p/4"]}
     for suffix, names in ids.items():
-        assert rollout.load_problems(tmp_path / f"p.{suffix}") == [
+        assert load_problems(tmp_path / f"p.{suffix}") == [
             {"id": name, "question": row["Problem"], "answer": row["Answer"], "level": row["level"]}
             for name, row in zip(names, ROWS, strict=True)
         ]
@@ -371,12 +372,12 @@ def test_the_same_problems_from_each_format(tmp_path):
 def test_numbers_and_tolerances(tmp_path):
     rows = [{"id": 7, "prompt": "q", "gold": 27.0}, {"question": "q", "prompt": [1], "answer": 0.5, "tolerance": 1e-2}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert rollout.load_problems(tmp_path / "p.jsonl") == [
+    assert load_problems(tmp_path / "p.jsonl") == [
         {"id": "7", "question": "q", "answer": "27"},
         {"id": "p/2", "question": "q", "answer": "0.5", "tolerance": 0.01, "prompt": [1]},
     ]
     (tmp_path / "p.csv").write_text("question,answer,tolerance\na,1,0.1\nb,2,\n")
-    first, second = rollout.load_problems(tmp_path / "p.csv")
+    first, second = load_problems(tmp_path / "p.csv")
     assert first["tolerance"] == 0.1 and "tolerance" not in second
     assert grader.grade("\\boxed{1.05}", first["answer"], first["tolerance"]).correct
 
@@ -416,4 +417,4 @@ def test_numbers_and_tolerances(tmp_path):
 def test_bad_files_name_the_place_and_the_cure(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit, match=message):
-        rollout.load_problems(tmp_path / name)
+        load_problems(tmp_path / name)
