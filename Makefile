@@ -1,6 +1,7 @@
 # make demo       the paper's figure in small, on any machine: toy world, two trainings, evaluation (runs/demo)
 # make test       ruff and the tests
 # make reproduce  the demo over three seeds; renews the README's table and figure
+# make benchmarks AIME 2024, AMC 2023, MATH-500, Minerva, OlympiadBench and MATH level 3-5 into data/*.jsonl (needs network)
 # make install    .venv with pinned packages; the others call it, and a second call costs a second
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ VENV := .venv
 REQUIREMENTS := $(if $(wildcard /proc/driver/nvidia/version),requirements.txt,requirements-cpu.txt)
 INSTALLED := $(VENV)/installed-$(REQUIREMENTS)
 
-.PHONY: install demo reproduce data test lint clean
+.PHONY: install demo reproduce data benchmarks test lint clean
 
 install: $(INSTALLED)
 
@@ -30,6 +31,9 @@ endif
 
 data: install
 	$(VENV)/bin/python -m data.toy
+
+benchmarks: install
+	$(VENV)/bin/python -m data.prepare
 
 demo: install
 	$(VENV)/bin/python -m data.demo

@@ -3,19 +3,25 @@ r"""Decide whether a model's answer to a math problem is right.
     response --extract_answer--> answer --tidy--> text --read--> tree --same--> verdict
 
 What "correct" means here:
-- The answer is the content of the last complete \boxed{} or \fbox{}; without one the status is "no_answer". Boxes with
-  only commas or a few words that end in "and" between them (\boxed{1} and \boxed{2}) are one answer, the list 1, 2.
-- Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001; a decimal equals an exact value only
-  when it is that value. A tolerance exists only where a problem's own data states one (`tolerance=`).
+- The answer is the content of the last complete \boxed{} or \fbox{} (its braces balance); without one the status is
+  "no_answer", which never counts. Boxes with only commas or a few words that end in "and" between them (\boxed{1} and
+  \boxed{2}) are one answer, the list 1, 2.
+- Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001, 0.5 is not 50; a decimal equals an
+  exact value only when it is that value. A tolerance exists only where a problem's own data states one (`tolerance=`).
 - 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
-- A unit, currency sign, degree mark, percent sign or words on one side only are ignored; different units on the two
-  sides differ. So 50\% agrees with 50 (the sign is a unit) and with 0.5 (its value), but 0.5 never agrees with 50.
+- A unit, currency sign, degree mark, percent sign, "mod 7" or words on one side only are ignored; different units on
+  the two sides differ. So 50\% agrees with 50 (the sign is a unit) and with 0.5 (its value). Words that change the
+  meaning are not ignored: "not 42", "at least 42" and "42 or more" are wrong.
 - "x = 5" agrees with 5, letters of choices agree in any dress and case, words agree in any case.
-- A comma list is a set ("3 or 4" is a list of two, hence not 3) and \pm is two values; tuples, intervals and matrices
-  are ordered and the brackets of the first two count; bases are kept: 204_5 is not 204_6.
-- Equations are equal up to a non-zero factor, inequalities up to a positive one, and x < 1 is (-\infty, 1).
-- Expressions are equal when they have the same value wherever both are real (complex where i occurs in them).
-- Dress never matters: \dfrac, \left, spaces, thousands separators, $...$, \text{}, a trailing period, unicode signs.
+- A comma list is a set and \pm is two values, hence the hedge "42 or 43" is not 42. Tuples, intervals and matrices are
+  ordered, and the brackets of the first two count. Bases are kept: 204_5 is neither 204_6 nor 204.
+- Equations are equal up to a non-zero factor, inequalities up to a positive one. An inequality of one unknown is the
+  set that it describes: x < 1 is (-\infty, 1). Several hold together, unless nothing satisfies them all: then x < 1,
+  x > 2 are the parts of a union.
+- Expressions are equal when they have the same value wherever both are real (complex where i occurs in them). Sums and
+  integrals are not computed; they agree when bounds and terms do.
+- Dress never matters: \dfrac, \frac43, \left, spaces, {,} and , as thousands, $...$, \text{}, outer braces, a trailing
+  period, leading zeros, .5 and 110., unicode signs. 1,22 is 1.22 where a decimal answers it, else two numbers.
 
 How: layers from cheap to dear. Most verdicts need only a comparison of texts or of exact rationals. What remains is
 read by a recursive-descent reader into a small tree (nothing is ever executed) and evaluated at a few points with many
@@ -43,8 +49,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -57,12 +64,16 @@ MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions t
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix, terms of a sum
 MAX_BITS: int = 30_000  # size of a number: 2^{30000} and 1e10000 are beyond
 MAX_FACTORIAL: int = 3000  # of what factorials and binomials are computed exactly
+MAX_MATRICES: int = 6  # in one answer; the product of many is a huge expression
+MAX_ROWS: int = 5  # of a determinant
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 POINTS: int = 8  # places at which two expressions must agree; a difference mostly shows at the first
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
-LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 evaluated in the calling process (some ms); more goes to a worker
+LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 of one evaluation in the calling process (some ms)
+LOCAL_SECONDS: float = 0.05  # processor time of one verdict in the calling process; a longer one goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
-VERDICT_SECONDS: float = 0.5  # wall clock of one hard verdict; then its worker ends and the status is "timeout"
+VERDICT_SECONDS: float = 0.4  # processor time of one hard verdict; then its worker ends and the status is "timeout"
+WALL_FACTOR: float = 10.0  # and this many times as long by the clock, for a machine that is busy
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
 
 
@@ -112,6 +123,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
 BETWEEN_BOXES = re.compile(  # commas, a few words that end in "and", the name of the next value; not a new paragraph
     r"(?!.*\$\$)[ ,;&$]*(?:[^.?!:\n]{0,24}\band\b)?(?:[ $,;(}]|\\[(, ;]|\\q?quad)*(?:\w+\s*=\s*)?"
 )
+MAX_BETWEEN: int = 80  # characters
 END_OF_TURN = "<|im_end|>"  # a text that goes on behind it is another turn
 
 
@@ -139,7 +151,7 @@ def extract_answer(response: str) -> str | None:
     last = [boxes.pop()]
     for box in reversed(boxes):
         between = response[box[2] + 1 : last[0][0]]
-        if box[2] > last[0][0] or not BETWEEN_BOXES.fullmatch(between):
+        if box[2] > last[0][0] or len(between) > MAX_BETWEEN or not BETWEEN_BOXES.fullmatch(between):
             break
         last.insert(0, box)
     return ", ".join(response[start:end].strip() for _, start, end in last)
@@ -166,11 +178,11 @@ UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " fo
 UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
-FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`+(.*?)`+", re.S)  # around all
-TEXT = re.compile(r"\\(?:text[a-z]*|mbox|hbox|mathrm|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
+TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
 CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
-THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])(?! \d+(?![\d/]))")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
 
 
 def repeating(match: re.Match) -> str:
@@ -180,23 +192,43 @@ def repeating(match: re.Match) -> str:
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
 
 
+def undress_text(match: re.Match) -> str:
+    r"""What \text{...} stands for: a comma (and), mathematics (225; A,C,F), or words, which stay \text{words}."""
+    content = re.sub(r"\\[,;:! ]|[~{}$]", " ", match[1]).strip()
+    if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
+        return " , "
+    if "\\" in content or not content:
+        return f" {TEXT.sub(undress_text, match[1])} "
+    before = match.string[: match.start()].rstrip(" ~\\,;:")
+    vector = len(content) == 1 and match[0].startswith(r"\mathbf")
+    unit = AFTER_VALUE.search(before) and content[0].isalpha() and content not in ("e", "i", "d") and not vector
+    if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
+        return f" {match[1]} "
+    return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
+
+
 DRESS = [  # what to replace by what, in this order
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (r"\\\\", r"\\cr "),
+        (r"\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?", r"\\cr "),
         (rf"([{SUPERSCRIPTS}]+)", lambda m: "^{" + m[1].translate(LIFTED) + "}"),
         (rf"([{SUBSCRIPTS}]+)", lambda m: "_{" + m[1].translate(LIFTED) + "}"),
         (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
-        (r"(?<=\d)(?:\{,\}|,\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"(?<=\d)(?:\{,\}(?:\\!)?|\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\!", ""),
+        (r"\\\$(?=\})", "dollars"),  # \text{\$}
+        (TEXT.pattern, undress_text),
+        (r"\^\{?\s*\\circ\s*\}?\s*(C|F)(?![A-Za-z])", r"\\text{degrees \1}"),
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|phantom)(?![A-Za-z])", " "),
-        (r"\\[hv]?(?:space|phantom|color)\*?\{[^{}]*\}|\\q?quad|\\[,;:!> ]|[~\s]+", " "),
+        (r"\\(?:(?:display|text|script)style|(?:no)?limits|rm|bf|it|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
+        (r"\\(?:[hv]?phantom|color)\s*(?:\{[^{}]*\}|\S)|\\[hv]space\*?\{[^{}]*\}|\\q?quad|\\[,;:> ]|[~\s]+", " "),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\\(?:mathbf|boldsymbol|mathit|mathsf|mathcal|bm|pmb|underline|boxed|fbox)\s*(?=\{)", ""),
+        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\(?:math(?!bb)[a-z]+|text[a-z]+|boldsymbol|bm|pmb|underline|boxed|fbox)\s*(?=\{)", ""),
         (r"^(-?)\\\$", r"\\text{dollars}\1"),
         (r"\\\$", " "),
         (r"\$|\\[()\[\]]", " "),
@@ -204,10 +236,12 @@ DRESS = [  # what to replace by what, in this order
         (r"\\lvert|\\rvert|\\vert|\\mid(?![A-Za-z])", "|"),
         (r"\^\{?\s*\\prime\s*\}?", "'"),
         (r"\\text\{(?:all )?real(?: number)?s\}", r"\\mathbb{R}"),
-        (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+        (r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2"),
+        (r"(?<!\.)\.(?=\s*[)\]}])", ""),  # a period inside brackets
         (r"\b(?:np|math|numpy|sympy)\.", ""),
         (r"(?<=\d)\s*((?:[kcm]?m|ft|mi|k?g|k?J|N|L)/(?:s|h|hr|min|kg|mol|m)(?:\^\{?\d\}?)?)$", r"\\text{\1}"),
         (r"\b([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\1'"),  # an inverse function is a name, not a power
+        (r"\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{?R\}? ?)?[:|](?=[^:]*(?:[<>=|]|\\[lgn]e))", r"\\{"),  # {x : x > 1}
         (r"^\](?=.*,)", "("),  # ]0,1[ is (0,1)
         (r"(?<=\w)\[$", ")"),
         (r"\*\*", "^"),
@@ -220,16 +254,10 @@ DRESS = [  # what to replace by what, in this order
 ]
 
 
-def undress_text(match: re.Match) -> str:
-    r"""What \text{...} stands for: a comma (and), mathematics (225; A,C,F), or words, which stay \text{words}."""
-    content = match[1].strip(" ~")
-    if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
-        return " , "
-    before = match.string[: match.start()].rstrip(" ~\\,;:")
-    unit = AFTER_VALUE.search(before) and content[:1].isalpha() and content not in ("e", "i", "d")
-    if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
-        return f" {content} "
-    return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
+def closing_brace(text: str) -> int:
+    """Where the group that the text starts with ends, or -1."""
+    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
+    return next((at for at, depth in enumerate(depths) if not depth), -1)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -239,18 +267,19 @@ def tidy(answer: str, thousands: bool = True) -> str:
     >>> tidy(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
     '(\\frac12, 1000\\text{cm})'
     """
-    text = answer.strip().removesuffix("\\")
+    text = answer.strip().rstrip("\\")
     while match := FENCES.fullmatch(text):
         text = next(part for part in match.groups() if part is not None).strip()
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
-    text = TEXT.sub(undress_text, text.translate(UNICODE_TABLE))
+    text = text.translate(UNICODE_TABLE)
     for pattern, replacement in DRESS:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"')
+    while text[:1] == "{" and closing_brace(text) == len(text) - 1:
+        text = text[1:-1].lstrip().rstrip(" .,;")
     if clause := CLAUSE.search(text):
-        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{") or text
-    core = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"}')
-    text = core + "}" * (text.count("}") - core.count("}"))  # a period may stand before the last braces
+        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;") or text
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
     return re.sub(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # 3 3/4
@@ -267,7 +296,6 @@ def number(value: int | Fraction) -> Node:
 
 ONE, MINUS_ONE = number(1), number(-1)
 IMAGINARY, EULER, PI, INFINITY = (Node("const", (name,)) for name in ("i", "e", "pi", "oo"))
-REALS = Node("tuple", ("(", ")", Node("mul", (MINUS_ONE, INFINITY)), INFINITY))
 
 
 def bits(value: Fraction) -> int:
@@ -275,8 +303,11 @@ def bits(value: Fraction) -> int:
 
 
 def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
-    """A sum or a product with its numbers folded into one."""
+    """A sum or a product, flat and with its numbers folded into one."""
+    parts = tuple(inner for part in parts for inner in (part.args if part.kind == kind else (part,)))
     numbers = [part.args[0] for part in parts if part.kind == "num"]
+    if sum(map(bits, numbers)) > 4 * MAX_BITS:
+        raise Unreadable("too large")
     folded = number(sum(numbers) if kind == "add" else math.prod(numbers))
     kept = tuple(part for part in parts if part.kind != "num")
     if not kept:
@@ -286,19 +317,61 @@ def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
 
 
 def add(*terms: Node) -> Node:
+    """A sum; of matrices of one shape cell by cell."""
+    if shape(terms[0]) and len(set(map(shape, terms))) == 1:
+        rows = zip(*(term.args for term in terms), strict=True)
+        return matrix(map(add, *(row.args for row in summands)) for summands in rows)
     return combine("add", terms, 0)
 
 
 def multiply(*factors: Node) -> Node:
-    return combine("mul", factors, 1)
+    """A product; of matrices in their order, with numbers and expressions before or behind them."""
+    matrices = [factor for factor in factors if shape(factor)]
+    if not matrices:
+        return combine("mul", factors, 1)
+    scalar = multiply(*(factor for factor in factors if not shape(factor)))
+    product, *others = matrices
+    for other in others:
+        if shape(product)[1] != shape(other)[0]:
+            raise Unreadable("matrices that do not fit")
+        columns = list(zip(*(row.args for row in other.args), strict=True))
+        product = matrix((add(*map(multiply, row.args, column)) for column in columns) for row in product.args)
+    return matrix((multiply(scalar, cell) for cell in row.args) for row in product.args)
+
+
+def matrix(rows: Iterable[Iterable[Node]]) -> Node:
+    return Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
+
+
+def shape(node: Node) -> tuple[int, int] | None:
+    return (len(node.args), len(node.args[0].args)) if node.kind == "matrix" else None
+
+
+def determinant(rows: Sequence[Sequence[Node]]) -> Node:
+    """By its first row, which is quick enough for MAX_ROWS."""
+    if not rows:
+        return ONE
+    minors = (determinant([row[:at] + row[at + 1 :] for row in rows[1:]]) for at in range(len(rows)))
+    return add(*(multiply(number((-1) ** at), rows[0][at], minor) for at, minor in enumerate(minors)))
+
+
+def negative(value: Node) -> Node:
+    if value.kind == "unit":  # -5 degrees
+        return Node("unit", (negative(value.args[0]), value.args[1]))
+    return multiply(MINUS_ONE, value)
 
 
 def power(base: Node, exponent: Node) -> Node:
+    if exponent == ONE:
+        return base
     if base.kind == exponent.kind == "num" and exponent.args[0].denominator == 1:
         value, times = base.args[0], exponent.args[0].numerator
-        if abs(times) * bits(value) <= MAX_BITS and (value or times > 0):
+        if (abs(times) == 1 or abs(times) * bits(value) <= MAX_BITS) and (value or times > 0):
             return number(value**times)
     return Node("pow", (base, exponent))
+
+
+REALS = Node("tuple", ("(", ")", multiply(MINUS_ONE, INFINITY), INFINITY))
 
 
 def divide(top: Node, bottom: Node) -> Node:
@@ -306,13 +379,11 @@ def divide(top: Node, bottom: Node) -> Node:
 
 
 def call(name: str, *args: Node) -> Node:
-    whole = [arg.args[0].numerator for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
-    if (
-        name in ("factorial", "binom")
-        and len(whole) == len(args)
-        and all(0 <= value <= MAX_FACTORIAL for value in whole)
-    ):
-        return number(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
+    """A function; factorials and binomials of small whole numbers are computed."""
+    exact = {"factorial": math.factorial, "binom": math.comb}.get(name)
+    whole = [arg.args[0] for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
+    if exact and len(whole) == len(args) and all(0 <= value <= MAX_FACTORIAL for value in whole):
+        return number(exact(*map(int, whole)))
     return Node("call", (name, *args))
 
 
@@ -324,29 +395,27 @@ SPELLINGS = {f"arc{name}": f"a{name}" for name in words("sin cos tan cot sec csc
 SPELLINGS |= {"log": "ln", "sgn": "sign"}
 NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo"), "infty") | {name: name for name in GREEK}
 UNITS = set(  # words that are no product of letters; any run of five letters is a word, too
-    words(
-        "cm mm km ft in kg lb lbs oz ml mL mi yd hr hrs mph kph rad deg Hz eV sq inch feet foot mile yard hour mins sec"
-    )
-    + words("secs day days week year gram cups unit cent men boys ways pts USD Rs yes no Yes No am pm AM PM per")
+    words("cm mm km ft in kg lb lbs oz ml mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins")
+    + words("sec secs day days week year mph kph rad deg Hz eV USD Rs am pm AM PM per men boys ways pts yes no Yes No")
 )
 COMMANDS = {  # other names of one command
     r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
     r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{",
     r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots",
     r"\cdots": r"\ldots", r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\land": ",",
-    r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",",
+    r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",", r"\equiv": "=", r"\overrightarrow": r"\vec",
 }  # fmt: skip
 FLIPPED = {">": "<", r"\ge": r"\le"}
-RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\equiv"}
+RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in"}
 SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
-MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array"}
+MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix"}
 NO_FACTOR = {r"\cr", r"\end", r"\circ", r"\pm", r"\mp", r"\to", r"\rightarrow", r"\implies", r"\Rightarrow", r"\pmod"}
 NO_FACTOR |= RELATIONS | set(SET_SIGNS) | set(CLOSING.values())
-CHANGES_MEANING = re.compile(r"\b(?:not|no|never|without|except|undefined|wrong|than|least|most)\b", re.I)
+CHANGES_MEANING = re.compile(r"\b(?:not?|non|never|without|except|undefined|wrong|than|least|most|or)\b", re.I)
 TOKEN = re.compile(
     r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
     r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<char>\S)",
@@ -380,7 +449,7 @@ class Reader:
     def __init__(self, text: str) -> None:
         self.tokens = list(tokens_of(text))
         self.at = 0
-        self.depth = 0
+        self.depth = self.matrices = 0
         self.in_bars = False  # inside |...|, where a bar closes and does not open
 
     def peek(self, ahead: int = 0) -> Token:
@@ -430,7 +499,7 @@ class Reader:
         if found and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
             return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
         value = self.relation()
-        behind = self.unit()
+        behind = f"mod {self.argument()}" if self.accept(r"\pmod") else self.unit()
         if CHANGES_MEANING.search(f"{before} {behind}"):
             raise Unreadable("words that cannot be ignored")
         unit = plain_unit(behind or before)
@@ -449,7 +518,7 @@ class Reader:
                 return " ".join(parts)
 
     def relation(self) -> Node:
-        self.accept("=")  # "= 5"
+        self.accept("=", r"\approx")  # "= 5"
         terms, signs = [self.ratio()], []
         while sign := self.accept(*RELATIONS):
             signs.append(sign)
@@ -482,7 +551,7 @@ class Reader:
     def sum(self) -> Node:
         terms = [self.product()]
         while sign := self.accept("+", "-"):
-            terms.append(multiply(MINUS_ONE, self.product()) if sign == "-" else self.product())
+            terms.append(negative(self.product()) if sign == "-" else self.product())
         return add(*terms) if len(terms) > 1 else terms[0]
 
     def product(self) -> Node:
@@ -508,11 +577,10 @@ class Reader:
         return token.kind in ("num", "name") or (token.kind == "char" and opens)
 
     def signed(self) -> Node:
-        negative = False
+        minus = False
         while sign := self.accept("+", "-"):
-            negative ^= sign == "-"
-        value = self.powered()
-        return multiply(MINUS_ONE, value) if negative else value
+            minus ^= sign == "-"
+        return negative(self.powered()) if minus else self.powered()
 
     def powered(self) -> Node:
         r"""A base with what is written behind it: x^2, n!, 50%, 30^\circ."""
@@ -537,7 +605,7 @@ class Reader:
     def exponent(self) -> Node:
         sign = self.accept("+", "-")
         value = self.argument()
-        return multiply(MINUS_ONE, value) if sign == "-" else value
+        return negative(value) if sign == "-" else value
 
     def argument(self, one_digit: bool = False) -> Node:
         r"""An argument as TeX takes it, a group or one token; \frac43 takes one digit, but 10^23 means 10^{23}."""
@@ -549,7 +617,7 @@ class Reader:
 
     def group(self, opening: str) -> list[Node]:
         outside, self.in_bars = self.in_bars, opening == "|"
-        items = self.items(CLOSING[opening], "|" if opening == r"\{" else "")
+        items = self.items(CLOSING[opening])
         self.in_bars = outside
         return items
 
@@ -573,13 +641,13 @@ class Reader:
 
     def bracket(self, opening: str) -> Node:
         items = self.group(opening)
-        if opening == r"\{" and self.accept("|", ":"):  # {x | x > 1}
-            items = self.items(r"\}")
         closing = self.take().value
         if closing not in (CLOSING[opening], *(")", "]") * (opening in "([")):
             raise Unreadable("a bracket is open")
-        if len(items) == 1 and (opening == "{" or (opening == r"\{" and items[0].kind == "rel")):
+        if len(items) == 1 and opening == "{":
             return items[0]
+        if opening == r"\{" and items and all(item.kind == "rel" for item in items):  # {x : 1 < x}
+            return items[0] if len(items) == 1 else Node("list", tuple(items))
         if opening in ("{", r"\{"):
             return Node("set", tuple(items))
         if not items or (opening in BARS and len(items) > 1):
@@ -689,6 +757,9 @@ class Reader:
             value = call("root", *args, number(2))
         elif name == "lg" or (name == "log" and base):
             value = divide(call("ln", *args), call("ln", base or number(10)))
+        elif name in ("tanh", "coth"):  # by functions whose size shows how many digits are needed
+            top, bottom = ("sinh", "cosh") if name == "tanh" else ("cosh", "sinh")
+            value = divide(call(top, *args), call(bottom, *args))
         else:
             value = call(SPELLINGS.get(name, name), *args)
         if exponent == MINUS_ONE and "a" + name in SPELLINGS.values():
@@ -697,6 +768,9 @@ class Reader:
 
     def matrix(self) -> Node:
         name = self.plain_group()
+        self.matrices += 1
+        if self.matrices > MAX_MATRICES:
+            raise Unreadable("too many matrices")
         if name == "array":
             self.plain_group()
         rows: list[list[Node]] = [[]]
@@ -714,7 +788,13 @@ class Reader:
             return Node("list", tuple(cell for row in rows for cell in row))
         if len({len(row) for row in rows}) != 1:
             raise Unreadable("rows of different lengths")
-        return Node("matrix", tuple(Node("row", tuple(row)) for row in rows))
+        if name == "vmatrix":
+            if not rows or len(rows) != len(rows[0]) or len(rows) > MAX_ROWS:
+                raise Unreadable("no square")
+            return determinant(rows)
+        if not rows:
+            raise Unreadable("an empty matrix")
+        return matrix(rows)
 
 
 CURRENCIES = {"dollar", "euro", "yen", "pound sterling", "rupee"}
@@ -881,11 +961,15 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
 
 
 class Context(threading.local):
-    """mpmath keeps its precision in a context, one for each thread; `peak` is the largest magnitude met, in bits."""
+    """mpmath keeps its precision in a context, one for each thread; `peak` is the largest magnitude met, in bits.
+
+    `deadline` is when, by the thread's processor time, the verdict must go to a worker.
+    """
 
     def __init__(self) -> None:
         self.mp = mpmath.MPContext()
         self.mp.peak = 0
+        self.deadline = 0.0
 
 
 CONTEXT = Context()
@@ -918,8 +1002,8 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
     mp = CONTEXT.mp
 
     def values(index: int, real: bool, precision: int) -> tuple[Any, Any]:
-        if local and len(parts) * precision**2 > LOCAL_WORK:
-            raise NeedsWorker("long numbers")
+        if local and (len(parts) * precision**2 > LOCAL_WORK or time.thread_time() > CONTEXT.deadline):
+            raise NeedsWorker("long numbers, or many comparisons")
         mp.prec, mp.peak = precision, 0
         places = [place(name.args[0], position, index) for position, name in enumerate(names)]
         at = {name: mp.mpf(value.numerator) / value.denominator for name, value in zip(names, places, strict=True)}
@@ -933,7 +1017,7 @@ def same_value(a: Node, b: Node, local: bool) -> bool:
         precision = lowest
         left, right = values(index, real, precision)
         if mp.peak > GUARD_BITS // 2:
-            precision += 2 * mp.peak
+            precision += 4 * mp.peak
             left, right = values(index, real, precision)
             if lowest + mp.peak > precision:
                 raise Undefined("a pole, where values grow with the precision")
@@ -985,8 +1069,9 @@ def same(a: Node, b: Node, local: bool = True) -> bool:
     if "unit" in kinds:
         return same_quantity(a, b, local)
     left, right = definition(a, local), definition(b, local)
-    if left and right and (left[0] == right[0] or "opaque" in (left[0].kind, right[0].kind)):
-        return same(left[1], right[1], local)
+    named_alike = left and right and (left[0] == right[0] or "opaque" in (left[0].kind, right[0].kind))
+    if named_alike and same(left[1], right[1], local):
+        return True
     if bool(left) != bool(right) and kinds != {"rel"}:
         return same(left[1] if left else a, right[1] if right else b, local)
     if is_region(a) or is_region(b):
@@ -1023,10 +1108,13 @@ def quantity(node: Node) -> tuple[Node, str]:
 def same_quantity(a: Node, b: Node, local: bool) -> bool:
     """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
     (value_a, unit_a), (value_b, unit_b) = quantity(a), quantity(b)
+    if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
+        return False
+    for one, other in ((a, b), (b, a)):
+        if one.kind != "unit" and same(one, other.args[0], local):  # 2k is no quantity beside "2k units"
+            return True
     if unit_a and unit_b:
         return unit_a == unit_b and same(value_a, value_b, local)
-    if same(value_a, value_b, local):
-        return True
     scale = SCALES.get(unit_a + unit_b)
     if scale is None or {value_a.kind, value_b.kind} & NO_SCALAR:
         return False
@@ -1035,9 +1123,10 @@ def same_quantity(a: Node, b: Node, local: bool) -> bool:
 
 
 def is_name(node: Node) -> bool:
-    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, |AB|, A:B."""
-    if node.kind == "mul":
-        return all(part.kind == "sym" and part.args[0].isupper() for part in node.args)
+    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B."""
+    if node.kind in ("mul", "pow"):
+        leaves = [part for part in parts_of(node) if part.kind not in ("mul", "pow") and part != MINUS_ONE]
+        return all(leaf.kind == "sym" and leaf.args[0].isupper() for leaf in leaves)
     if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
     return node.kind in ("sym", "opaque")
@@ -1068,7 +1157,7 @@ def same_elements(a: Node, b: Node, local: bool) -> bool:
     if max(len(left), len(right)) > MAX_ITEMS:
         return False
     pairs = ((left, right), (right, left))
-    return all(any(same(x, y, local) for y in others) for some, others in pairs for x in some)
+    return all(x in others or any(same(x, y, local) for y in others) for some, others in pairs for x in some)
 
 
 def same_relation(a: Node, b: Node, local: bool) -> bool:
@@ -1091,20 +1180,37 @@ def is_region(node: Node) -> bool:
     return node.kind in REGIONS or node == REALS or inequality or several
 
 
+def as_interval(node: Node) -> Node:
+    r"""(1, 2] of 1 < x \le 2: of inequalities in which one side is a bare name that the others do not have."""
+    bare = [at for at, part in enumerate(node.args[1:]) if part.kind in ("sym", "opaque")] if node.kind == "rel" else []
+    if len(bare) != 1 or not set(node.args[0]) <= {"<", r"\le"} or len(node.args) > 4:
+        return node
+    (at,), (signs, *terms) = bare, node.args
+    if terms[at] in [part for term in terms[:at] + terms[at + 1 :] for part in parts_of(term)]:
+        return node
+    opening = "[" if at and signs[at - 1] == r"\le" else "("
+    closing = "]" if signs[at:] and signs[at] == r"\le" else ")"
+    return Node("tuple", (opening, closing, terms[at - 1] if at else REALS.args[2], *terms[at + 1 :], INFINITY)[:4])
+
+
 def same_region(a: Node, b: Node, local: bool) -> bool:
     """Unions part by part, relations by their sides, everything else by sympy's sets."""
     if a.kind == b.kind == "rel" and same_relation(a, b, local):
         return True
-    if a.kind == b.kind and a.kind in ("union", "list"):
-        as_lists = [Node("list", tuple(elements(node)) if node.kind == "list" else node.args) for node in (a, b)]
-        if same_elements(*as_lists, local):
-            return True
+    if symbols(a) and symbols(b) and symbols(a) != symbols(b):
+        return False
+    a, b = as_interval(a), as_interval(b)
+    if a.kind == b.kind == "tuple":
+        return same(a, b, local) if REALS not in (a, b) else a == b
+    if {a.kind, b.kind} <= {"union", "list"} and same_elements(Node("list", a.args), Node("list", b.args), local):
+        return True
     intervals = [node.kind == "set" or (node.kind == "tuple" and len(node.args) == 4) for node in (a, b)]
     if len(symbols(a)) > 1 or len(symbols(b)) > 1 or not all(map(operator.or_, intervals, map(is_region, (a, b)))):
         return False
     if local:
         raise NeedsWorker("sets")
-    return Algebra().same_region(a, b)
+    algebra = Algebra()
+    return algebra.region(a) == algebra.region(b)  # sympy keeps sets in one form
 
 
 class Algebra:
@@ -1139,9 +1245,10 @@ class Algebra:
             return sp.FiniteSet(*map(self.scalar, args))
         if kind in REGIONS or kind == "list":
             joined = {"intersection": sp.Intersection, "minus": sp.Complement}.get(kind, sp.Union)
-            if all(part.kind == "rel" and part.args[0] == (r"\ne",) for part in args):  # x \ne 1, x \ne 2: not "or"
-                joined = sp.Intersection
-            return joined(*map(self.region, args))
+            regions = [self.region(part) for part in args]
+            if kind == "list" and all(part.kind == "rel" for part in args) and sp.Intersection(*regions):
+                joined = sp.Intersection  # 1 < x, x < 2; but x < 1, x > 2 are two parts
+            return joined(*regions)
         if kind != "rel":
             raise Unreadable(kind)
         relations = {"<": sp.Lt, r"\le": sp.Le, r"\ne": sp.Ne, "=": sp.Eq}
@@ -1149,16 +1256,18 @@ class Algebra:
         steps = zip(args[0], values, values[1:], strict=False)
         return sp.Intersection(*(sp.solveset(relations[sign](a, b), self.x, sp.S.Reals) for sign, a, b in steps))
 
-    def same_region(self, a: Node, b: Node) -> bool:
-        return self.region(a) == self.region(b)  # sympy keeps sets in one form
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
 
 PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
-LABELLED = re.compile(r"(?:\\text\{)?\(?([A-H])[).:](?=\W).*", re.S)  # (B) 12
+LABELLED = re.compile(  # (B) 12 but not (B) or (C)
+    r"(?:\\text\{)?(?:(?:option|choice) )?\(?([A-H])(?:[).:](?![^ }\\]|\\(?!text))(?!.*\b(?:or|and)\b).*|\}?)",
+    re.S | re.I,
+)
+DECIMAL_COMMA = re.compile(r"\s*-?(?:\d+,\d\d+|0,\d+)\s*")  # 1,22 is 1.22 where a decimal answers it
+WORDS = re.compile(r"\\text\{|(?<![\\A-Za-z])[A-Za-z]{4}|^[A-Za-z '-]{3,}$")
 
 
 def plain_number(text: str) -> tuple[str, ...] | None:
@@ -1170,16 +1279,17 @@ def plain_number(text: str) -> tuple[str, ...] | None:
     return ("-" if sign == "-" and digits + decimals else "", digits, decimals)
 
 
-def as_text(text: str) -> str:
-    """For comparing as text: no spaces but those between digits; words in lower case."""
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    if bare != text or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", bare) or re.fullmatch(r"[A-Za-z '-]{3,}", bare):
-        bare = bare.casefold()
-    return re.sub(r"(?<!\d) | (?!\d)", "", bare)
+def same_text(a: str, b: str) -> bool:
+    """Whether two texts agree but for spaces, those between digits excepted, and words but for case, too."""
+    bare_a, bare_b = (re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text)) for text in (a, b))
+    if WORDS.search(a) or WORDS.search(b):
+        bare_a, bare_b = bare_a.casefold(), bare_b.casefold()
+    return bare_a == bare_b
 
 
 def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = True) -> bool:
     """Whether an answer is right; NeedsWorker (if `local`) where this is too much for the calling process."""
+    CONTEXT.deadline = time.thread_time() + LOCAL_SECONDS
     number_a, number_b = plain_number(answer), plain_number(gold)
     if number_a and number_b and tolerance is None:
         return number_a == number_b
@@ -1188,19 +1298,26 @@ def judge(answer: str, gold: str, tolerance: float | None = None, local: bool = 
     text_a, text_b = tidy(answer), tidy(gold)
     if not text_a or not text_b:
         return False
-    if as_text(text_a) == as_text(text_b):
+    if same_text(text_a, text_b):
         return True
     a, b = read(text_a), read(text_b)
     for tree, text in ((a, text_b), (b, text_a)):
         if tree and choice_letter(tree) and (label := LABELLED.fullmatch(text)):
-            return label[1] == choice_letter(tree)
+            return label[1].upper() == choice_letter(tree)
     if a is None or b is None:
         return False
-    if a.kind == "list" and b.kind == "num" and "," in gold:
-        b = read(tidy(gold, thousands=False)) or b
-    if b.kind == "list" and a.kind == "num" and "," in answer:
-        a = read(tidy(answer, thousands=False)) or a
-    return (tolerance is not None and within(a, b, tolerance)) or same(a, b, local)
+    if tolerance is not None and within(a, b, tolerance):
+        return True
+    if {a.kind, b.kind} == {"list", "num"} and "," in answer + gold:  # 123,456 is also the list 123, 456
+        a, b = (read(tidy(text, thousands=False)) or tree for text, tree in ((answer, a), (gold, b)))
+        commas = DECIMAL_COMMA.fullmatch(answer) or DECIMAL_COMMA.fullmatch(gold)
+        if commas and plain_number(answer.replace(",", ".")) == plain_number(gold.replace(",", ".")):
+            return True
+    if a.kind == b.kind == "num":
+        return a == b
+    if local:
+        pool()  # sympy is imported there while the next answers are read, so that the first hard verdict waits less
+    return same(a, b, local)
 
 
 def within(a: Node, b: Node, tolerance: float) -> bool:
@@ -1269,7 +1386,7 @@ def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) ->
 def worker(seconds: float, address_space: int) -> None:
     """Answer requests on stdin until it is closed or the caller is gone."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    Algebra()  # imports sympy now, so that this is not part of a verdict's time
+    print(judge("|x| < 1", "(-1, 1)", local=False), flush=True)  # sympy is imported now, in no verdict's time: ready
     caller = os.getppid()
     while True:
         while not select.select([sys.stdin], [], [], 5)[0]:
@@ -1278,13 +1395,15 @@ def worker(seconds: float, address_space: int) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # either signal ends the process
+        signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
         try:
             correct = judge(*json.loads(line), local=False)
         except MemoryError:
             return
         except Exception:  # noqa: BLE001  sympy gives up in many ways; none of them is a proof
             correct = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(correct), flush=True)
 
@@ -1292,7 +1411,9 @@ def worker(seconds: float, address_space: int) -> None:
 def start_worker() -> subprocess.Popen:
     command = [sys.executable, os.path.abspath(__file__), "--worker", str(VERDICT_SECONDS), str(WORKER_BYTES)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+    process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # Ctrl-C is not for the worker
+    process.stdout.readline()  # until it is ready, its requests are for the other workers
+    return process
 
 
 def stop_worker(process: subprocess.Popen | None) -> None:

@@ -25,7 +25,7 @@ def answer(case):
     if "response" in case:
         return grader.grade(case["response"], case["gold"]).correct
     return grader.is_equivalent(case["pred"], case["gold"])
-answer({{"pred": "x<1", "gold": "(-oo,1)"}})  # the pool starts here
+answer({{"pred": "|x|<1", "gold": "(-1,1)"}})  # the pool starts here
 """
 MATH_VERIFY = """
 import logging
