@@ -57,7 +57,7 @@ from rollout import Chat, Dialogue, Engine
 # What to train
 PRESET: str = "toy"  # comma-separated groups of PRESETS
 RUN: str = "run"  # the run's folder is runs/RUN; a run that exists is resumed
-MODEL: str = "Qwen/Qwen2.5-Math-1.5B"  # folder or hub name: start of policy and critic, and the KL's reference
+MODEL: str = "Qwen/Qwen2.5-Math-1.5B"  # folder or hub name: start of policy and critic
 REFERENCE: str = ""  # what the KL is measured from; "" = MODEL (SCoRe's second stage: what the first started from)
 TRAIN_DATA: str = "data/math_train.jsonl"  # problems, one {"id", "question", "answer"} a line
 SEED: int = 42  # of the order of problems, N, sampling and the value head
@@ -71,26 +71,16 @@ EPOCHS: int = 1  # passes over a rollout
 MAX_TOKENS_PER_MICRO_BATCH: int = 16384  # tokens in one forward and backward pass; memory for speed
 ROW_TOKENS: int = 4096  # tokens of a packed row; attention costs its square where the kernel has a dense mask (CPU)
 # The method
-ESTIMATOR: str = (
-    "gae"  # "gae" (paper) takes a critic; "rloo", "grpo", "dr_grpo" and "reinforce" compare attempts instead
-)
+ESTIMATOR: str = "gae"  # "gae" (paper, with a critic); without one "rloo", "grpo", "dr_grpo", "reinforce"
 GAMMA: float = 1.0  # discount per action
 LAMBDA: float = 0.99  # GAE: 1 = whole return (no bias), 0 = one step (little variance)
 CLIP: float = 0.2  # PPO: the ratio earns nothing outside 1 +- CLIP
 VALUE_CLIP: float = 0.2  # values move at most this far from those of the rollout
-ATTEMPT_GAMMA: float = (
-    1.0  # discount from one attempt to the next, on top (paper 1; SCoRe 0: each earns its own reward)
-)
-KL_COEF: tuple[float, ...] = (
-    0.01,
-)  # k3 of KL(policy || start model) in the loss, by attempt; the last holds for the rest
-KL_IN_REWARD: float = (
-    0.0  # weight of k1 in each action's reward (paper 0); no KL anywhere: no reference model is loaded
-)
+ATTEMPT_GAMMA: float = 1.0  # discount on top from one attempt to the next (paper 1; SCoRe 0: each on its own)
+KL_COEF: tuple[float, ...] = (0.01,)  # weight of KL (k3) to the start model, by attempt; the last for all others
+KL_IN_REWARD: float = 0.0  # weight of k1 in each action's reward (paper 0); no KL at all: no reference is loaded
 ENTROPY_COEF: float = 0.0  # weight of an entropy bonus (paper: none)
-TRUNCATE_IS: float = (
-    0.0  # weigh actions by min(trainer's / sampler's probability, this) (truncated importance); 0 = do not
-)
+TRUNCATE_IS: float = 0.0  # weigh actions by min(trainer's / sampler's probability, this); 0 = do not
 CRITIC_WARMUP: int = 0  # first steps in which only the critic learns (paper 0)
 WHITEN: bool = True  # advantages to mean 0 and standard deviation 1 over a rollout
 # Optimisers
@@ -107,20 +97,14 @@ COMPUTE_DTYPE: str = "bfloat16"  # of forward and backward and of the engine; ma
 GRADIENT_CHECKPOINTING: bool = True  # recompute activations in the backward pass: a third more time, far less memory
 LOGITS_CHUNK: int = 512  # actions whose (actions x vocabulary) float32 logits exist at one time
 SHARD_RANKS: int = 0  # ranks that share one copy of the weights (others hold replicas: HSDP); 0 = those of a node
-OFFLOAD: bool = (
-    False  # weights, gradients and Adam's moments in the CPU's memory between their uses: slower, for small GPUs
-)
+OFFLOAD: bool = False  # weights, gradients and Adam's moments live in the CPU's memory: slower, for small GPUs
 PEAK_TFLOPS: float = 989.0  # of a GPU in COMPUTE_DTYPE, which MFU is a share of (H100, H200: 989; A100: 312)
 MAX_MISMATCH: float = 0.05  # nats; mean |sampler - trainer| log-probability above which the run stops as broken
 # The run's folder
 SAVE_EVERY: int = 8  # steps between checkpoints, each with a test on the dev split (paper 8)
 KEEP_CHECKPOINTS: int = 2  # the newest so many stay, and the best by the dev split (paper 2)
-DEV_PROBLEMS: int = (
-    256  # taken out of TRAIN_DATA by SEED, to choose the best checkpoint; 0 = none (the paper: on the tests)
-)
-DIALOGUES_LOGGED: int = (
-    2  # dialogues a step that dialogues.jsonl keeps as text, and at a checkpoint tokens.jsonl by token
-)
+DEV_PROBLEMS: int = 256  # of TRAIN_DATA, drawn by SEED, that choose the best checkpoint (paper: the tests do); 0 = none
+DIALOGUES_LOGGED: int = 2  # dialogues a step in dialogues.jsonl; as many a checkpoint in tokens.jsonl
 TRACK: str = "tensorboard"  # where metrics go besides metrics.jsonl: "tensorboard", "wandb" or ""
 DRY_RUN: bool = False  # 1: say what would happen, and stop
 
@@ -1038,40 +1022,28 @@ def model_flops(learner: Learner, lengths: Iterable[int], actions: int) -> float
     config = learner.actor.lm.config
     weights = sum(p.numel() for p in learner.actor.lm.model.layers.parameters())
     pairs = sum(n * n for n in lengths) / 2
-    body = (
-        2 * weights * sum(lengths)
-        + 4 * pairs * config.num_attention_heads * head_width(config) * config.num_hidden_layers
-    )
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    body = 2 * weights * sum(lengths) + 4 * pairs * width * config.num_hidden_layers
     head = 2 * actions * config.hidden_size * learner.actor.tokens
     reference, critic = bool(learner.reference), bool(learner.critic)
     once = body * (1 + reference + critic) + head * (1 + reference)  # prepare(): no gradients
     return once + EPOCHS * 3 * (body * (1 + critic) + head)
 
 
-def head_width(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def plan(learner: Learner, problems: int, dev: int) -> str:
     """What will happen, for the terminal: batches, memory and the least time that the hardware allows."""
     world, gib = dist.get_world_size(), 2**30
     config = learner.actor.lm.config
-    copies = {
-        "actor": 16,
-        "critic": 16,
-        "reference": 4,
-    }  # bytes a weight: value, gradient and Adam's two moments; value
-    sharded = sum(
-        copies[name] * sum(p.numel() for p in model.parameters())
-        for name in copies
-        if (model := getattr(learner, name))
-    ) / (SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world)))  # fmt: skip
+    # Bytes a weight: itself, its gradient and Adam's two moments, 4 each; the reference has no more than itself.
+    sizes = {learner.actor: 16, learner.critic: 16, learner.reference: 4}
+    owners = SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    sharded = sum(size * sum(p.numel() for p in model.parameters()) for model, size in sizes.items() if model) / owners
     item = getattr(torch, COMPUTE_DTYPE).itemsize
-    tokens = MAX_TOKENS_PER_MICRO_BATCH
     kept = 1 if GRADIENT_CHECKPOINTING else 34  # activations of a layer, in hidden states (34: arXiv 2205.05198, eq. 2)
-    passes = tokens * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
+    passes = MAX_TOKENS_PER_MICRO_BATCH * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
     passes += 4 * LOGITS_CHUNK * learner.actor.tokens * 4 + 2 * config.vocab_size * config.hidden_size * item
-    total = sum([0 if OFFLOAD else sharded, passes]) / gib
+    total = (sharded * (not OFFLOAD) + passes) / gib
     if torch.cuda.is_available():
         room = torch.cuda.get_device_properties(device()).total_memory / gib
     else:
@@ -1118,8 +1090,7 @@ class Tracker:
             wandb.init(project="multi-attempt", name=RUN, id=RUN.replace("/", "-"), resume="allow", config=constants)
 
     def log(self, metrics: dict[str, float], bar: tqdm) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append(self.path, [metrics])
         numbers = {name: value for name, value in metrics.items() if name != "step"}
         if TRACK == "tensorboard":
             for name, value in numbers.items():
@@ -1154,7 +1125,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     goal = f"dev_accuracy_at_{rollout.MAX_ATTEMPTS}"
     best, best_accuracy = best_so_far(folder, goal)
     tracker = Tracker(folder, step, constants) if lead else None
-    stop = []
+    save_seconds, stop = 0.0, []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # a preempted job: finish the step, save, end well
 
     def progress() -> float:
@@ -1197,9 +1168,6 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
                 best, best_accuracy = step, metrics[goal]
                 export(folder / "best", learner.actor, chat.tokenizer)
             clock.stop("dev")
-        if saving:
-            save(folder, step, generated, learner, best)
-            clock.stop("save")
         flops = model_flops(learner, (len(d.ids) for d in dialogues), metrics["generated"])
         trained = clock.seconds["prepare"] + clock.seconds["update"]
         metrics = {
@@ -1208,6 +1176,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
             "token_budget": TOKEN_BUDGET,
             **metrics,
             **{f"seconds_{name}": seconds for name, seconds in clock.seconds.items()},
+            "seconds_save": save_seconds,  # of the step before: this one's logs come before its checkpoint
             "tokens_per_second": metrics["tokens"] / sum(clock.seconds.values()),
             "mfu": flops / trained / (PEAK_TFLOPS * 1e12 * dist.get_world_size()) if torch.cuda.is_available() else 0.0,
             "peak_memory_gib": peak_memory(),
@@ -1218,6 +1187,9 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
             if saving:
                 rows = range(min(DIALOGUES_LOGGED, len(batch.dialogues)))
                 append(folder / "tokens.jsonl", [by_token(batch, row, chat, step) for row in rows])
+        if saving:  # behind the logs: a run that is killed in between drops their last rows and does the step again
+            save(folder, step, generated, learner, best)
+        save_seconds = clock.stop("save")
         bar.update(metrics["generated"] if TOKEN_BUDGET else 1)
         if preempted:
             break
@@ -1236,10 +1208,11 @@ class Clock:
         self.seconds: Counter[str] = Counter()
         self.last = time.perf_counter()
 
-    def stop(self, phase: str) -> None:
+    def stop(self, phase: str) -> float:
         now = time.perf_counter()
         self.seconds[phase] += now - self.last
         self.last = now
+        return self.seconds[phase]
 
 
 def peak_memory() -> float:

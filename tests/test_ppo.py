@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -564,31 +563,36 @@ def straight(runs, toy) -> list[dict]:
     return train(runs, "straight", toy)
 
 
-@pytest.mark.parametrize("phase", ["rollout.play", "ppo.update", "ppo.dcp.save", "ppo.export"])
-def test_a_killed_run_resumes_to_the_same_numbers(runs, toy, straight, phase):
-    """Killed at once in the middle of a rollout, an update, a save, an export, after the first two steps."""
-    name = f"killed-{phase}"
-    module, function = phase.rsplit(".", 1)
-    program = (
-        "import sys, os, signal, ppo, rollout\n"
-        f"last, inner, calls = {3 if phase in ('rollout.play', 'ppo.update') else 2}, {phase}, []\n"
-        "def killed(*arguments, **options):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) < last: return inner(*arguments, **options)\n"
-        "    end = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    sys.settrace(lambda frame, *_: end() if len(calls) == last + 30 else calls.append(1))\n"
-        "    inner(*arguments, **options)\n"
-        "    end()\n"
-        f"{module}.{function} = killed\n"
-        "ppo.main()\n"
-    )
-    arguments = command(name, toy)
-    done = subprocess.run([arguments[0], "-c", program, *arguments[2:]], cwd=runs, env=alone(), capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert not (runs / "runs" / name / "policy").exists()
-    assert train(runs, name, toy) == straight
-    a, b = weights(runs, "straight"), weights(runs, name)
+def test_a_killed_run_resumes_to_the_same_numbers(runs, toy, straight):
+    """Killed at once, again and again: in the middle of a rollout, of an update behind the first checkpoint, of the
+    second save, of an export. Each start goes on where there is something whole to go on from."""
+    arguments = command("killed", toy)
+    for phase, last in {"rollout.play": 2, "ppo.update": 3, "ppo.dcp.save": 1, "ppo.export": 1}.items():
+        module, function = phase.rsplit(".", 1)
+        program = (
+            "import sys, os, signal, ppo, rollout\n"
+            f"inner, calls = {phase}, []\n"
+            "def killed(*arguments, **options):\n"
+            "    calls.append(1)\n"
+            f"    if len(calls) < {last}: return inner(*arguments, **options)\n"
+            "    end = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"    sys.settrace(lambda frame, *_: end() if len(calls) == {last + 30} else calls.append(1))\n"
+            "    inner(*arguments, **options)\n"
+            "    end()\n"
+            f"{module}.{function} = killed\n"
+            "ppo.main()\n"
+        )
+        done = subprocess.run([arguments[0], "-c", program, *arguments[2:]], cwd=runs, env=alone(), capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        assert not (runs / "runs/killed/policy").exists()
+        assert checkpoints_of(runs / "runs/killed")[:1] == ([] if phase == "rollout.play" else ["step-000002"])
+    assert train(runs, "killed", toy) == straight
+    a, b = weights(runs, "straight"), weights(runs, "killed")
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    return sorted(p.name for p in run.glob("checkpoints/step-??????"))
 
 
 def test_a_preempted_run_saves_and_goes_on(runs, toy, straight):
@@ -601,8 +605,7 @@ def test_a_preempted_run_saves_and_goes_on(runs, toy, straight):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
     assert process.returncode == 0 and "stopped by SIGTERM behind step" in said
-    saved = sorted(p.name for p in (runs / "runs/preempted/checkpoints").iterdir())[-1]
-    assert saved in ("step-000001", "step-000002", "step-000003")
+    assert checkpoints_of(runs / "runs/preempted")[-1] in ("step-000001", "step-000002", "step-000003")
     same = [{k: v for k, v in row.items() if not k.startswith("dev_")} for row in train(runs, "preempted", toy)]
     assert same == [{k: v for k, v in row.items() if not k.startswith("dev_")} for row in straight]
 
@@ -631,36 +634,38 @@ def test_what_a_run_leaves(runs, toy, straight):
     assert not (runs / "runs/dry").exists()
 
 
-def test_a_damaged_or_foreign_checkpoint_is_named(runs, toy, straight, tmp_path):
+def test_bad_checkpoints_and_full_disks(runs, toy, straight, tmp_path):
+    """A damaged checkpoint is named, and the one before it still works; a full disk (files that cannot grow stand for
+    it) leaves it whole; and then another number of ranks goes on from it to the same numbers."""
     run = tmp_path / "runs/straight"
     shutil.copytree(runs / "runs/straight", run)
     shutil.rmtree(run / "policy")
     for shard_file in (run / "checkpoints/step-000004").glob("*.distcp"):
         shard_file.write_bytes(shard_file.read_bytes()[:1000])
-    arguments = command("straight", toy)
-    done = subprocess.run(arguments, cwd=tmp_path, env=alone(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "step-000004 is damaged or of another model" in done.stderr and "resumes from step-000002" in done.stderr
+
+    def fails(program: str = "import ppo; ppo.main()") -> str:
+        arguments = command("straight", toy)
+        done = subprocess.run(
+            [arguments[0], "-c", program, *arguments[2:]], cwd=tmp_path, env=alone(), capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        return done.stderr
+
+    said = fails()
+    assert "step-000004 is damaged or of another model" in said and "resumes from step-000002" in said
     shutil.rmtree(run / "checkpoints/step-000004")
-    assert train(tmp_path, "straight", toy) == straight
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(runs, toy, straight, tmp_path):
-    """Files that cannot grow stand for a disk that is full; with room again the run goes on to the same numbers."""
-    run = tmp_path / "runs/straight"
-    shutil.copytree(runs / "runs/straight", run)
-    for name in ("policy", "best", "checkpoints/step-000004"):
-        shutil.rmtree(run / name)
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-    done = subprocess.run(
-        command("straight", toy), cwd=tmp_path, env=alone(), capture_output=True, text=True, preexec_fn=small_files
+    said = fails(
+        "import resource, ppo\n"
+        "save = ppo.dcp.save\n"
+        "def full(*arguments, **options):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "    save(*arguments, **options)\n"
+        "ppo.dcp.save = full\n"
+        "ppo.main()\n"
     )
-    assert done.returncode == 1 and "could not be written" in done.stderr and "step-000002" in done.stderr
+    assert "could not be written" in said and "goes on from step-000002" in said, said[-3000:]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
-    assert train(tmp_path, "straight", toy) == straight
+    assert_same_up_to_rounding(straight, train(tmp_path, "straight", toy, processes=2))
 
 
 def assert_same_up_to_rounding(one: list[dict], other: list[dict]) -> None:
@@ -681,14 +686,6 @@ def test_two_ranks_learn_what_one_learns(runs, toy, straight):
 def test_replicas_learn_what_shards_learn(runs, toy, straight):
     """Two ranks, each with all of the weights (HSDP with one rank a shard group)."""
     assert_same_up_to_rounding(straight, train(runs, "replicas", toy, "SHARD_RANKS=1", processes=2))
-
-
-def test_another_number_of_ranks_resumes(runs, toy, straight, tmp_path):
-    run = tmp_path / "runs/straight"
-    shutil.copytree(runs / "runs/straight", run)
-    shutil.rmtree(run / "policy")
-    shutil.rmtree(run / "checkpoints/step-000004")
-    assert_same_up_to_rounding(straight, train(tmp_path, "straight", toy, processes=2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
