@@ -278,7 +278,7 @@ def test_oddities_from_the_source_to_the_verdict(source, given, right, wrong):
         text = f"It is \\boxed{{{answer}}}."
         decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
         chat = SimpleNamespace(tokenizer=decode, end_of_turn=0, prompt=lambda question, attempts: [1])
-        engine = SimpleNamespace(busy=False)
+        engine = SimpleNamespace(busy=False, reseed=lambda seed: None, agree=lambda verdicts: verdicts)
         engine.submit = lambda *_: setattr(engine, "busy", True)
 
         def step():
