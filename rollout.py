@@ -515,7 +515,9 @@ def play(
         dialogue.extend(feedback)
         return submit(index)
 
-    ended = [index for index in range(len(dialogues)) if not submit(index)]
+    # Those with most attempts before them first: the queue's end, where the engine runs empty, is made of short ones.
+    queue = sorted(range(len(dialogues)), key=lambda i: len(dialogues[i].attempts) - dialogues[i].max_attempts)
+    ended = [index for index in queue if not submit(index)]
     solved = attempts = tokens = 0
     start = time.perf_counter()
     while True:

@@ -37,7 +37,7 @@ CHUNK: int = 64  # tokens of one call of the reference's scheme
 REFERENCE_BATCH: int = 256  # dialogues that the reference plays together
 REPEATS: int = 2  # the best of so many counts
 
-HANG = r"\sin(x) + \cos(x^2) < e^x + x^{7/3}"  # an inequality that sympy does not solve in time
+HANG = "x^{50} - 3x^{49} + 2x^7 < 1"  # a set that sympy does not find in time
 
 
 def random_model(folder: str) -> str:
