@@ -1,0 +1,359 @@
+"""What a step of ppo.py costs beside the bare models and beside TRL: tables, each ratio within this one run.
+
+    python tests/bench_ppo.py                            # a random model of 4 M parameters; some minutes on two cores
+    python tests/bench_ppo.py TRL_PYTHON=python of a venv that has trl
+    python tests/bench_ppo.py PART=update ROW_TOKENS=128
+    python tests/bench_ppo.py                            # with a GPU: the shape of Qwen2.5-Math-1.5B, bfloat16, MFU
+
+The workload: dialogues of log-uniform length (a long tail), half of their tokens actions, in 1 to 5 attempts.
+Each part runs in a process of its own, so that peaks of memory are its own.
+"""
+
+import functools
+import json
+import math
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo
+import rollout
+from data.toy import make_tokenizer
+from rollout import Attempt, Dialogue
+
+ROOT = Path(__file__).resolve().parent.parent
+PART: str = ""  # "update", "memory" or "step"; "" = all, and beside TRL where TRL_PYTHON is given
+PRESET: str = "gpu" if torch.cuda.is_available() else "cpu"
+TRL_PYTHON: str = ""  # the python that TRL's trainer runs with
+SHORTEST: int = 64  # tokens of a dialogue
+LONGEST: int = 2048
+HIDDEN: int = 1536  # the random model; these are Qwen2.5-Math-1.5B's
+LAYERS: int = 28
+HEADS: int = 12
+KV_HEADS: int = 2
+INTERMEDIATE: int = 8960
+VOCABULARY: int = 151_936
+HEAD_WIDTH: int = 1536  # of the log-probability part, measured alone, with HEAD_VOCABULARY
+HEAD_VOCABULARY: int = 151_936
+HEAD_ACTIONS: tuple[int, ...] = (2048, 16384)  # actions of a micro-batch; memory must not grow with them
+BARE_TOKENS: int = 8192  # tokens of a dense batch of the bare model at the most
+REPEATS: int = 3  # the median of so many counts
+GOAL: float = 0.9 if torch.cuda.is_available() else 0.8  # of the bare models' tokens/s
+TOY_STEPS: int = 30  # steps of the real run
+STEP_SECONDS: float = 135.0  # a step of the real model that a checkpoint is set against: 48 hours / 1,280 steps
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpu": {"DIALOGUES": 256},
+    "cpu": {  # the head holds about as large a part of the weights as in the 1.5 B model
+        "HIDDEN": 256, "LAYERS": 4, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE": 1024, "VOCABULARY": 2048,
+        "SHORTEST": 32, "LONGEST": 1024, "DIALOGUES": 32, "MINI_BATCH": 16, "HEAD_ACTIONS": (1024, 2048),
+        "COMPUTE_DTYPE": "float32", "GRADIENT_CHECKPOINTING": False,
+        "ROW_TOKENS": 256, "MAX_TOKENS_PER_MICRO_BATCH": 2048, "BARE_TOKENS": 2048,
+    },
+}  # fmt: skip
+
+# TRL's PPOTrainer on the same dialogues: generate() gives them back, and its time does not count. It hands on the
+# logits, too, from which TRL has the old log-probabilities, so there TRL is spared a pass. The reward model is tiny.
+TRL_PROGRAM = """
+import json, resource, sys, time
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+import trl
+given = json.load(open(sys.argv[1]))
+torch.set_num_threads(given["threads"])
+tokenizer = AutoTokenizer.from_pretrained(given["tokenizer"])
+tokenizer.pad_token_id = 0
+load = dict(dtype=torch.float32)
+actor, reference = (AutoModelForCausalLM.from_pretrained(given["model"], **load) for _ in range(2))
+critic = AutoModelForSequenceClassification.from_pretrained(given["model"], num_labels=1, **load)
+tiny = Qwen2Config(vocab_size=actor.config.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                   num_attention_heads=1, num_key_value_heads=1, num_labels=1)
+judge = AutoModelForSequenceClassification.from_config(tiny)
+for model in (critic, judge):
+    model.config.pad_token_id = 0
+rows = [torch.tensor(ids) for ids in given["dialogues"]]
+full = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T); a query is the first two tokens: no padding
+start = []
+def generate(model, queries, *_):
+    logits = torch.zeros(*full[:, 2:].shape, model.config.vocab_size)  # (B, T - 2, V), as TRL keeps them
+    start.append((time.perf_counter(), time.process_time()))
+    return full, logits
+ppo_trainer.batch_generation = generate
+micro = given["micro_batch"]
+config = PPOConfig(
+    output_dir=given["folder"], per_device_train_batch_size=micro, gradient_accumulation_steps=len(rows) // micro,
+    num_mini_batches=given["mini_batches"], num_ppo_epochs=given["epochs"], total_episodes=2 * len(rows),
+    local_rollout_forward_batch_size=micro, response_length=full.shape[1] - 2, num_sample_generations=0,
+    learning_rate=5e-7, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    logging_strategy="no", disable_tqdm=True,
+)
+trainer = PPOTrainer(
+    args=config, processing_class=tokenizer, model=actor, ref_model=reference, reward_model=judge, value_model=critic,
+    train_dataset=Dataset.from_dict({"input_ids": [ids[:2] for ids in given["dialogues"]]}),
+)
+trainer.train()
+took, worked = time.perf_counter() - start[-1][0], time.process_time() - start[-1][1]
+print(json.dumps({"seconds": took, "worked": worked, "version": trl.__version__, "width": full.shape[1],
+                  "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+
+
+# The workload ---------------------------------------------------------------------------------------------------------
+def draw_dialogues() -> list[Dialogue]:
+    rng = random.Random(0)
+    return [draw_dialogue(rng) for _ in range(ppo.DIALOGUES)]
+
+
+def draw_dialogue(rng: random.Random) -> Dialogue:
+    """Environment and attempts in turn, equally long; what division leaves over belongs to the prompt."""
+    length = round(SHORTEST * (LONGEST / SHORTEST) ** rng.random())
+    attempts = rng.randint(1, 5)
+    part = length // (2 * attempts)
+    dialogue = Dialogue({"id": "x", "question": "q", "answer": "1"}, attempts)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(1, VOCABULARY) for _ in range(count)]
+
+    for k in range(attempts):
+        dialogue.extend(ids(part if k else length - (2 * attempts - 1) * part))
+        start = len(dialogue.ids)
+        dialogue.extend(ids(part), [0.0] * part)
+        status = "correct" if k == attempts - 1 and rng.random() < 0.5 else "wrong"
+        dialogue.attempts.append(Attempt(start, len(dialogue.ids), None, status, "stop"))
+    rollout.assign_rewards(dialogue)
+    return dialogue
+
+
+def random_model(folder: str) -> str:
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+# The update: ours, the bare models, TRL -------------------------------------------------------------------------------
+def seconds_of(work: Callable[[], Any]) -> tuple[float, float]:
+    """-> (seconds, seconds of the CPU in this process's threads: what a busy machine does not lengthen)."""
+    start, worked = time.perf_counter(), time.process_time()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - worked
+
+
+def rate_line(tokens: int, took: float, worked: float) -> str:
+    return f"{took:6.1f} s {tokens / took:9,.0f} tokens/s ({tokens / worked:,.0f} a second of the CPU)"
+
+
+def our_update(learner: ppo.Learner, dialogues: list[Dialogue], folder: Path) -> None:
+    batch = ppo.my_batch(dialogues)
+    ppo.prepare(batch, learner)
+    ppo.update(batch, learner, True, folder)
+
+
+def bare_passes(lm: nn.Module, rows: torch.Tensor, batch: int) -> None:
+    """As many passes of the bare model: old and reference log-probabilities and values without gradients, then actor
+    and critic with; an actor has its usual loss, a critic no head. rows (R, L): no padding, no packing, no mask."""
+    for ids in rows.split(batch):
+        with torch.no_grad():
+            for _ in range(2):
+                lm(input_ids=ids, labels=ids, use_cache=False)
+            lm.model(input_ids=ids, use_cache=False)
+        for _ in range(ppo.EPOCHS):
+            lm(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            lm.model(input_ids=ids, use_cache=False).last_hidden_state.mean().backward()
+    lm.zero_grad()
+
+
+def bench_update() -> None:
+    dialogues = draw_dialogues()
+    lengths = [len(d.ids) for d in dialogues]
+    tokens, actions = sum(lengths), sum(sum(d.mask) for d in dialogues)
+    with tempfile.TemporaryDirectory() as folder:
+        ppo.MODEL = random_model(f"{folder}/model")
+        ppo.MAX_MISMATCH = math.inf  # nobody sampled these dialogues
+        learner = ppo.Learner.load(VOCABULARY)
+        parameters = sum(p.numel() for p in learner.actor.parameters())
+        print(f"model of {parameters:,} parameters, {ppo.COMPUTE_DTYPE}, {torch.get_num_threads()} threads")
+        print(f"{len(lengths)} dialogues of {min(lengths)} to {max(lengths)} tokens, {tokens:,} in all, {actions:,} of "
+              f"them actions; mini-batches of {ppo.MINI_BATCH}, {ppo.EPOCHS} epoch(s)")  # fmt: skip
+        print(f"ROW_TOKENS={ppo.ROW_TOKENS} MAX_TOKENS_PER_MICRO_BATCH={ppo.MAX_TOKENS_PER_MICRO_BATCH}", flush=True)
+        our_update(learner, dialogues, Path(folder))  # the first is slower
+        peak = ppo.peak_memory()
+        bare = AutoModelForCausalLM.from_pretrained(ppo.MODEL, dtype=getattr(torch, ppo.COMPUTE_DTYPE)).train()
+        bare.to(ppo.device())
+        if ppo.GRADIENT_CHECKPOINTING:
+            bare.gradient_checkpointing_enable({"use_reentrant": False})
+        # Rows of this length attend to as many pairs of tokens as the dialogues do.
+        length = round(sum(n * n for n in lengths) / tokens)
+        rows = torch.randint(1, VOCABULARY, (round(tokens / length), length), device=ppo.device())
+        batch = max(1, min(ppo.MAX_TOKENS_PER_MICRO_BATCH, BARE_TOKENS) // length)
+        bare_passes(bare, rows[:batch], batch)
+        ours, theirs = [], []
+        for _ in range(REPEATS):  # in turn: whatever slows the machine down slows both
+            ours.append(seconds_of(lambda: our_update(learner, dialogues, Path(folder))))
+            theirs.append(seconds_of(lambda: bare_passes(bare, rows, batch)))
+        took, worked = map(statistics.median, zip(*ours, strict=True))
+        bare_took, bare_worked = (x * tokens / rows.numel() for x in map(statistics.median, zip(*theirs, strict=True)))
+        print(f"ours: a whole update             {rate_line(tokens, took, worked)}, peak {peak:.2f} GiB")
+        print(f"bare models, {batch} x {length} dense     {rate_line(tokens, bare_took, bare_worked)}")
+        print(f"ours / bare: {bare_took / took:.2f}, by CPU time {bare_worked / worked:.2f} (goal {GOAL})", flush=True)
+        if torch.cuda.is_available():
+            flops = ppo.model_flops(learner, lengths, actions)
+            mean = tokens / len(lengths)
+            print(f"measured: MFU {flops / took / (ppo.PEAK_TFLOPS * 1e12):.1%} of {ppo.PEAK_TFLOPS} TFLOPS")
+            print(f"projected: updates of 1,280 steps of 1,024 dialogues of {mean:.0f} tokens, without generation: "
+                  f"{1280 * 1024 / len(lengths) * took / 3600:.1f} h on this GPU")  # fmt: skip
+        bench_save(learner, Path(folder), parameters)
+        if TRL_PYTHON:
+            bench_trl(dialogues, folder, took, worked, peak)
+
+
+def bench_save(learner: ppo.Learner, folder: Path, parameters: int) -> None:
+    took, _ = seconds_of(lambda: ppo.save(folder, 1, 0, learner, 0))
+    size = sum(f.stat().st_size for f in (folder / "checkpoints").rglob("*") if f.is_file())
+    real = 2 * 12 * 1_543_714_304  # bytes: actor and critic of Qwen2.5-Math-1.5B, value and two moments a weight
+    print(f"checkpoint: {size / 1e6:.0f} MB in {took:.2f} s, {size / took / 1e6:.0f} MB/s")
+    seconds = real * took / size
+    print(f"projected: the real model's {real / 1e9:.0f} GB take {seconds:.0f} s, {seconds / 8 / STEP_SECONDS:.1%} of "
+          f"8 steps of {STEP_SECONDS:.0f} s (goal 2 %)", flush=True)  # fmt: skip
+
+
+def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float, peak: float) -> None:
+    tokens, longest = sum(len(d.ids) for d in dialogues), max(len(d.ids) for d in dialogues)
+    tokenizer = Path(folder) / "tokenizer"
+    make_tokenizer().save_pretrained(tokenizer)
+    fits = max(1, ppo.MAX_TOKENS_PER_MICRO_BATCH // longest)
+    given = {
+        "folder": folder, "model": ppo.MODEL, "tokenizer": str(tokenizer), "dialogues": [d.ids for d in dialogues],
+        "micro_batch": 2 ** int(math.log2(fits)), "mini_batches": ppo.DIALOGUES // ppo.MINI_BATCH,
+        "epochs": ppo.EPOCHS, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    arguments = Path(folder) / "trl.json"
+    arguments.write_text(json.dumps(given), encoding="utf-8")
+    command = [TRL_PYTHON, "-c", TRL_PROGRAM, str(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found = json.loads(done.stdout.splitlines()[-1])
+    trl_took, trl_worked = found["seconds"], found["worked"]
+    print(f"TRL {found['version']}, {given['micro_batch']} x {found['width']} padded    "
+          f"{rate_line(tokens, trl_took, trl_worked)}, peak {found['gib']:.2f} GiB; generation is not counted, "
+          "and a pass for old log-probabilities not needed")  # fmt: skip
+    print(f"ours / TRL: {trl_took / took:.1f}, by CPU time {trl_worked / worked:.1f} (goal 3); "
+          f"memory {peak / found['gib']:.2f}", flush=True)  # fmt: skip
+
+
+# The memory of the log-probabilities ----------------------------------------------------------------------------------
+def bench_memory(actions: int) -> None:
+    """Actor.forward and its backward pass from given hidden states: what it takes beyond them, the head and both their
+    gradients. On a CPU by the peak of the process, which counts everything."""
+    dtype = torch.bfloat16
+    head = nn.Parameter(torch.randn(HEAD_VOCABULARY, HEAD_WIDTH, dtype=dtype, device=ppo.device()) / 40)
+    hidden = torch.randn(actions, HEAD_WIDTH, dtype=dtype, device=ppo.device()).requires_grad_()
+    lm = SimpleNamespace(model=None, lm_head=SimpleNamespace(weight=head))
+    ids = torch.randint(HEAD_VOCABULARY, (1, actions + 1), device=ppo.device())
+    state = (torch.zeros(actions, dtype=torch.int64, device=ids.device), torch.arange(actions, device=ids.device))
+    ppo.read = lambda body, micro: hidden
+    head.grad, hidden.grad = torch.zeros_like(head), torch.zeros_like(hidden)  # counted as there
+    before = memory_now()
+    actor, micro = SimpleNamespace(lm=lm, tokens=HEAD_VOCABULARY), SimpleNamespace(ids=ids, state=state)
+    logprobs, entropy = ppo.Actor.forward(actor, micro)
+    (logprobs.sum() - 0.01 * entropy.sum()).backward()
+    extra = 2**30 * ppo.peak_memory() - before
+    print(f"{actions} actions, {HEAD_VOCABULARY:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={ppo.LOGITS_CHUNK}: peak "
+          f"{extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)  # fmt: skip
+
+
+def memory_now() -> float:
+    """Bytes: of the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+# A step, by phase -----------------------------------------------------------------------------------------------------
+def bench_step() -> None:
+    """A short real run of the toy: the phases of metrics.jsonl, and what of them is neither generation nor a model."""
+    inside: Counter[str] = Counter()
+
+    def timed(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            inside[name] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, wrapper)
+
+    for name in ("pack", "make_micro_batch", "gae", "whiten", "append"):
+        timed(ppo, name)
+    timed(ppo.Tracker, "log")
+    with tempfile.TemporaryDirectory() as folder:
+        world = f"{folder}/toy"
+        small = [f"OUT={world}", "WARM_STEPS=150", "TRAIN_PROBLEMS=3000", "TEST_PROBLEMS=40"]
+        subprocess.run([sys.executable, "-m", "data.toy", *small], cwd=ROOT, check=True, capture_output=True)
+        sys.argv = ["ppo.py", "PRESET=toy", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl",
+                    f"RUN={folder}/run", "TOKEN_BUDGET=0", f"STEPS={TOY_STEPS}", "SAVE_EVERY=8"]  # fmt: skip
+        sys.modules["__main__"] = ppo  # so that ppo.main sets the constants of this module
+        ppo.main()
+        rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
+    rows = rows[1:]  # the first step compiles and warms up
+    phases = Counter()
+    for row in rows:
+        phases.update({k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")})
+    inside = Counter({k: v * len(rows) / TOY_STEPS for k, v in inside.items()})
+    total = sum(phases.values()) + inside["log"] + inside["append"]
+    for name, seconds in phases.items():
+        print(f"{name:44} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
+    for name, seconds in inside.items():
+        print(f"  of them, or behind them: {name:18} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
+    rest = phases["pack"] + phases["transfer"] + phases["save"] + sum(inside.values())
+    print(f"neither generation nor passes: {rest / total:.1%} of a step (goal 5 %), "
+          f"{phases['save'] / total:.1%} of it saves")  # fmt: skip
+
+
+def main() -> None:
+    stages = {"bench": sys.modules[__name__], "ppo": ppo, "rollout": rollout}
+    rollout.override_constants(sys.argv[1:], stages, PRESETS)
+    if not PART:
+        for part in ("update", "step", *(f"memory-{n}" for n in HEAD_ACTIONS)):
+            print(f"\n{part}", flush=True)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], f"PART={part}"], check=True)
+        return
+    part, _, actions = PART.partition("-")
+    if part == "step":
+        bench_step()
+    elif part == "memory":
+        bench_memory(int(actions or HEAD_ACTIONS[0]))
+    else:
+        ppo.start_ranks()
+        bench_update()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
