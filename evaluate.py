@@ -1,62 +1,126 @@
-"""Measure accuracy against the number of allowed attempts (arXiv 2503.04808, section 3), intervals and a control.
+"""Measure accuracy against the number of allowed attempts (arXiv 2503.04808, section 3), with the controls it needs.
 
-1. For each K in 1..MAX_ATTEMPTS a run of its own: the prompt grants K attempts, decoding is greedy, and each wrong
-   attempt is told so. All K and all benchmarks of a model wait in one engine queue.
-2. The control asks what K attempts are worth without feedback: pass@k of independent samples of the one-attempt prompt.
-3. OUT receives results.json, dialogues-<model>.jsonl (everything that was said) and the figure, accuracy.png and .svg.
+1. Protocols: "paper" grants K attempts in a run of its own for each K (all K and benchmarks of a model in one engine
+   queue); "prefix" plays the largest K once and counts what the first k attempts solved. Greedy, or avg@n.
+2. Feedback (rollout.FEEDBACK): "verified" stops at a right answer; "intrinsic" (SCoRe, arXiv 2409.12917) never tells.
+3. Controls: what independent samples without feedback reach, with as many attempts and with as many tokens.
+4. OUT gets results.json and .csv, dialogues-<model>.jsonl, the figure (PNG, SVG) and report.html, complete in itself.
 
     python evaluate.py                              # the toy model on its held-out problems
-    python evaluate.py MODEL=folder[,folder...] BENCHMARKS=file.jsonl[,...] MAX_ATTEMPTS=5 OUT=folder
+    python evaluate.py MODEL=name-or-folder[,...] BENCHMARKS=file.jsonl[,...] MAX_ATTEMPTS=5 OUT=folder
     torchrun --nproc-per-node 8 evaluate.py ...     # each rank plays a stripe of the dialogues on an engine of its own
 
-A second call skips the models that OUT has already.
+Stopped, it goes on where it was, dialogue by dialogue; called again, it plays only the models that OUT has not yet.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
-import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+import grader
 import rollout
+from data import report
 from rollout import Chat, Dialogue, Engine, load_problems, new_dialogue, override_constants, play, random_number
 
 # What is measured ----------------------------------------------------------------------------------------------------
-MODEL: str = "data/toy/warm_start"  # Hugging Face folders, comma between them
+MODEL: str = "data/toy/warm_start"  # Hugging Face folders or hub names, comma between them
 BENCHMARKS: str = "data/toy/test.jsonl"  # problem files, comma between them
-OUT: str = "runs/evaluate"  # folder for the results
-RESAMPLES: int = (
-    8  # samples a problem for the pass@k control, which covers k up to it; 0 = no control, a third less time
-)
-RESAMPLE_TEMPERATURE: float = 1.0  # of the control; the greedy runs have none
+OUT: str = "runs/evaluate"  # folder for the results; all ranks must see it
+PROTOCOL: str = "paper"  # "paper": a run for each K; "prefix": one run at the largest K, a third to half the time
+SAMPLES: int = 0  # dialogues a problem and K, sampled (avg@n: 16 or more for 30 problems); 0 = one, greedy (paper)
+RESAMPLES: int = 8  # one-attempt samples a problem for the controls, which reach up to it; 0 = none, a third less time
+TEMPERATURE: float = 1.0  # of all that is sampled; greedy dialogues have none
 CONFIDENCE: float = 0.95  # of every interval
+BOOTSTRAP: int = 2000  # resamples of the problems behind every interval that is not Wilson's
 # How -----------------------------------------------------------------------------------------------------------------
 DTYPE: str = "float32"  # of the engine; "bfloat16" for models that were trained in it
 GATHER_HOURS: float = 24.0  # hours; the fastest rank waits as long for the slowest one
+REPORT_TOKENS: int = 24  # training dialogues that report.html shades token by token, the run's last ones
+REPORT_CHARACTERS: int = 24_000_000  # of dialogues in report.html, 0.3 bytes each; beyond, every 2nd, 3rd... problem
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind readers too
+KEY = ("benchmark", "id", "K", "control", "sample")  # of a record
+PROTOCOLS = ("paper", "prefix")
+AVERAGE = "average"  # in results.json beside the benchmarks: the mean over them, each counting the same
+METRICS = {  # each by k = 1, 2, ... allowed attempts
+    "accuracy": "solved within k attempts; intrinsic: right at attempt k (SCoRe's Acc@t)",
+    "gain": "accuracy at k less accuracy at 1 (SCoRe's delta)",
+    "pass": "pass@k: some one of k independent samples of the one-attempt prompt is right",
+    "over_pass": "accuracy less pass@k: what feedback is worth beyond another try",
+    "pass_same_tokens": "independent samples until one is right, at most so many as are expected to take the tokens of "
+    "the dialogues at k",
+    "over_pass_same_tokens": "accuracy less pass_same_tokens",
+    "samples_same_tokens": "that number of samples, j + f: j + 1 with chance f, else j",
+    "majority": "maj@k: the most frequent answer of k independent samples is right; ties by chance, no answer no vote",
+    "majority_same_tokens": "the same with so many samples as cost the dialogues' tokens (all are drawn: no oracle)",
+    "repeat": "retries that give an answer the dialogue has given before, equal as the grader sees it",
+    "attempts": "attempts used, mean of a dialogue",
+    "tokens": "generated tokens, mean of a dialogue",
+    "sample_tokens": "generated tokens of k independent samples, mean",
+    "truncated": "attempts that a limit ended instead of the policy",
+    "out_of_context": "dialogues that the context ended before a right answer or the k-th attempt; they count as wrong",
+    "i_to_c": "intrinsic: wrong at attempt 1, right at k; of all problems",
+    "c_to_i": "intrinsic: right at attempt 1, wrong at k; of all problems",
+    "changed": "intrinsic: the answer at k is not that of attempt 1; of all problems",
+}
+
+
+class Item(NamedTuple):
+    """One dialogue to play; without its problem's text, the key of its record."""
+
+    problem: dict[str, Any]
+    K: int  # attempts that the prompt grants
+    control: bool  # an independent sample of the one-attempt prompt
+    sample: int  # number of the sample; 0 for a greedy dialogue
+
+    @property
+    def key(self) -> tuple:
+        return self.problem["benchmark"], self.problem["id"], self.K, self.control, self.sample
+
+    @property
+    def seed(self) -> int:
+        return random_number("resample" if self.control else "evaluate", rollout.SEED, *self.key)
 
 
 @dataclasses.dataclass
-class Curve:
-    """One line of the figure: accuracy at 1, 2, ... allowed attempts, with a band where low and high are given."""
+class Estimate:
+    """A metric by k = 1..K: its value, and what resampled problems make of it."""
 
-    label: str
-    accuracy: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    color: str = "#555555"
-    line: str = "-"  # "-", "--" or ":"
+    value: np.ndarray  # (K,) float64; nan where it is not defined
+    resampled: np.ndarray  # (BOOTSTRAP, K) float64
+    outcomes: np.ndarray | None = None  # (problems, K) of 0 and 1 if it is a share of problems: then Wilson's interval
+
+    def as_json(self) -> dict[str, list[float | None]]:
+        """{"value", "low", "high"}, each by k; None where the metric is not defined."""
+        tail, bounds = (1 - CONFIDENCE) / 2, []
+        for k, value in enumerate(self.value):
+            if math.isnan(value):
+                bounds.append((value, value))
+            elif self.outcomes is not None:
+                bounds.append(wilson(int(self.outcomes[:, k].sum()), len(self.outcomes)))
+            else:
+                bounds.append(np.nanquantile(self.resampled[:, k], (tail, 1 - tail)))
+        columns = {"value": self.value, "low": [low for low, _ in bounds], "high": [high for _, high in bounds]}
+        return {name: [None if math.isnan(x) else float(x) for x in xs] for name, xs in columns.items()}
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference on the same problems: both were resampled alike, so its interval is a paired one."""
+        return Estimate(self.value - other.value, self.resampled - other.resampled)
 
 
 # Intervals and estimators --------------------------------------------------------------------------------------------
@@ -72,6 +136,36 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, (center - half) / (1 + zz)), min(1.0, (center + half) / (1 + zz))
 
 
+def problem_weights(benchmark: str, n: int) -> np.ndarray:
+    """(BOOTSTRAP, n) how often each problem is in each resample. It depends on the seed and the benchmark alone, so all
+    metrics and models are resampled alike: differences are paired, and the average is stratified by benchmark."""
+    rng = np.random.default_rng(random_number("bootstrap", rollout.SEED, benchmark))
+    return rng.multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP).astype(np.float64)
+
+
+def mean(values: np.ndarray, weights: np.ndarray) -> Estimate:
+    """Mean over problems of (problems, K) values."""
+    return Estimate(values.mean(0), weights @ values / len(values))
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray, weights: np.ndarray) -> Estimate:
+    """Sum over problems of `top` by that of `bottom`, each (problems, K). Plain 0 or 1 of 1 is a share of problems."""
+    with np.errstate(invalid="ignore"):  # 0 / 0, such as repeats among no retries, is nan: not defined
+        value, resampled = top.sum(0) / bottom.sum(0), (weights @ top) / (weights @ bottom)
+    counted = bool((bottom == 1).all() and np.isin(top, (0, 1)).all())
+    return Estimate(value, resampled, top if counted else None)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided test: the chance of so uneven a split of the problems that one model alone solved.
+
+    >>> mcnemar(1, 5), mcnemar(3, 3)                     # 2 (1 + 6) / 64
+    (0.21875, 1.0)
+    """
+    n = only_first + only_second
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1)) / 2**n)
+
+
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a correct one: the unbiased estimator of pass@k.
 
@@ -81,21 +175,47 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of per-problem values in [0, 1] with its normal interval (mean ± z standard errors, over problems).
+@functools.cache
+def majority_at_k(correct: int, wrong: tuple[int, ...], silent: int, k: int) -> float:
+    """Chance that a vote among k samples, drawn without replacement, elects the right answer; chance breaks ties.
 
-    >>> [round(x, 3) for x in mean_interval([0.0, 0.5, 0.5, 1.0])]
-    [0.5, 0.1, 0.9]
+    correct: samples with the right answer; wrong: how many samples gave each wrong one; silent: samples without answer.
+
+    >>> majority_at_k(2, (1,), 0, 1), majority_at_k(2, (1,), 0, 2), majority_at_k(2, (1,), 0, 3)
+    (0.6666666666666666, 0.6666666666666666, 1.0)
     """
-    mean = statistics.fmean(values)
-    z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-    half = z * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean, max(0.0, mean - half), min(1.0, mean + half)
+    won = 0.0
+    for votes in range(1, min(k, correct) + 1):  # for the right answer; no other may have more
+        ways = {(votes, 0): math.comb(correct, votes)}  # (drawn so far, answers with as many votes) -> number of draws
+        for size in wrong:
+            more: Counter[tuple[int, int]] = Counter()
+            for (drawn, tied), count in ways.items():
+                for j in range(min(size, votes, k - drawn) + 1):
+                    more[drawn + j, tied + (j == votes)] += count * math.comb(size, j)
+            ways = more
+        won += sum(count * math.comb(silent, k - drawn) / (1 + tied) for (drawn, tied), count in ways.items())
+    return won / math.comb(correct + sum(wrong) + silent, k)
+
+
+def cost_until_right(right: Sequence[int], wrong: Sequence[int]) -> list[float]:
+    """Expected tokens of up to j = 0..n samples, drawn in random order until one is right.
+
+    right, wrong: tokens of the samples that were.
+
+    >>> cost_until_right([10], [4, 6])                  # a second one after two thirds of the draws, a third after one
+    [0.0, 6.666666666666667, 11.666666666666668, 15.0]
+    """
+    n, cost = len(right) + len(wrong), [0.0]
+    for drawn in range(n):
+        all_wrong = math.comb(len(wrong), drawn) / math.comb(n, drawn)
+        left = sum(right) + (len(wrong) - drawn) * sum(wrong) / max(1, len(wrong))  # tokens in the samples that remain
+        cost.append(cost[-1] + all_wrong * left / (n - drawn))
+    return cost
 
 
 # Metrics: from records, the lines of dialogues-<model>.jsonl ---------------------------------------------------------
-def record(chat: Chat, dialogue: Dialogue, sample: int | None) -> dict[str, Any]:
-    """A played dialogue as plain data; sample: number of the control's sample, None = greedy."""
+def record(chat: Chat, dialogue: Dialogue, item: Item) -> dict[str, Any]:
+    """A played dialogue as plain data."""
     attempts = [
         {
             "text": chat.tokenizer.decode(dialogue.ids[a.start : a.end], skip_special_tokens=True),
@@ -106,88 +226,235 @@ def record(chat: Chat, dialogue: Dialogue, sample: int | None) -> dict[str, Any]
         }
         for a in dialogue.attempts
     ]
-    problem = {"benchmark": dialogue.problem["benchmark"], "id": dialogue.problem["id"]}
-    return {**problem, "K": dialogue.max_attempts, "sample": sample, "attempts": attempts}
+    return dict(zip(KEY, item.key, strict=True)) | {"attempts": attempts}
 
 
-def is_solved(dialogue: dict[str, Any]) -> bool:
-    return any(attempt["status"] == "correct" for attempt in dialogue["attempts"])
+def key_of(record: dict[str, Any]) -> tuple:
+    """The key of the Item that was played."""
+    return tuple(record[name] for name in KEY)
 
 
-def repeat_share(dialogues: Sequence[dict[str, Any]]) -> float | None:
-    """How often the second answer is, letter by letter, the first; None if there was no second attempt.
+@functools.cache
+def same_answer(a: str | None, b: str | None) -> bool:
+    """As the grader sees it. No answer is the same as nothing, not even as no answer.
 
-    >>> said = lambda *answers: {"attempts": [{"answer": a} for a in answers]}
-    >>> repeat_share([said("7"), said("7", "7"), said("7", "8", "7"), said(None, None)])
-    0.3333333333333333
+    >>> same_answer("1/2", r"\\frac{1}{2}"), same_answer("1/2", "2"), same_answer(None, None)
+    (True, False, False)
     """
-    pairs = [[a["answer"] for a in d["attempts"][:2]] for d in dialogues if len(d["attempts"]) > 1]
-    return sum(first is not None and first == second for first, second in pairs) / len(pairs) if pairs else None
+    return a is not None and b is not None and (a == b or grader.is_equivalent(a, b))
 
 
-def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What results.json says about one model on one benchmark; lists are by K (from 1).
+def repeats(attempts: Sequence[dict[str, Any]]) -> list[bool]:
+    """Of each attempt, whether an earlier one gave the same answer.
 
-    >>> right, wrong = ({"answer": "7", "status": s, "ending": "stop", "tokens": 5} for s in ("correct", "wrong"))
-    >>> run = lambda K, *attempts: {"id": "a", "K": K, "sample": None, "attempts": attempts}
-    >>> result = summarise([run(1, right), run(1, wrong), run(2, right), run(2, wrong, right)])
-    >>> result["n"], result["accuracy"], result["repeat"], result["tokens"]
-    (2, [0.5, 1.0], [None, 1.0], [5.0, 7.5])
+    >>> repeats([{"answer": a} for a in ("7", "8", "7.0", None, None)])
+    [False, False, True, False, False]
     """
-    greedy = [r for r in records if r["sample"] is None]
-    runs = [[r for r in greedy if r["K"] == k] for k in range(1, max(r["K"] for r in greedy) + 1)]
-    n = len(runs[0])
-    solved = [sum(map(is_solved, run)) for run in runs]
-    attempts = [[a for r in run for a in r["attempts"]] for run in runs]
-    result = {
-        "n": n,
-        "accuracy": [s / n for s in solved],
-        "low": [wilson(s, n)[0] for s in solved],
-        "high": [wilson(s, n)[1] for s in solved],
-        "repeat": [repeat_share(run) for run in runs],
-        "tokens": [sum(a["tokens"] for a in run) / n for run in attempts],  # sampled, mean of a dialogue
-        "truncated": [
-            sum(a["ending"] != "stop" for a in run) / max(1, len(run)) for run in attempts
-        ],  # share of attempts
-        # dialogues, counted as not solved, that the context ended: before the first attempt, or before the K-th
-        "too_long": sum(not r["attempts"] for r in runs[-1]),
-        "out_of_context": [sum(not is_solved(r) and len(r["attempts"]) < r["K"] for r in run) for run in runs],
+    answers = [a["answer"] for a in attempts]
+    return [any(same_answer(answer, before) for before in answers[:i]) for i, answer in enumerate(answers)]
+
+
+def measure(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
+    """All METRICS of one model on one benchmark."""
+    intrinsic = rollout.FEEDBACK == "intrinsic"
+    row = {name: i for i, name in enumerate(sorted({r["id"] for r in records}))}
+    weights = problem_weights(records[0]["benchmark"], len(row))
+    played = [r for r in records if not r["control"]]
+    most = max(r["K"] for r in played)
+    own_runs = len({r["K"] for r in played}) == most  # the paper's protocol: k counts in the run that granted k
+
+    def total(quantity: Callable[[list[dict[str, Any]], int], float]) -> np.ndarray:
+        """(problems, K) the sum over a problem's dialogues of a quantity of their first k attempts."""
+        sums = np.zeros((len(row), most))
+        for r in played:
+            for k in [r["K"]] if own_runs else range(1, most + 1):
+                sums[row[r["id"]], k - 1] += quantity(r["attempts"][:k], k)
+        return sums
+
+    def right(attempts: list[dict[str, Any]], k: int) -> bool:
+        return any(a["status"] == "correct" for a in (attempts[k - 1 :] if intrinsic else attempts))
+
+    def share(of: np.ndarray, among: np.ndarray) -> Estimate:
+        return ratio(of, among, weights)
+
+    dialogues = total(lambda attempts, k: 1)
+    tries = total(lambda attempts, k: len(attempts))
+    found = {
+        "accuracy": share(total(right), dialogues),
+        "repeat": share(total(lambda a, k: sum(repeats(a))), total(lambda a, k: max(0, len(a) - 1))),
+        "attempts": share(tries, dialogues),
+        "tokens": share(total(lambda attempts, k: sum(a["tokens"] for a in attempts)), dialogues),
+        "truncated": share(
+            total(lambda attempts, k: sum(a["ending"] in ("length", "context") for a in attempts)), tries
+        ),
+        "out_of_context": share(total(lambda a, k: len(a) < k and (intrinsic or not right(a, k))), dialogues),
     }
-    correct: dict[str, list[bool]] = {}  # problem -> verdicts of its samples
+    accuracy = found["accuracy"]
+    found["gain"] = accuracy - Estimate(accuracy.value[[0]], accuracy.resampled[:, [0]])
+    if intrinsic:
+        found["i_to_c"] = share(total(lambda a, k: right(a, k) and not right(a[:1], 1)), dialogues)
+        found["c_to_i"] = share(total(lambda a, k: right(a[:1], 1) and not right(a, k)), dialogues)
+        found["changed"] = share(total(lambda a, k: len(a) >= k > 1 and changed(a[0], a[k - 1])), dialogues)
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in row}
     for r in records:
-        if r["sample"] is not None:
-            correct.setdefault(r["id"], []).append(is_solved(r))
-    if correct:
-        samples = len(next(iter(correct.values())))
-        ks = range(1, min(len(runs), samples) + 1)
-        curve = [mean_interval([pass_at_k(samples, sum(c), k) for c in correct.values()]) for k in ks]
-        tokens = [sum(a["tokens"] for a in r["attempts"]) for r in records if r["sample"] is not None]
-        result["resampling"] = {"samples": samples, "tokens": statistics.fmean(tokens)}
-        result["resampling"] |= dict(zip(("accuracy", "low", "high"), map(list, zip(*curve, strict=True)), strict=True))
+        if r["control"]:
+            samples[r["id"]].append(r)
+    if any(samples.values()):
+        found |= resampling(list(samples.values()), most, found["tokens"], weights)
+        found["over_pass"] = accuracy - found["pass"]
+        found["over_pass_same_tokens"] = accuracy - found["pass_same_tokens"]
+    return {name: found[name] for name in METRICS if name in found}
+
+
+def changed(first: dict[str, Any], later: dict[str, Any]) -> bool:
+    """Whether the answer is another one; from none to one, or back, is a change."""
+    return first["answer"] != later["answer"] and not same_answer(first["answer"], later["answer"])
+
+
+def resampling(
+    samples: Sequence[Sequence[dict[str, Any]]], most: int, spent: Estimate, weights: np.ndarray
+) -> dict[str, Estimate]:
+    """The controls, from each problem's n independent samples, for k = 1..most; spent: tokens of the dialogues.
+
+    At the same tokens: j + f samples (j + 1 with chance f, else j), where j + f solves "expected tokens = spent". For
+    pass@k the samples are drawn until one is right, as the dialogues end when they are; the oracle serves both alike.
+    """
+    n = len(samples[0])
+    rows = []
+    for drawn in samples:
+        tokens: dict[bool, list[int]] = {True: [], False: []}  # right? -> of each such sample
+        wrong: list[list[str]] = []  # the samples that gave the same wrong answer, and so on
+        silent = 0
+        for r in drawn:
+            attempt = r["attempts"][0] if r["attempts"] else {"answer": None, "status": "no_answer", "tokens": 0}
+            answer, correct = attempt["answer"], attempt["status"] == "correct"
+            tokens[correct].append(attempt["tokens"])
+            if answer is None:
+                silent += 1
+            elif not correct:
+                group = next((g for g in wrong if same_answer(answer, g[0])), None)
+                group.append(answer) if group else wrong.append([answer])
+        correct, sizes = len(tokens[True]), tuple(sorted(map(len, wrong)))
+        solved = [pass_at_k(n, correct, j) for j in range(n + 1)]
+        elected = [majority_at_k(correct, sizes, silent, j) for j in range(n + 1)]
+        each = sum(tokens[True] + tokens[False]) / n
+        rows.append((solved, elected, cost_until_right(tokens[True], tokens[False]), [j * each for j in range(n + 1)]))
+    # each (problems, n + 1), by the number of samples from 0
+    solved, elected, cost_until, cost_all = (mean(np.array(rows)[:, i], weights) for i in range(4))
+
+    def by_attempts(curve: Estimate) -> Estimate:
+        """The curve at k = 1..most; not defined beyond n."""
+        cut, beyond = slice(1, most + 1), (0, max(0, most - n))
+        return Estimate(
+            np.pad(curve.value[cut], beyond, constant_values=np.nan),
+            np.pad(curve.resampled[:, cut], ((0, 0), beyond), constant_values=np.nan),
+        )
+
+    def at_tokens(curve: Estimate, cost: Estimate) -> Estimate:
+        """The curve where `cost` is what was spent; not defined where n samples cost less."""
+        value = np.interp(spent.value, cost.value, curve.value)
+        resampled = [np.interp(*xs) for xs in zip(spent.resampled, cost.resampled, curve.resampled, strict=True)]
+        return Estimate(np.where(spent.value <= cost.value[n], value, np.nan), np.array(resampled))
+
+    number = np.arange(n + 1.0)
+    return {
+        "pass": by_attempts(solved),
+        "majority": by_attempts(elected),
+        "sample_tokens": by_attempts(cost_all),
+        "pass_same_tokens": at_tokens(solved, cost_until),
+        "samples_same_tokens": at_tokens(Estimate(number, np.tile(number, (BOOTSTRAP, 1))), cost_until),
+        "majority_same_tokens": at_tokens(elected, cost_all),
+    }
+
+
+def summarise(models: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """{"models", "comparisons"} of results.json from the records of each model.
+
+    >>> say = lambda status: {"answer": status, "status": status, "ending": "stop", "tokens": 5}
+    >>> key = lambda id, K: dict(zip(KEY, ("test", id, K, False, 0)))
+    >>> play = lambda id, K, *said: key(id, K) | {"attempts": [say(status) for status in said]}
+    >>> runs = [play("x", 1, "correct"), play("y", 1, "wrong")]  # K = 1
+    >>> runs += [play("x", 2, "correct"), play("y", 2, "wrong", "correct")]  # K = 2
+    >>> result = summarise({"model": runs})["models"]["model"]["test"]
+    >>> result["n"], result["accuracy"], result["metrics"]["repeat"]["value"], result["metrics"]["tokens"]["value"]
+    (2, [0.5, 1.0], [None, 0.0], [5.0, 7.5])
+    """
+    found: dict[str, dict[str, dict[str, Estimate]]] = {}
+    sizes: dict[str, int] = {}
+    for name, records in models.items():
+        found[name] = {}
+        for benchmark in dict.fromkeys(r["benchmark"] for r in records):
+            mine = [r for r in records if r["benchmark"] == benchmark]
+            found[name][benchmark] = measure(mine)
+            sizes[benchmark] = len({r["id"] for r in mine})
+        several = list(found[name].values())
+        if len(several) > 1:
+            found[name][AVERAGE] = {
+                metric: Estimate(
+                    *(np.mean([getattr(e[metric], x) for e in several], 0) for x in ("value", "resampled"))
+                )
+                for metric in several[0]
+            }
+            sizes[AVERAGE] = sum(sizes[b] for b in found[name] if b != AVERAGE)
+    results = {name: {b: as_result(sizes[b], e) for b, e in each.items()} for name, each in found.items()}
+    pairs = [(a, b, benchmark) for a, b in itertools.combinations(found, 2) for benchmark in found[a]]
+    compared = [
+        {"benchmark": benchmark, "models": [a, b], **compare(*(found[m][benchmark]["accuracy"] for m in (a, b)))}
+        for a, b, benchmark in pairs
+    ]
+    return {"models": results, "comparisons": compared}
+
+
+def as_result(n: int, estimates: dict[str, Estimate]) -> dict[str, Any]:
+    metrics = {name: estimate.as_json() for name, estimate in estimates.items()}
+    accuracy = metrics.pop("accuracy")
+    return {"n": n, "accuracy": accuracy["value"], "low": accuracy["low"], "high": accuracy["high"], "metrics": metrics}
+
+
+def compare(first: Estimate, second: Estimate) -> dict[str, Any]:
+    """Second less first on the same problems, by k, with paired intervals; for plain counts also McNemar's exact test,
+    from the problems that one of the two alone solved. The p-values are not corrected for the number of comparisons."""
+    difference = (second - first).as_json()
+    result: dict[str, Any] = {"difference": difference["value"], "low": difference["low"], "high": difference["high"]}
+    if first.outcomes is not None and second.outcomes is not None:
+        won = [int(x) for x in (second.outcomes > first.outcomes).sum(0)]
+        lost = [int(x) for x in (second.outcomes < first.outcomes).sum(0)]
+        result |= {"only_second": won, "only_first": lost, "p": [mcnemar(*x) for x in zip(lost, won, strict=True)]}
     return result
 
 
 # Playing -------------------------------------------------------------------------------------------------------------
+def plan(problems: Sequence[dict[str, Any]]) -> list[Item]:
+    """All that is played of one model. The longest dialogues first: the queue's end, where the engine runs empty, is
+    then made of short ones. Intrinsic dialogues are played once: SCoRe's Acc@t1 and Acc@t2 are of one run."""
+    own_runs = PROTOCOL == "paper" and rollout.FEEDBACK != "intrinsic"
+    budgets = range(rollout.MAX_ATTEMPTS, 0, -1) if own_runs else [rollout.MAX_ATTEMPTS]
+    items = [Item(p, K, False, i) for K in budgets for p in problems for i in range(max(1, SAMPLES))]
+    return items + [Item(p, 1, True, i) for p in problems for i in range(RESAMPLES)]
+
+
 def evaluate(
     engine: Engine,
     chat: Chat,
-    problems: Sequence[dict[str, Any]],
-    rank: int = 0,
-    world: int = 1,
+    items: Sequence[Item],
+    on_end: Callable[[dict[str, Any]], None] = lambda record: None,
     name: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Play this rank's stripe of the greedy runs and of the control -> records. Each problem names its "benchmark"."""
-    # The longest dialogues first: the queue's end, where the engine runs empty, is then made of short ones.
-    budgets = range(rollout.MAX_ATTEMPTS, 0, -1)
-    greedy = [new_dialogue(chat, p, k) for k in budgets for p in problems][rank::world]
-    play(engine, chat, greedy, [0] * len(greedy), 0.0, name)
-    drawn = [(p, i) for p in problems for i in range(RESAMPLES)][rank::world]
-    samples = [new_dialogue(chat, p, 1) for p, _ in drawn]
-    seeds = [random_number("resample", rollout.SEED, p["benchmark"], p["id"], i) for p, i in drawn]
-    play(engine, chat, samples, seeds, RESAMPLE_TEMPERATURE, name and f"{name}, resampling")
-    return [record(chat, d, None) for d in greedy] + [
-        record(chat, d, i) for d, (_, i) in zip(samples, drawn, strict=True)
-    ]
+    """Play -> records, each also given to on_end when its dialogue ends. name: label of the progress bar, or None."""
+    records: list[dict[str, Any]] = []
+
+    def play_items(queue: list[Item], temperature: float, label: str) -> None:
+        dialogues = [new_dialogue(chat, item.problem, item.K) for item in queue]
+
+        def ended(index: int) -> None:
+            records.append(record(chat, dialogues[index], queue[index]))
+            on_end(records[-1])
+
+        play(engine, chat, dialogues, [item.seed for item in queue], temperature, name and f"{name}, {label}", ended)
+
+    play_items([item for item in items if not item.control and SAMPLES == 0], 0.0, "greedy")
+    play_items([item for item in items if item.control or SAMPLES > 0], TEMPERATURE, "sampled")
+    return records
 
 
 # Settings and files --------------------------------------------------------------------------------------------------
@@ -200,9 +467,12 @@ def by_name(paths: str, what: str) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path in map(Path, filter(None, paths.split(","))):
         absolute = path.absolute()
-        name = absolute.parent.name if absolute.name == "policy" else absolute.name.removesuffix(".jsonl")
+        name = absolute.stem if absolute.suffix in (".jsonl", ".parquet", ".csv") else absolute.name
+        name = absolute.parent.name if name == "policy" else name
         if name in names:
             raise SystemExit(f"{names[name]} and {path}: two {what} named {name}; rename a folder or a file")
+        if name == AVERAGE:
+            raise SystemExit(f"{path}: the name {AVERAGE} is taken; rename it")
         names[name] = path
     if not names:
         raise SystemExit(f"no {what} given")
@@ -218,17 +488,37 @@ def fingerprint(path: Path) -> str:
     return total.hexdigest()[:16]
 
 
+def weights_of(model: Path) -> str:
+    """What tells the weights from others: a folder's fingerprint, or the commit that a hub name stands for.
+
+    Raises SystemExit if there is no such model.
+    """
+    if (model / "config.json").is_file():
+        return fingerprint(model)
+    missing = f"{model}: no model folder (no config.json in it; the toy's is made by `make data`)"
+    if model.exists() or model.is_absolute() or len(model.parts) != 2:  # a hub name is owner/name
+        raise SystemExit(missing)
+    from transformers import AutoConfig
+
+    try:
+        return str(AutoConfig.from_pretrained(str(model))._commit_hash)
+    except OSError as error:
+        raise SystemExit(f"{missing}, and the hub has no such model or cannot be reached") from error
+
+
 def settings(benchmarks: dict[str, Path]) -> dict[str, Any]:
     """What the numbers depend on, besides the model."""
-    names = ("MAX_ATTEMPTS", "PROMPT", "REPEAT_QUESTION", "MAX_ATTEMPT_TOKENS", "CONTEXT", "SEED")
-    values = {name: getattr(rollout, name) for name in names}
-    values |= {name: globals()[name] for name in ("RESAMPLES", "RESAMPLE_TEMPERATURE", "CONFIDENCE", "DTYPE")}
+    names = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "SYSTEM_TURNS", "REPEAT_QUESTION", "MAX_ATTEMPT_TOKENS", "STOP_AT")
+    values = {name: getattr(rollout, name) for name in (*names, "CONTEXT", "SEED", "SEED_ATTEMPTS")}
+    names = ("PROTOCOL", "SAMPLES", "RESAMPLES", "TEMPERATURE", "CONFIDENCE", "BOOTSTRAP", "DTYPE")
+    values |= {name: globals()[name] for name in names}
+    values["grader.py"] = fingerprint(Path(grader.__file__))
     return values | {f"benchmark {name}": fingerprint(path) for name, path in benchmarks.items()}
 
 
 def load_results(path: Path, now: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
     """results.json as far as it has come. Raises SystemExit, naming the differences, if it was made otherwise."""
-    fresh = {"settings": now, "weights": {}, "seconds": {}, "versions": versions(), "models": {}}
+    fresh = {"settings": now, "weights": {}, "versions": versions(), "models": {}}
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else fresh
     then, now = results["settings"] | results["weights"], now | weights
     differences = [
@@ -270,112 +560,62 @@ def write_atomically(path: Path, text: str) -> None:
     beside.rename(path)
 
 
-# Report --------------------------------------------------------------------------------------------------------------
-def table(models: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Accuracy by allowed attempts for a terminal; indented under a model: its pass@k control."""
-    rows = [["benchmark", "model", *(f"K={k}" for k in range(1, rollout.MAX_ATTEMPTS + 1)), "repeat", "tokens"]]
-    for benchmark in next(iter(models.values())):
-        for name, results in models.items():
-            r = results[benchmark]
-            half = (r["high"][-1] - r["low"][-1]) / 2
-            row = [f"{benchmark} ({r['n']})", name, *(f"{a:.3f}" for a in r["accuracy"])]
-            row[-1] += f" ±{half:.3f}"
-            repeat = "" if r["repeat"][-1] is None else f"{r['repeat'][-1]:.2f}"
-            rows.append([*row, repeat, f"{r['tokens'][-1]:.0f}"])
-            if "resampling" in r:
-                control = [f"{a:.3f}" for a in r["resampling"]["accuracy"]]
-                rows.append(["", "  resampled", *control, *[""] * (rollout.MAX_ATTEMPTS - len(control)), "", ""])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; a last one without its end was cut off when its writer was killed."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
-def losses(models: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """A line for each result that the context's length has spoilt."""
-    return [
-        f"{name} on {benchmark}: CONTEXT={rollout.CONTEXT} is too short for {r['too_long']} of {r['n']} problems and "
-        f"ended {r['out_of_context'][-1]} dialogues of {rollout.MAX_ATTEMPTS} attempts early; they count as not solved"
-        for name, results in models.items()
-        for benchmark, r in results.items()
-        if any(r["out_of_context"])
-    ]
+def to_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
-    """One panel per benchmark, one curve per model."""
+# The report ----------------------------------------------------------------------------------------------------------
+def report_data(
+    results: dict[str, Any],
+    models: dict[str, Sequence[dict[str, Any]]],
+    problems: Sequence[dict[str, Any]],
+    folders: dict[str, Path],
+) -> dict[str, Any]:
+    """What the page shows: the results, each problem with its dialogues of the largest K, and token views.
+
+    models: records by model; folders: where they come from, beside which a training run may have left tokens.jsonl.
+    """
+    most = results["settings"]["MAX_ATTEMPTS"]
+    played: dict[tuple[str, str], list[Any]] = {(p["benchmark"], p["id"]): [] for p in problems}
+    for name, records in models.items():
+        for r in records:
+            if r["K"] == most and not r["control"] and r["sample"] == 0:
+                again = repeats(r["attempts"])
+                attempts = [[*a.values(), repeated] for a, repeated in zip(r["attempts"], again, strict=True)]
+                played[r["benchmark"], r["id"]].append([name, attempts])
+    size = sum(len(attempt[0]) for each in played.values() for _, attempts in each for attempt in attempts)
+    shown = problems[:: max(1, math.ceil(size / REPORT_CHARACTERS))]
     return {
-        f"{benchmark} (n = {first['n']})": [
-            Curve(name, r["accuracy"], r["low"], r["high"], OKABE_ITO[i % len(OKABE_ITO)])
-            for i, (name, results) in enumerate(models.items())
-            for r in [results[benchmark]]
-        ]
-        for benchmark, first in next(iter(models.values())).items()
+        "results": results,
+        "metrics": METRICS,
+        "problems": [
+            [p["benchmark"], p["id"], p["question"], p["answer"], played[p["benchmark"], p["id"]]] for p in shown
+        ],
+        "left_out": len(problems) - len(shown),
+        "tokens": {name: last_rows(folder.parent / "tokens.jsonl") for name, folder in folders.items()},
     }
 
 
-def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> None:
-    """The figure: out/stem.png and out/stem.svg. Curves are named at their right ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update(
-        {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "figure", "axes.titlesize": 11}
-    )
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
-    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
-        last = max(len(curve.accuracy) for curve in lines)
-        top = min(1.0, max(max(curve.high or curve.accuracy) for curve in lines) * 1.08 + 0.01)
-        for order, curve in enumerate(reversed(lines), 2):  # the first curve lies on top
-            x = range(1, len(curve.accuracy) + 1)
-            if curve.low is not None and curve.high is not None:
-                axes.fill_between(x, curve.low, curve.high, color=curve.color, alpha=0.13, linewidth=0, zorder=order)
-            mark = "o" if curve.line == "-" else None
-            axes.plot(
-                x, curve.accuracy, curve.line, color=curve.color, marker=mark, markersize=4, linewidth=1.8, zorder=order
-            )
-        heights = spread([curve.accuracy[-1] for curve in lines], 0.062 * top)
-        for curve, height in zip(lines, heights, strict=True):
-            end = (len(curve.accuracy) + 0.06, curve.accuracy[-1])
-            leader = {"arrowstyle": "-", "color": curve.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
-            place = {"xytext": (last + 0.2, height), "va": "center", "arrowprops": leader, "annotation_clip": False}
-            axes.annotate(curve.label, end, color=curve.color, **place)
-        axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, last + 1))
-        axes.set(xlim=(0.9, last + 0.1), ylim=(0, top))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.remove()
-    for kind in ("png", "svg"):
-        beside = out / f".{stem}.writing.{kind}"
-        figure.savefig(beside, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-        beside.rename(out / f"{stem}.{kind}")
-    plt.close(figure)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved up where they must be, to lie at least `gap` apart.
-
-    >>> spread([0.5, 0.25, 0.875], 0.5)
-    [0.75, 0.25, 1.25]
-    """
-    placed, floor = list(heights), -math.inf
-    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
-        placed[i] = max(heights[i], floor)
-        floor = placed[i] + gap
-    return placed
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """The last whole lines of a training run's tokens.jsonl; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in deque((x for x in file if x.endswith("\n")), maxlen=REPORT_TOKENS)]
 
 
 # python evaluate.py --------------------------------------------------------------------------------------------------
-def evaluate_model(folder: Path, problems: list[dict[str, Any]], name: str, store: Any) -> list[dict[str, Any]]:
-    """Play on an engine of its own, which is gone on return -> on rank 0 the records of all ranks, in problem order.
+def evaluate_model(model: Path, problems: list[dict[str, Any]], name: str, out: Path, parts: Path, store: Any) -> None:
+    """Play on an engine of its own, which is gone on return; at the end rank 0 writes dialogues-<name>.jsonl.
 
-    store: of torchrun's ranks, None without torchrun.
+    parts: folder with a file of each rank for what has ended, so that only the rest is played after a stop, by any
+    number of ranks. store: of torchrun's ranks, None without torchrun.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if store:
@@ -384,52 +624,84 @@ def evaluate_model(folder: Path, problems: list[dict[str, Any]], name: str, stor
         # The engine's shutdown ends the process group too, so each model has one, under its own prefix of the store.
         group = {"store": dist.PrefixStore(name, store), "rank": rank, "world_size": world}
         dist.init_process_group("gloo", timeout=timedelta(hours=GATHER_HOURS), **group)
-    engine = Engine(str(folder), dtype=DTYPE, seed=rollout.SEED)
-    played = evaluate(engine, Chat(engine.tokenizer), problems, rank, world, name if rank == 0 else None)
-    if store:
-        stripes = [None] * world if rank == 0 else None
-        dist.gather_object(played, stripes)
-        played = [r for stripe in stripes or [] for r in stripe]
+
+    def wait_for_all() -> None:
+        if store:
+            dist.barrier()
+
+    mine, tensor_parallel = parts / f"rank-{rank}.jsonl", rollout.TENSOR_PARALLEL
+    parts.mkdir(exist_ok=True)
+    items = plan(problems)
+    done = {key_of(r) for part in parts.glob("*.jsonl") for r in read_records(part)}
+    left = [item for item in items if item.key not in done]
+    wait_for_all()  # all ranks have read before any writes
+    write_atomically(mine, "".join(map(to_line, read_records(mine))))  # without a line that was cut off
+    engine = Engine(str(model), dtype=DTYPE, seed=rollout.SEED)
+    with mine.open("a", encoding="utf-8", buffering=1) as file:  # every line goes to the file at once
+
+        def keep(played: dict[str, Any]) -> None:
+            if rank % tensor_parallel == 0:  # ranks that share an engine play the same
+                file.write(to_line(played))
+
+        stripe = left[rank // tensor_parallel :: world // tensor_parallel]
+        evaluate(engine, Chat(engine.tokenizer), stripe, keep, name if rank == 0 else None)
+    wait_for_all()  # all ranks have played before rank 0 reads
+    if rank == 0:
+        place = {item.key: i for i, item in enumerate(items)}
+        records = [r for part in parts.glob("*.jsonl") for r in read_records(part)]
+        records.sort(key=lambda r: place[key_of(r)])
+        write_atomically(out / f"dialogues-{name}.jsonl", "".join(map(to_line, records)))
+        shutil.rmtree(parts)
     engine.shutdown()
-    index = {(p["benchmark"], p["id"]): i for i, p in enumerate(problems)}
-    played.sort(key=lambda r: (index[r["benchmark"], r["id"]], r["sample"] is not None, r["sample"] or 0, r["K"]))
-    return played
+
+
+def check_constants() -> None:
+    """Raises SystemExit, naming the constant, where one cannot be."""
+    rollout.check_constants()
+    if PROTOCOL not in PROTOCOLS:
+        raise SystemExit(f"PROTOCOL={PROTOCOL}: must be one of {', '.join(PROTOCOLS)}")
+    if SAMPLES < 0 or RESAMPLES < 0 or BOOTSTRAP < 1 or not 0 < CONFIDENCE < 1:
+        raise SystemExit("SAMPLES, RESAMPLES >= 0, BOOTSTRAP >= 1 and 0 < CONFIDENCE < 1 must hold")
+    if TEMPERATURE <= 0 and (SAMPLES or RESAMPLES):
+        raise SystemExit(f"TEMPERATURE={TEMPERATURE}: must be above 0 where SAMPLES or RESAMPLES are drawn")
 
 
 def main() -> None:
     override_constants(sys.argv[1:], {"evaluate": sys.modules[__name__], "rollout": rollout})
-    if rollout.MAX_ATTEMPTS < 1:
-        raise SystemExit(f"MAX_ATTEMPTS={rollout.MAX_ATTEMPTS}: expected at least 1")
-    models, benchmarks = by_name(MODEL, "models"), by_name(BENCHMARKS, "benchmarks")
-    for folder in models.values():
-        if not (folder / "config.json").is_file():
-            raise SystemExit(f"{folder}: no model folder (no config.json in it); the toy's is made by `make data`")
+    check_constants()
+    folders, benchmarks = by_name(MODEL, "models"), by_name(BENCHMARKS, "benchmarks")
+    weights = {name: weights_of(model) for name, model in folders.items()}
     problems = [p | {"benchmark": name} for name, path in benchmarks.items() for p in load_problems(path)]
-    count = Counter((p["benchmark"], p["id"]) for p in problems)
-    if twice := [name for name, times in count.items() if times > 1]:
-        raise SystemExit(f"{benchmarks[twice[0][0]]}: several problems with the id {twice[0][1]}")
-    out, weights = Path(OUT), {name: fingerprint(folder) for name, folder in models.items()}
+    out, made_by = Path(OUT), settings(benchmarks)
+    results = load_results(out / "results.json", made_by, weights)
     out.mkdir(parents=True, exist_ok=True)
-    results = load_results(out / "results.json", settings(benchmarks), weights)
 
     lead, store = os.environ.get("RANK", "0") == "0", None
+    left = [m for m in folders if m not in results["weights"] or not (out / f"dialogues-{m}.jsonl").is_file()]
     if "RANK" in os.environ:
         from torch.distributed import rendezvous
 
         store, _, _ = next(rendezvous("env://"))
-    for name in [m for m in models if m not in results["models"]]:
-        start = time.monotonic()
-        played = evaluate_model(models[name], problems, name, store)
+        if lead:  # decides for all
+            store.set("left", json.dumps(left))
+        left = json.loads(store.get("left"))
+    for name in left:
+        results["weights"][name] = weights[name]
         if lead:
-            lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in played]
-            write_atomically(out / f"dialogues-{name}.jsonl", "".join(lines))
-            results["models"][name] = {b: summarise([r for r in played if r["benchmark"] == b]) for b in benchmarks}
-            results["weights"][name] = weights[name]
-            results["seconds"][name] = round(time.monotonic() - start, 1)
             write_atomically(out / "results.json", to_json(results))
+        # What is found half-done belongs to these settings and weights, whatever else has been tried here.
+        tag = hashlib.sha256(json.dumps([made_by, weights[name]]).encode()).hexdigest()[:8]
+        evaluate_model(folders[name], problems, name, out, out / f".{name}.{tag}", store)
     if lead:
-        draw(curves(results["models"]), out)
-        print(table(results["models"]), *losses(results["models"]), f"{out}/accuracy.png", sep="\n")
+        played = {name: out / f"dialogues-{name}.jsonl" for name in results["weights"]}
+        models = {name: read_records(path) for name, path in played.items() if path.is_file()}
+        results |= summarise(models)
+        write_atomically(out / "results.json", to_json(results))
+        write_atomically(out / "results.csv", report.to_csv(results))
+        report.draw(report.curves(results["models"]), out)
+        runs = {name: read_records(f.parent / "metrics.jsonl") for name, f in folders.items() if f.name == "policy"}
+        write_atomically(out / "report.html", report.page(out, report_data(results, models, problems, folders), runs))
+        print(report.table(results), *report.losses(results), f"{out}/report.html", sep="\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from tqdm import tqdm
 import evaluate
 import rollout
 from data import toy
-from evaluate import OKABE_ITO, Curve, draw, to_json, wilson, write_atomically
+from data.report import OKABE_ITO, Curve, draw
+from evaluate import to_json, wilson, write_atomically
 
 SEEDS: str = "0"  # comma-separated; each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/demo"  # folder of the results
@@ -184,10 +185,18 @@ def run_seed(seed: int) -> dict[str, Any]:
         write_atomically(path, to_json(probes))
     return {
         "models": {name: {"test": results["models"][name]["test"]} for name in MODELS},
-        "control": {name: results["models"][name]["test"]["resampling"] for name in MODELS},
+        "control": {name: control(results["models"][name]["test"]) for name in MODELS},
         "ideal": {"accuracy": toy.ideal_accuracy([p["question"] for p in problems], rollout.MAX_ATTEMPTS)},
         "probe": {name: probes[name] for name in MODELS},
     }
+
+
+def control(result: dict[str, Any]) -> dict[str, Any]:
+    """pass@k by k, where there are as many samples."""
+    curve = result["metrics"]["pass"]
+    known = [k for k, value in enumerate(curve["value"]) if value is not None]
+    names = {"accuracy": "value", "low": "low", "high": "high"}
+    return {name: [curve[column][k] for k in known] for name, column in names.items()}
 
 
 def run(command: list[str], **environment: str) -> None:
@@ -323,7 +332,7 @@ def main() -> None:
             write_atomically(clock, str(before + time.monotonic() - start))
     minutes = float(clock.read_text()) / 60
     results = over_seeds(list(per_seed.values())) | {"seeds": per_seed if len(seeds) > 1 else seeds}
-    interval = f"t over {len(seeds)} seeds" if len(seeds) > 1 else "Wilson (resampled: normal) over problems"
+    interval = f"t over {len(seeds)} seeds" if len(seeds) > 1 else "Wilson (resampled: bootstrap) over problems"
     results |= {"interval": f"95 %, {interval}", "minutes": round(minutes, 1), "cores": os.cpu_count()}
     results["meaning"] = meaning(results)
     n = results["models"]["warm_start"]["test"]["n"]

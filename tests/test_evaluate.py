@@ -1,22 +1,26 @@
 """evaluate.py and data/demo.py: metrics against hand-made dialogues, the figure, and runs of the real engine."""
 
+import csv
 import itertools
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import evaluate
 import rollout
-from data import demo, toy
-from evaluate import Curve
+from data import demo, report, toy
+from data.report import Curve
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,8 +30,13 @@ def said(answer: str | None, gold: str = "7", ending: str = "stop", tokens: int 
     return {"text": f"It is {answer}", "answer": answer, "status": status, "ending": ending, "tokens": tokens}
 
 
-def spoke(name: str, K: int, *answers: str | None, sample: int | None = None, **how: object) -> dict:
-    return {"id": name, "K": K, "sample": sample, "attempts": [said(answer, **how) for answer in answers]}
+def spoke(name: str, K: int, *answers: str | None, control: bool = False, sample: int = 0, **how: object) -> dict:
+    key = {"benchmark": how.pop("benchmark", "b"), "id": name, "K": K, "control": control, "sample": sample}
+    return key | {"attempts": [said(answer, **how) for answer in answers]}
+
+
+def metric(estimates: dict, name: str) -> list[float | None]:
+    return [None if v is None else round(v, 9) for v in estimates[name].as_json()["value"]]
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------
@@ -47,29 +56,210 @@ def test_pass_at_k_is_the_mean_over_all_draws():
             assert evaluate.pass_at_k(n, correct, k) == pytest.approx(statistics.fmean(map(any, draws)))
 
 
-def test_summarise_hand_made_dialogues():
+def test_majority_is_the_mean_over_all_draws():
+    def won(draw: tuple[str, ...]) -> float:
+        votes = Counter(a for a in draw if a)
+        first = [a for a, count in votes.items() if count == max(votes.values())]
+        return ("right" in first) / len(first) if first else 0.0
+
+    for correct, wrong, silent in itertools.product(range(4), [(), (1,), (2,), (1, 2), (1, 1, 1), (3, 2)], range(3)):
+        samples = ["right"] * correct + [f"w{i}" for i, n in enumerate(wrong) for _ in range(n)] + [""] * silent
+        for k in range(1, len(samples) + 1):
+            expected = statistics.fmean(map(won, itertools.combinations(samples, k)))
+            assert evaluate.majority_at_k(correct, wrong, silent, k) == pytest.approx(expected)
+
+
+def test_cost_until_right_is_the_mean_over_all_orders():
+    for right, wrong in ([3, 8], [5, 1]), ([], [4, 4, 1]), ([2, 9], []), ([6], [1, 2, 3]):
+        samples = [(tokens, True) for tokens in right] + [(tokens, False) for tokens in wrong]
+        for j in range(len(samples) + 1):
+            costs = []
+            for order in itertools.permutations(samples):
+                stop = next((i + 1 for i, (_, correct) in enumerate(order[:j]) if correct), j)
+                costs.append(sum(tokens for tokens, _ in order[:stop]))
+            assert evaluate.cost_until_right(right, wrong)[j] == pytest.approx(statistics.fmean(costs))
+
+
+def test_mcnemar_is_the_exact_binomial():
+    # By hand: 5 against 0 is 2/2^5; 9 against 1 is 2 (1 + 10) / 2^10.
+    assert [evaluate.mcnemar(*x) for x in ((0, 0), (0, 5), (9, 1), (4, 4))] == [1.0, 0.0625, 22 / 1024, 1.0]
+    for first, second in itertools.product(range(9), repeat=2):  # outcomes at least as far from the middle
+        n = first + second
+        far = [i for i in range(n + 1) if abs(2 * i - n) >= abs(first - second)]
+        assert evaluate.mcnemar(first, second) == pytest.approx(sum(math.comb(n, i) for i in far) / 2**n)
+
+
+def test_bootstrap_of_a_proportion_is_the_binomial(monkeypatch):
+    """Resampled, 12 of 40 is Binomial(40, 0.3): the interval's ends are the quantiles of that distribution."""
+    monkeypatch.setattr(evaluate, "BOOTSTRAP", 20_000)
+    values = np.array([[1.0]] * 12 + [[0.0]] * 28)
+    estimate = evaluate.mean(values, evaluate.problem_weights("binomial", 40))
+    chances = list(itertools.accumulate(math.comb(40, i) * 0.3**i * 0.7 ** (40 - i) for i in range(41)))
+    exact = [next(i for i, chance in enumerate(chances) if chance >= q) / 40 for q in (0.025, 0.975)]
+    known = estimate.as_json()
+    assert known["value"] == [0.3]
+    assert [known["low"][0], known["high"][0]] == pytest.approx(exact, abs=0.026)  # one problem of 40
+    assert estimate.resampled.std() == pytest.approx(math.sqrt(0.3 * 0.7 / 40), rel=0.03)
+
+
+def test_resamples_depend_on_seed_and_benchmark_alone(monkeypatch):
+    weights = evaluate.problem_weights
+    assert (weights("a", 9).sum(1) == 9).all()
+    assert np.array_equal(weights("a", 9), weights("a", 9))
+    assert not np.array_equal(weights("a", 9), weights("b", 9))
+    before = weights("a", 9)
+    monkeypatch.setattr(rollout, "SEED", 1)
+    assert not np.array_equal(weights("a", 9), before)
+
+
+# Metrics of hand-made dialogues --------------------------------------------------------------------------------------
+def test_paper_protocol():
     records = [
         *(spoke("a", 1, "7"), spoke("b", 1, "8"), spoke("c", 1, None, ending="length", tokens=64), spoke("d", 1)),
         *(spoke("a", 2, "9", "7"), spoke("b", 2, "8", "8"), spoke("c", 2, "6", ending="context"), spoke("d", 2)),
-        *(spoke("a", 3, "7"), spoke("b", 3, "8", "9", "7"), spoke("c", 3, None, None, "7"), spoke("d", 3)),
-        *(spoke(name, 1, answer, sample=i) for name in "abcd" for i, answer in enumerate("78")),
+        *(spoke("a", 3, "7"), spoke("b", 3, "8", "9", "8.0"), spoke("c", 3, None, None, "7"), spoke("d", 3)),
     ]
     random.Random(0).shuffle(records)
-    result = evaluate.summarise(records)
-    assert result["n"] == 4
-    assert result["accuracy"] == [0.25, 0.25, 0.75]
-    assert list(zip(result["low"], result["high"], strict=True)) == [evaluate.wilson(s, 4) for s in (1, 1, 3)]
-    assert result["repeat"] == [None, 0.5, 0.0]  # of K = 3: b says 8 and 9; c has no answer to repeat
-    assert result["tokens"] == [18.0, 5.0, 7.0]
-    assert result["truncated"] == [1 / 3, 1 / 5, 0.0]
-    assert result["too_long"] == 1  # d
-    assert result["out_of_context"] == [1, 2, 1]  # d; with K = 2 also c
-    assert result["resampling"]["samples"] == 2
-    assert result["resampling"]["accuracy"] == [
-        0.5,
-        1.0,
-    ]  # one of two samples was right everywhere; K = 3 is not covered
-    assert result["resampling"]["low"] == result["resampling"]["high"] == [0.5, 1.0]
+    found = evaluate.measure(records)
+    assert metric(found, "accuracy") == [0.25, 0.25, 0.5]
+    known = found["accuracy"].as_json()
+    assert list(zip(known["low"], known["high"], strict=True)) == [evaluate.wilson(s, 4) for s in (1, 1, 2)]
+    assert metric(found, "gain") == [0.0, 0.0, 0.25]
+    assert metric(found, "repeat") == [None, 0.5, 0.25]  # b's 8 of two retries; b's 8.0 of four: silence is no answer
+    assert found["repeat"].as_json()["low"][0] is None
+    assert metric(found, "attempts") == [0.75, 1.25, 1.75]
+    assert metric(found, "tokens") == [18.0, 5.0, 7.0]
+    assert metric(found, "truncated") == [round(1 / 3, 9), 0.2, 0.0]
+    assert metric(found, "out_of_context") == [0.25, 0.5, 0.25]  # d; with K = 2 also c
+    assert set(found) == {"accuracy", "gain", "repeat", "attempts", "tokens", "truncated", "out_of_context"}
+
+
+def test_prefix_protocol_and_sampled_dialogues():
+    records = [
+        spoke("a", 3, "8", "7"),
+        spoke("a", 3, "7", sample=1),
+        spoke("b", 3, "8", "9", "8"),
+        spoke("b", 3, "8", "8", "7", sample=1),
+    ]
+    found = evaluate.measure(records)
+    assert metric(found, "accuracy") == [0.25, 0.5, 0.75]  # of four dialogues: one, two, three within 1, 2, 3 attempts
+    assert found["accuracy"].outcomes is None  # means over samples: the bootstrap's interval, not Wilson's
+    known = found["accuracy"].as_json()
+    assert (known["low"][0], known["high"][0]) == (0.0, 0.5)  # all resamples draw a alone, b alone, or both
+    assert metric(found, "tokens") == [4.0, 7.0, 9.0]
+    assert metric(found, "attempts") == [1.0, 1.75, 2.25]
+    assert metric(found, "repeat") == [None, round(1 / 3, 9), 0.4]  # b's 8 8; then also its 8 9 8
+
+
+def test_intrinsic_numbers(monkeypatch):
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    records = [
+        spoke("both", 3, "7", "7", "7"),
+        spoke("gained", 3, "8", "7", "8"),
+        spoke("lost", 3, "7", "8", "7"),
+        spoke("never", 3, "8", "8.0", "9"),
+        spoke("silent", 3, None, None, "7"),
+        spoke("short", 3, "7"),  # the context was full: no answer at 2 and 3
+        spoke("other", 3, "1", "2", None),
+        spoke("same", 3, "7", "7", "9"),
+    ]
+    found = evaluate.measure(records)
+    assert metric(found, "accuracy") == [4 / 8, 3 / 8, 3 / 8]  # right at attempt k, whatever was said before
+    assert metric(found, "gain") == [0.0, -1 / 8, -1 / 8]
+    assert metric(found, "i_to_c") == [0.0, 1 / 8, 1 / 8]
+    assert metric(found, "c_to_i") == [0.0, 2 / 8, 2 / 8]
+    gain = np.array(metric(found, "i_to_c")) - np.array(metric(found, "c_to_i"))
+    assert gain.tolist() == metric(found, "gain")  # SCoRe's delta
+    assert metric(found, "changed") == [0.0, 3 / 8, 4 / 8]  # gained, lost, other; never, silent, other, same
+    assert metric(found, "out_of_context") == [0.0, 1 / 8, 1 / 8]
+    known = found["i_to_c"].as_json()
+    assert (known["low"][1], known["high"][1]) == evaluate.wilson(1, 8)
+
+
+def test_controls_by_hand():
+    """Samples cost 10; until one is right, at most 0, 1, 2 of them: expected 0, 10, 15 for a; 0, 10, 20 for b."""
+    records = [
+        *(spoke("a", 1, "7", control=True, tokens=10), spoke("a", 1, "8", control=True, sample=1, tokens=10)),
+        *(spoke("b", 1, "8", control=True, tokens=10), spoke("b", 1, None, control=True, sample=1, tokens=10)),
+        *(spoke("a", 1, "7", tokens=10), spoke("b", 1, "8", tokens=10)),
+        *(spoke("a", 2, "8", "7", tokens=5), spoke("b", 2, "8", "9", tokens=9)),
+        *(spoke("a", 3, "8", "8", "7", tokens=10), spoke("b", 3, "8", "9", "9", tokens=10)),
+    ]
+    found = evaluate.measure(records)
+    assert metric(found, "tokens") == [10.0, 14.0, 30.0]
+    assert metric(found, "pass") == [0.25, 0.5, None]  # there is no third sample
+    assert metric(found, "majority") == [0.25, 0.25, None]  # a: 7 against 8 is a toss-up, with one vote and with two
+    assert metric(found, "sample_tokens") == [10.0, 20.0, None]
+    j = 1 + (14 - 10) / (17.5 - 10)
+    assert metric(found, "samples_same_tokens") == [1.0, round(j, 9), None]  # 30 tokens: more than two samples
+    assert metric(found, "pass_same_tokens") == [0.25, round(0.25 + (j - 1) * 0.25, 9), None]
+    assert metric(found, "majority_same_tokens") == [0.25, 0.25, None]
+    assert metric(found, "over_pass") == [0.25, 0.0, None]
+    assert metric(found, "over_pass_same_tokens") == [0.25, round(0.25 - (j - 1) * 0.25, 9), None]
+    known = found["pass"].as_json()
+    assert (known["low"][:2], known["high"][:2]) == ([0.0, 0.0], [0.5, 1.0])  # a alone or b alone
+    assert known["low"][2] is None
+
+
+def noisy(seed: int, benchmark: str, n: int, chance: float) -> list[dict]:
+    rng = random.Random(seed)
+    return [spoke(f"{i}", 1, rng.choices("78", (chance, 1 - chance))[0], benchmark=benchmark) for i in range(n)]
+
+
+def test_average_counts_benchmarks_alike():
+    records = noisy(0, "small", 30, 0.3) + noisy(1, "large", 300, 0.8)
+    result = evaluate.summarise({"m": records})["models"]["m"]
+    assert list(result) == ["small", "large", "average"]
+    assert result["average"]["n"] == 330
+    small, large = result["small"]["accuracy"][0], result["large"]["accuracy"][0]
+    assert result["average"]["accuracy"] == [(small + large) / 2]
+    # The stratified bootstrap once more, problem by problem.
+    rng = random.Random(2)
+    right = {b: [r["attempts"][0]["answer"] == "7" for r in records if r["benchmark"] == b] for b in ("small", "large")}
+    means = [statistics.fmean(statistics.fmean(rng.choices(x, k=len(x))) for x in right.values()) for _ in range(4000)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    assert result["average"]["low"][0] == pytest.approx(low, abs=0.012)
+    assert result["average"]["high"][0] == pytest.approx(high, abs=0.012)
+
+
+def test_comparisons_are_paired():
+    first = noisy(0, "x", 200, 0.5)
+    second = [r if i >= 12 else spoke(r["id"], 1, "7", benchmark="x") for i, r in enumerate(first)]
+    won = sum(r["attempts"][0]["answer"] != "7" for r in first[:12])
+    found = evaluate.summarise({"first": first, "second": second, "third": first})["comparisons"]
+    assert [c["models"] for c in found] == [["first", "second"], ["first", "third"], ["second", "third"]]
+    better, same, worse = found
+    assert better["difference"] == [pytest.approx(won / 200)]
+    assert (better["only_second"], better["only_first"]) == ([won], [0])
+    assert better["p"] == [pytest.approx(2 / 2**won)]
+    assert 0 < better["low"][0] < better["difference"][0] < better["high"][0] < 0.08  # unpaired, it would be ±0.1
+    assert (same["difference"], same["low"], same["high"], same["p"]) == ([0.0], [0.0], [0.0], [1.0])
+    assert worse["difference"] == [-better["difference"][0]]
+    sampled = [r | {"sample": i} for r in first for i in range(2)]
+    assert "p" not in evaluate.summarise({"a": sampled, "b": first})["comparisons"][0]  # means are no counts
+
+
+def test_csv_and_table_say_what_the_results_say():
+    records = [*noisy(0, "x", 20, 0.5), *(spoke(f"{i}", 1, "7", benchmark="x", control=True) for i in range(20))]
+    models = {"first": records, "second": noisy(1, "x", 20, 0.5)}
+    results = {"settings": {"MAX_ATTEMPTS": 1, "CONTEXT": 9}} | evaluate.summarise(models)
+    rows = list(csv.DictReader(report.to_csv(results).splitlines()))
+    for row in rows:
+        if " - " not in row["model"]:
+            r = results["models"][row["model"]][row["benchmark"]]
+            m = r["metrics"].get(row["metric"]) or {"value": r["accuracy"], "low": r["low"], "high": r["high"]}
+            for column in ("value", "low", "high"):
+                assert float(row[column]) == pytest.approx(m[column][int(row["k"]) - 1], rel=1e-5)
+    paired = {row["metric"]: row for row in rows if row["model"] == "second - first"}
+    compared = results["comparisons"][0]
+    assert float(paired["accuracy"]["high"]) == pytest.approx(compared["high"][0], rel=1e-5)
+    assert float(paired["p (McNemar)"]["value"]) == pytest.approx(compared["p"][0], rel=1e-5)
+    metrics = {row["metric"] for row in rows if row["model"] == "first"}
+    assert metrics == {"accuracy", *results["models"]["first"]["x"]["metrics"]} - {"repeat"}  # one attempt: no retries
+    text = report.table(results)
+    assert f"{results['models']['second']['x']['accuracy'][0]:.3f} ±" in text
+    assert "pass@k" in text
+    assert f"{compared['p'][0]:.3f}" in text
 
 
 def test_record_keeps_what_was_said():
@@ -81,9 +271,10 @@ def test_record_keeps_what_was_said():
     dialogue.extend([ord(c) for c in "it's 7"], [0.0] * 6)
     dialogue.attempts.append(rollout.Attempt(3, 9, "7", "correct", "stop"))
     attempt = {"text": "it's 7", "answer": "7", "status": "correct", "ending": "stop", "tokens": 6}
-    expected = {"benchmark": "b", "id": "x", "K": 3, "sample": None, "attempts": [attempt]}
-    assert evaluate.record(Letters, dialogue, None) == expected
-    assert evaluate.is_solved(expected)
+    item = evaluate.Item(dialogue.problem, 3, False, 2)
+    expected = {"benchmark": "b", "id": "x", "K": 3, "control": False, "sample": 2, "attempts": [attempt]}
+    assert evaluate.record(Letters, dialogue, item) == expected
+    assert evaluate.key_of(expected) == item.key
 
 
 def test_names_and_settings(tmp_path):
@@ -108,39 +299,6 @@ def test_fingerprint_sees_every_file(tmp_path):
     assert len(prints) == 3
 
 
-# The figure ----------------------------------------------------------------------------------------------------------
-def test_figure_shows_the_results(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
-
-    first = [spoke("a", 1, "7"), spoke("b", 1, "8"), spoke("a", 2, "7"), spoke("b", 2, "7")]
-    second = [spoke("a", 1, "6"), spoke("b", 1, "7"), spoke("a", 2, "6"), spoke("b", 2, "7")]
-    said_by = {"first": evaluate.summarise(first), "second": evaluate.summarise(second)}
-    models = {name: {"x": result, "y": result} for name, result in said_by.items()}
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
-    evaluate.draw(evaluate.curves(models), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "accuracy.svg"]
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert ">first<" in (tmp_path / "accuracy.svg").read_text()
-    axes = drawn[0].axes
-    assert [a.get_title() for a in axes] == ["x (n = 2)", "y (n = 2)"]
-    for panel in axes:
-        shown = {tuple(line.get_ydata()) for line in panel.lines}
-        assert shown == {tuple(r["x"]["accuracy"]) for r in models.values()} == {(0.5, 1.0), (0.5, 0.5)}
-        assert {text.get_text() for text in panel.texts} == {"first", "second"}
-        bands = [band.get_paths()[0].vertices[:, 1] for band in panel.collections]
-        assert {round(float(b.max()), 6) for b in bands} == {round(r["x"]["high"][-1], 6) for r in models.values()}
-
-
-def test_labels_keep_their_distance_and_order():
-    draw = random.Random(0)
-    for _ in range(200):
-        heights = [draw.random() for _ in range(draw.randint(1, 8))]
-        placed = evaluate.spread(heights, 0.07)
-        assert [placed[i] for i in sorted(range(len(heights)), key=heights.__getitem__)] == sorted(placed)
-        assert all(b - a > 0.07 - 1e-9 for a, b in itertools.pairwise(sorted(placed)))
-
-
 # The real engine -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -161,7 +319,8 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
+def evaluation_command(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> tuple[list[str], dict]:
+    """The command and how to run it; of an argument that is given twice, the last one counts."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     command = [sys.executable, *launch, "evaluate.py", f"MODEL={tiny}/one,{tiny}/two/policy", f"OUT={out}"]
     command += [
@@ -171,10 +330,13 @@ def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subpro
         "CONTEXT=512",
         "MAX_ATTEMPT_TOKENS=8",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return [*command, *arguments], {"cwd": ROOT, "env": environment}
+
+
+def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    command, how = evaluation_command(tiny, out, *arguments, ranks=ranks)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
 
 
 @pytest.fixture(scope="module")
@@ -184,51 +346,121 @@ def evaluated(tiny):
     return done
 
 
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 def test_evaluation_end_to_end(tiny, evaluated):
     results = json.loads((tiny / "out" / "results.json").read_text())
     assert list(results["models"]) == ["one", "two"]
-    for name in ("one", "two"):
-        lines = (tiny / "out" / f"dialogues-{name}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        records = [json.loads(line) for line in lines]
+    models = {name: records_of(tiny / "out" / f"dialogues-{name}.jsonl") for name in ("one", "two")}
+    assert {k: results[k] for k in ("models", "comparisons")} == evaluate.summarise(models)  # all follows from these
+    for records in models.values():
         assert len(records) == 8 * (2 + 3)
-        assert results["models"][name] == {
-            "mixed": evaluate.summarise(records)
-        }  # everything follows from the dialogues
         assert {r["benchmark"] for r in records} == {"mixed"}
         assert [len(r["attempts"]) for r in records if r["id"] == "real/2"] == [0] * 5
-        assert all(
-            len(r["attempts"]) == r["K"] for r in records if r["id"] != "real/2"
-        )  # a random model is never right
+        granted = [len(r["attempts"]) == r["K"] for r in records if r["id"] != "real/2"]
+        assert all(granted)  # a random model is never right
         assert all(0 < a["tokens"] <= 8 for r in records for a in r["attempts"])
     assert results["models"]["one"]["mixed"]["n"] == 8
-    assert results["models"]["one"]["mixed"]["too_long"] == 1
-    assert "too short for 1 of 8 problems" in evaluated.stdout
-    assert sorted(p.suffix for p in (tiny / "out").iterdir()) == [".json", ".jsonl", ".jsonl", ".png", ".svg"]
+    assert results["models"]["one"]["mixed"]["metrics"]["out_of_context"]["value"] == [1 / 8, 1 / 8]
+    assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated.stdout
+    made = {"accuracy.png", "accuracy.svg", "results.json", "results.csv", "report.html"}
+    made |= {f"dialogues-{name}.jsonl" for name in models}
+    assert {p.name for p in (tiny / "out").iterdir()} == made  # nothing half-done is left
 
 
 def test_two_ranks_give_the_same(tiny, evaluated):
     done = evaluation(tiny, tiny / "ranks", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("dialogues-one.jsonl", "dialogues-two.jsonl"):
+    for name in ("dialogues-one.jsonl", "dialogues-two.jsonl", "results.json", "results.csv", "report.html"):
         assert (tiny / "ranks" / name).read_bytes() == (tiny / "out" / name).read_bytes()
-    one, two = (json.loads((tiny / out / "results.json").read_text()) for out in ("out", "ranks"))
-    assert one["models"] == two["models"]
-    assert one["settings"] == two["settings"]
 
 
-def test_second_call_skips_and_other_settings_stop(tiny, evaluated):
-    before = (tiny / "out" / "results.json").stat().st_mtime_ns
-    start = time.monotonic()
-    again = evaluation(tiny, tiny / "out")
+def test_second_call_plays_nothing_and_other_settings_stop(tiny, evaluated):
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tiny / "out").iterdir()}
+    again = evaluation(tiny, tiny / "out", "GATHER_HOURS=1")
     assert again.returncode == 0
     assert again.stdout == evaluated.stdout
-    assert time.monotonic() - start < 10
-    assert (tiny / "out" / "results.json").stat().st_mtime_ns == before
+    for path, (content, time_ns) in before.items():
+        assert path.read_bytes() == content
+        assert path.stat().st_mtime_ns == time_ns or not path.name.startswith("dialogues")
     other = evaluation(tiny, tiny / "out", "MAX_ATTEMPTS=3", "PROMPT=single_turn")
     assert other.returncode == 1
     assert "MAX_ATTEMPTS: 2 there, 3 now" in other.stderr
     assert "PROMPT: multi_attempt there, single_turn now" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_killed_evaluation_goes_on_where_it_stopped(tiny):
+    """Killed in the middle and started again: what had ended, on any rank, is not played again."""
+    out = tiny / "killed"
+    arguments = ["RESAMPLES=24", "MAX_ATTEMPT_TOKENS=32", f"MODEL={tiny}/one"]
+    command, how = evaluation_command(tiny, out, *arguments)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how)
+    while process.poll() is None and not any(p.read_bytes().count(b"\n") > 10 for p in out.glob(".one.*/*.jsonl")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (part,) = out.glob(".one.*/*.jsonl")
+    assert part.name == "rank-0.jsonl"
+    played = records_of(part)
+    assert 10 <= len(played) < 8 * (2 + 24)  # it was killed before its end
+    played[3]["attempts"][0]["text"] = "as it was written"
+    part.unlink()
+    with part.with_name("rank-5.jsonl").open("w", encoding="utf-8") as file:  # and a line that the kill cut in two
+        file.write("".join(map(evaluate.to_line, played)) + evaluate.to_line(played[0])[:30])
+    again = evaluation(tiny, out, *arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    records = records_of(out / "dialogues-one.jsonl")
+    runs = [(False, K, 0) for K in (1, 2)] + [(True, 1, i) for i in range(24)]
+    assert sorted((r["id"], r["control"], r["K"], r["sample"]) for r in records) == sorted(
+        (name, *run) for name in {r["id"] for r in records} for run in runs
+    )
+    assert len(records) == 8 * len(runs)
+    by_key = {evaluate.key_of(r): r for r in records}
+    assert all(by_key[evaluate.key_of(r)] == r for r in played)
+    assert not part.parent.exists()
+
+
+@pytest.mark.parametrize("feedback", ["verified", "intrinsic"])
+def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, monkeypatch, feedback):
+    """What a dialogue becomes does not depend on what else is played: sampled ones, the prefix protocol, controls."""
+    monkeypatch.setattr(rollout, "FEEDBACK", feedback)
+    monkeypatch.setattr(evaluate, "PROTOCOL", "prefix")
+    monkeypatch.setattr(evaluate, "SAMPLES", 2)
+    monkeypatch.setattr(evaluate, "RESAMPLES", 3)
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
+    problems = [p | {"benchmark": "test"} for p in rollout.load_problems(toy / "test.jsonl")[:12]]
+    chat, items, ended = rollout.Chat(engine.tokenizer), evaluate.plan(problems), []
+    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36
+    whole = {evaluate.key_of(r): r for r in evaluate.evaluate(engine, chat, items, ended.append)}
+    assert len(whole) == len(ended) == 60
+    part = evaluate.evaluate(engine, chat, items[1::3])
+    assert {evaluate.key_of(r) for r in part} == {item.key for item in items[1::3]}
+    assert all(r == whole[evaluate.key_of(r)] for r in part)
+    first, second = (
+        {r["id"]: r["attempts"] for r in whole.values() if r["K"] == 3 and r["sample"] == i} for i in (0, 1)
+    )
+    assert first != second
+    found = evaluate.measure(list(whole.values()))
+    if feedback == "verified":
+        assert found["accuracy"].value.tolist() == sorted(found["accuracy"].value)  # within more attempts, never fewer
+        assert "i_to_c" not in found
+    else:
+        assert all(len(r["attempts"]) == r["K"] for r in whole.values())
+        net = np.subtract(metric(found, "i_to_c"), metric(found, "c_to_i"))
+        assert net.tolist() == pytest.approx(metric(found, "gain"), abs=1e-8)
+
+
+def test_plan_of_each_protocol(monkeypatch):
+    problems = [{"benchmark": "b", "id": name} for name in "xy"]
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(evaluate, "RESAMPLES", 0)
+    assert [i.K for i in evaluate.plan(problems)] == [3, 3, 2, 2, 1, 1]  # the longest first
+    assert len({i.key for i in evaluate.plan(problems)}) == 6
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    assert [i.K for i in evaluate.plan(problems)] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +469,8 @@ def test_second_call_skips_and_other_settings_stop(tiny, evaluated):
         ("MODEL=no/such", "no/such: no model folder"),
         ("BENCHMARKS=no/such.jsonl", "no/such.jsonl: no such problem file"),
         ("MAX_ATTEMPT=3", "MAX_ATTEMPT: no such constant; the nearest is MAX_ATTEMPTS"),
+        ("PROTOCOL=both", "PROTOCOL=both: must be one of paper, prefix"),
+        ("TEMPERATURE=0", "TEMPERATURE=0.0: must be above 0 where SAMPLES or RESAMPLES are drawn"),
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, argument, message):
@@ -317,7 +551,7 @@ def test_report_says_the_numbers(tmp_path):
     text = demo.meaning(results)
     assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
     assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
-    evaluate.draw({"toy": demo.panel(results)}, tmp_path)
+    report.draw({"toy": demo.panel(results)}, tmp_path)
     svg = (tmp_path / "accuracy.svg").read_text()
     labels = ("multi-attempt RL", "single-turn RL", "warm start", "single-turn RL, resampled", "ideal reader")
     assert all(f">{label}<" in svg for label in labels)

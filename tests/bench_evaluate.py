@@ -1,0 +1,205 @@
+"""What one queue for all K saves, and how large, quick to open and quick to search the report is.
+
+    python tests/bench_evaluate.py                      # a random model of 1 M parameters; minutes on two cores
+    python tests/bench_evaluate.py PROBLEMS=30,40,500,272,675 MAX_SEQUENCES=256 MODEL=folder DTYPE=bfloat16
+    python tests/bench_evaluate.py PROBLEMS= TEXTS=file.jsonl    # the report alone, made of a file's "question" texts
+
+Attempts have 16 to LONGEST tokens (log-uniform: a long tail), a quarter of them are right. Lengths and verdicts follow
+from what the model was shown, so every scheme plays the same dialogues, greedily. On a machine that others use, too,
+the CPU seconds of this process are the steadier measure (of a CPU engine).
+"""
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import evaluate
+import grader
+import rollout
+from data import report, toy
+from evaluate import Item
+from rollout import Chat, Engine, random_number
+from tests.browser import Browser, find_browser
+
+PROBLEMS: str = "3,4,50,27,68"  # sizes of the benchmarks: the paper's five by ten; so are the engine's 256 sequences
+MODEL: str = ""  # folder or hub name; "" = a random one
+DTYPE: str = "float32"
+HIDDEN: int = 128  # width of the random model
+LAYERS: int = 4  # its depth
+SHORTEST: int = 16  # tokens of an attempt
+LONGEST: int = 128
+RIGHT: float = 0.25  # share of right attempts
+REPORT_PROBLEMS: int = 1517  # of the report; the paper's five benchmarks have as many
+REPORT_ATTEMPTS: int = 2500  # characters of an attempt in the report
+TEXTS: str = ""  # problem files whose questions make the report's texts; "" = made-up words
+
+Play = tuple[float, float, int]  # seconds, CPU seconds of this process, generated tokens
+
+
+class DrawnLengths(Engine):
+    """The engine, but how long an attempt is follows from its prompt, and nothing else ends it."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.never |= dict.fromkeys(self.stop_ids, -100.0)
+        self.asked: list[tuple[list[int], int]] = []  # prompt, tokens of every attempt
+
+    def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
+        share = random_number("length", *ids) / 2**31
+        length = min(max_tokens, round(SHORTEST * (LONGEST / SHORTEST) ** share))
+        self.asked.append((list(ids), length))
+        super().submit(key, ids, length, temperature, seed, set())
+
+
+def drawn_verdict(response: str, gold: str, tolerance: float | None) -> Future:
+    right = random_number("right", response, gold) / 2**31 < RIGHT
+    return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
+
+
+def play(engine: DrawnLengths, runs: Iterable[list[Item]]) -> Play:
+    """Each run of its own, one after the other, with a fresh prefix cache."""
+    chat, tokens, clocks = Chat(engine.tokenizer), 0, (time.perf_counter(), time.process_time())
+    for items in runs:
+        engine.llm.reset_prefix_cache()
+        records = evaluate.evaluate(engine, chat, items)
+        tokens += sum(a["tokens"] for r in records for a in r["attempts"])
+    return time.perf_counter() - clocks[0], time.process_time() - clocks[1], tokens
+
+
+def bare_engine(engine: DrawnLengths, asked: list[tuple[list[int], int]]) -> Play:
+    """llm.generate on the same prompts and lengths, all of them known from the start; no dialogues, no grading."""
+    from vllm import SamplingParams
+
+    engine.llm.reset_prefix_cache()
+    prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
+    shared = {"temperature": 0.0, "logprobs": 0, "logit_bias": engine.never, "ignore_eos": True, "detokenize": False}
+    clocks = time.perf_counter(), time.process_time()
+    outputs = engine.llm.generate(prompts, [SamplingParams(max_tokens=n, **shared) for _, n in asked], use_tqdm=False)
+    tokens = sum(len(out.outputs[0].token_ids) for out in outputs)
+    return time.perf_counter() - clocks[0], time.process_time() - clocks[1], tokens
+
+
+def bench_queue(folder: Path) -> None:
+    tokenizer = toy.make_tokenizer()
+    toy.HIDDEN, toy.LAYERS, toy.HEADS, toy.INTERMEDIATE = HIDDEN, LAYERS, 4, 4 * HIDDEN
+    if not MODEL:
+        toy.make_model(tokenizer, 0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    engine = DrawnLengths(MODEL or str(folder), dtype=DTYPE)
+    sizes = [int(size) for size in PROBLEMS.split(",")]
+    questions = toy.make_problems(sum(sizes), 0, held_out=True)
+    names = [f"benchmark {i}" for i, size in enumerate(sizes) for _ in range(size)]
+    problems = [p | {"benchmark": name} for p, name in zip(questions, names, strict=True)]
+    items = evaluate.plan(problems)
+    seven = [[i for i in items if i.key[2] == k] for k in range(1, rollout.MAX_ATTEMPTS + 1)]
+    single = [[i for i in run if i.key[0] == name] for run in seven for name in dict.fromkeys(names)]
+    play(engine, [seven[0][:64]])  # the first call in a process is slower
+    engine.asked.clear()
+    queue = play(engine, [items])
+    asked = list(engine.asked)
+    print(f"{len(items)} dialogues, {len(asked)} attempts of {SHORTEST} to {LONGEST} tokens, K = 1..{len(seven)}")
+
+    def show(name: str, result: Play) -> None:
+        (seconds, cpu, tokens), per_token = result, [clock / result[2] * queue[2] for clock in result[:2]]
+        rate = f"{seconds:7.1f} s {cpu:7.1f} CPU s {tokens:9,} tokens {tokens / seconds:8,.0f} tokens/s"
+        ratios = f"{per_token[0] / queue[0]:.2f} x as fast, by CPU seconds {per_token[1] / queue[1]:.2f} x"
+        print(f"{name:40} {rate}   one queue is {ratios}", flush=True)
+
+    show("one queue (evaluate.py)", queue)
+    show("llm.generate, same prompts and tokens", bare_engine(engine, asked))
+    show(f"{len(seven)} runs, one after the other", play(engine, seven))
+    show(f"{len(single)} runs, each benchmark alone", play(engine, single))
+    engine.shutdown()
+
+
+def bench_report(folder: Path) -> None:
+    rng = random.Random(0)
+    texts = [p["question"] for path in filter(None, TEXTS.split(",")) for p in rollout.load_problems(path)]
+    if not texts:
+        words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(3000)]
+        words += [f"${rng.choice('xyzabn')}^{rng.randint(2, 9)} + {rng.randint(1, 99)}$" for _ in range(1000)]
+        words = [
+            w for rank, w in enumerate(rng.sample(words, len(words)), 1) for _ in range(4000 // rank)
+        ]  # Zipf's law
+        texts = [" ".join(rng.choices(words, k=40)) for _ in range(9000)]
+
+    def attempt(gold: str) -> dict[str, Any]:
+        text = ""
+        while len(text) < REPORT_ATTEMPTS - 40:
+            text += rng.choice(texts)[: REPORT_ATTEMPTS - 40 - len(text)] + "\n"
+        answer = gold if rng.random() < RIGHT else str(rng.randint(100, 140))
+        status = "correct" if answer == gold else "wrong"
+        text += f"The answer is \\boxed{{{answer}}}."
+        return {"text": text, "answer": answer, "status": status, "ending": "stop", "tokens": len(text) // 3}
+
+    problems = [
+        {"benchmark": "five", "id": f"five/{i}", "question": rng.choice(texts), "answer": str(i % 50)}
+        for i in range(REPORT_PROBLEMS)
+    ]
+    records = []
+    for problem in problems:
+        for k in range(1, rollout.MAX_ATTEMPTS + 1):
+            attempts = [attempt(problem["answer"])]
+            while len(attempts) < k and attempts[-1]["status"] != "correct":
+                attempts.append(attempt(problem["answer"]))
+            records.append(
+                dict(zip(evaluate.KEY, Item(problem, k, False, 0).key, strict=True)) | {"attempts": attempts}
+            )
+    start = time.perf_counter()
+    results = {"settings": evaluate.settings({}), "versions": evaluate.versions()} | evaluate.summarise({"m": records})
+    counted = time.perf_counter() - start
+    report.draw(report.curves(results["models"]), folder)
+    start = time.perf_counter()
+    data = evaluate.report_data(results, {"m": records}, problems, {})
+    page = folder / "report.html"
+    page.write_text(report.page(folder, data, {}), encoding="utf-8")
+    made = time.perf_counter() - start
+    attempts = [attempt for p in data["problems"] for _, played in p[4] for attempt in played]
+    print(
+        f"\n{len(data['problems'])} problems at K = {rollout.MAX_ATTEMPTS}: {len(attempts)} attempts of "
+        f"{statistics.fmean(len(a[0]) for a in attempts):.0f} characters\n"
+        f"size {page.stat().st_size / 1e6:.1f} MB; metrics of all K {counted:.1f} s, page {made:.1f} s"
+    )
+    if not find_browser():
+        print("no Chromium or Chrome is installed: opening and searching were not measured")
+        return
+    opened = []
+    for _ in range(3):
+        browser = Browser()
+        start = time.perf_counter()
+        browser.open(page)
+        opened.append(time.perf_counter() - start)
+        queries = ["five/77", "boxed{7}", "e", "no such words", texts[5][5:25].lower(), "x^2"]
+        search = """(query => {
+            const start = performance.now();
+            $("search").value = query;
+            $("search").oninput();
+            document.body.offsetHeight;  // until the page is laid out
+            return performance.now() - start;
+        })"""
+        searched = [browser.run(f"{search}({json.dumps(query)})") for query in queries]
+        browser.close()
+    print(f"opens in {statistics.median(opened):.2f} s (median of {len(opened)}, until everything is shown)")
+    print("a search takes " + ", ".join(f"{ms:.0f}" for ms in searched) + " ms (found and laid out; six words)")
+
+
+def main() -> None:
+    rollout.MAX_ATTEMPTS, rollout.MAX_SEQUENCES, evaluate.RESAMPLES = 7, 26, 0
+    rollout.override_constants(sys.argv[1:], {"bench": sys.modules[__name__], "rollout": rollout})
+    grader.submit = drawn_verdict
+    with tempfile.TemporaryDirectory() as folder:
+        if PROBLEMS:
+            bench_queue(Path(folder))
+        bench_report(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
