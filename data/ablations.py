@@ -9,6 +9,7 @@ costs nothing) it goes on where it was. Table, figure and results.json are there
 each.
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -185,11 +186,16 @@ def report(seeds: dict[str, dict[str, dict[str, float]]], out: Path) -> None:
     print(f"\n{table(results)}\n\n{legend}\n\n{out}/table.md  {out}/ablations.png  {out}/results.json")
 
 
+def is_complete(path: Path, seeds: Sequence[int], rows: Sequence[str]) -> bool:
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seeds": {}, "rows": {}}
+    return there["seeds"].keys() >= set(map(str, seeds)) and there["rows"].keys() >= set(rows)
+
+
 def main() -> None:
     rollout.override_constants(sys.argv[1:], {"ablations": sys.modules[__name__], "demo": demo})
     seeds, rows, out = demo.parse_seeds(SEEDS), chosen(), Path(OUT)
     per_seed: dict[str, dict[str, dict[str, float]]] = {}
-    with demo.stopwatch(out):
+    with demo.stopwatch(out, complete=is_complete(out / "results.json", seeds, rows)):
         for seeds_left, seed in zip(reversed(range(len(seeds))), seeds, strict=True):
             per_seed[str(seed)] = run_seed(seed, rows, seeds_left)
             report(per_seed, out)

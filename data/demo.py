@@ -224,7 +224,7 @@ def evaluate_all(models: Iterable[Path], world: Path, out: Path, arguments: Sequ
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
     command += [f"MODEL={','.join(map(str, models))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}", *arguments]
-    run(command)
+    run(command, quiet=True)
     return json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
@@ -237,12 +237,12 @@ def parse_seeds(text: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def stopwatch(out: Path) -> Iterator[None]:
+def stopwatch(out: Path, complete: bool) -> Iterator[None]:
     """Around the work whose results come to lie in `out`: out/seconds is what it took in all, interrupted calls
-    included. Ctrl-C and SIGTERM end the children first."""
+    included, but not those that found it complete. Ctrl-C and SIGTERM end the children first."""
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
-    clock, complete = out / "seconds", (out / "results.json").is_file()
+    clock = out / "seconds"
     start, before = time.monotonic(), float(clock.read_text()) if clock.is_file() else 0.0
     try:
         yield
@@ -297,9 +297,11 @@ def control(result: dict[str, Any]) -> dict[str, Any]:
     return {name: [curve[column][k] for k in known] for name, column in names.items()}
 
 
-def run(command: list[str], **environment: str) -> None:
-    """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed."""
-    process = subprocess.Popen(command, env=ENVIRONMENT | environment)
+def run(command: list[str], quiet: bool = False, **environment: str) -> None:
+    """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed.
+    quiet: only its progress and its complaints are shown."""
+    stdout = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(command, stdout=stdout, env=ENVIRONMENT | environment)
     try:
         if code := process.wait():
             raise SystemExit(f"{' '.join(command)} ended with {code}")
@@ -433,7 +435,7 @@ def main() -> None:
     stages = {"demo": sys.modules[__name__], "evaluate": evaluate, "rollout": rollout}
     rollout.override_constants(sys.argv[1:], stages)
     seeds, out = parse_seeds(SEEDS), Path(OUT)
-    with stopwatch(out):
+    with stopwatch(out, complete=(out / "results.json").is_file()):
         per_seed = {str(seed): run_seed(seed) for seed in seeds}
     minutes = float((out / "seconds").read_text()) / 60
     results = over_seeds(list(per_seed.values())) | {"seeds": per_seed if len(seeds) > 1 else seeds}

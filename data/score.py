@@ -185,7 +185,7 @@ def panel(results: dict[str, Any]) -> list[Curve]:
 def main() -> None:
     rollout.override_constants(sys.argv[1:], {"score": sys.modules[__name__], "demo": demo})
     seeds, out = demo.parse_seeds(SEEDS), Path(OUT)
-    with demo.stopwatch(out):
+    with demo.stopwatch(out, complete=(out / "results.json").is_file()):
         per_seed = {str(seed): run_seed(seed) for seed in seeds}
     minutes = float((out / "seconds").read_text()) / 60
     interval = f"t over {len(seeds)} seeds" if len(seeds) > 1 else "Wilson or bootstrap over problems"

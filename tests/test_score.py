@@ -25,9 +25,10 @@ demo.make_world = lambda seed, folder: world
 """
 
 
-def call(module: str, toy: Path, *arguments: str) -> str:
+def call(module: str, toy: Path, *given: str) -> str:
     """What it prints, in a process of its own, in the tests' toy world."""
-    command = [sys.executable, "-c", PROGRAM.format(module=module), *arguments, f"TRAINING={TINY}", str(toy)]
+    arguments = [*given, f"TRAINING={TINY}", "EVALUATION_RANKS=1", str(toy)]
+    command = [sys.executable, "-c", PROGRAM.format(module=module), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
