@@ -9,6 +9,7 @@ where the first one was stopped.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -19,13 +20,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import evaluate
+import grader
+import ppo
 import rollout
 from data import toy
 from data.report import OKABE_ITO, Curve, draw
@@ -33,7 +36,8 @@ from evaluate import to_json, wilson, write_atomically
 
 SEEDS: str = "0"  # comma-separated; each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/demo"  # folder of the results
-EVALUATION_RANKS: int = 2  # processes that share the evaluation
+EVALUATION_RANKS: int = 2  # processes that share an evaluation
+SIDE_BY_SIDE: int = 2  # trainings at a time, each on one thread
 TRAINING: str = ""  # more arguments for ppo.py in both arms, spaces between, such as "TOKEN_BUDGET=20000 LAMBDA=1"
 POLL_SECONDS: float = 1.0  # seconds between two looks at the runs' metrics
 
@@ -64,34 +68,88 @@ def last_row(path: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def train(seed: int, world: Path, folder: Path) -> None:
-    """Both arms at once, each on one thread; ppo.py resumes a run that was stopped and passes over a finished one."""
-    processes, bars = {}, {}
+@dataclasses.dataclass
+class Training:
+    """A run of ppo.py."""
+
+    label: str  # of its progress bar
+    folder: Path  # of the run; its log lies beside it
+    arguments: list[str]  # for ppo.py
+    after: Path | None = None  # folder of the run that has to be finished before
+
+    def __post_init__(self):
+        self.arguments = [*self.arguments, f"RUN={os.path.relpath(self.folder, 'runs')}"]
+        self.log = self.folder.with_name(f"{self.folder.name}.log")
+
+    def start(self) -> subprocess.Popen:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            # A process group of its own: on Ctrl-C it is asked to save and end, not killed.
+            command, options = [sys.executable, "ppo.py", *self.arguments], {"env": ENVIRONMENT, "process_group": 0}
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **options)
+
+    def check_end(self, process: subprocess.Popen) -> None:
+        if process.returncode or not (self.folder / "policy").is_dir():
+            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+            raise SystemExit("\n".join([*tail, f"{self.folder} did not get to its end; all of it is in {self.log}"]))
+
+
+def constants_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """What ppo.py would write into its config.json. Raises SystemExit for arguments that it would not take."""
+    stages = {"ppo": ppo, "rollout": rollout, "grader": grader}
+    kept = [(stage, name, getattr(stage, name)) for stage in stages.values() for name in stage.__annotations__]
     try:
-        for position, (arm, arguments) in enumerate(ARMS.items()):
-            command = [sys.executable, "ppo.py", *arguments, f"SEED={seed}"]
-            command += [f"RUN={os.path.relpath(folder / arm, 'runs')}"]
-            command += [f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", *TRAINING.split()]
-            with (folder / f"{arm}.log").open("ab") as log:
-                processes[arm] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
-            bars[arm] = tqdm(desc=f"seed {seed}, {MODELS[arm]}", unit=" tokens", unit_scale=True, position=position)
-        while True:
-            running = [process for process in processes.values() if process.poll() is None]
-            for arm, process in processes.items():
-                show(bars[arm], last_row(folder / arm / "metrics.jsonl"))
-                if process.poll():
-                    tail = (folder / f"{arm}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
-                    raise SystemExit("\n".join([*tail, f"{arm} failed; all of it is in {folder / arm}.log"]))
-            if not running:
-                break
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running[0].wait(timeout=POLL_SECONDS)
+        return json.loads(json.dumps(rollout.override_constants(arguments, stages, ppo.PRESETS)))
     finally:
-        for process in processes.values():
+        for stage, name, value in kept:
+            setattr(stage, name, value)
+
+
+def train(runs: Sequence[Training], later: int = 0) -> None:
+    """SIDE_BY_SIDE runs at a time, in this order, each on one thread. ppo.py resumes a run that was stopped; one that
+    is finished, with the constants that it would have now, is not started.
+
+    The time left that is shown counts `later` more tokens, of runs that follow behind this call.
+    """
+    waiting, tokens = [], 0
+    for run in runs:  # what is wrong with any of them comes out before there is work done
+        constants, config = constants_of(run.arguments), run.folder / "config.json"
+        made = json.loads(config.read_text(encoding="utf-8")) if (run.folder / "policy").is_dir() else None
+        if made != constants:
+            waiting.append(run)
+            tokens += constants["ppo.TOKEN_BUDGET"]
+    slots: dict[int, tuple[Training, subprocess.Popen, tqdm]] = {}
+    several = len(waiting) > SIDE_BY_SIDE
+    total = tqdm(desc="all trainings", total=tokens + later, unit=" tokens", unit_scale=True, disable=not several)
+    seen: dict[Path, tuple[int, int]] = {}  # run -> its tokens now, and as this call found it
+    try:
+        while waiting or slots:
+            unfinished = [run.folder for run in waiting] + [run.folder for run, _, _ in slots.values()]
+            for slot in range(SIDE_BY_SIDE):
+                ready = [run for run in waiting if run.after not in unfinished]
+                if slot not in slots and ready:
+                    bar = tqdm(desc=ready[0].label, unit=" tokens", unit_scale=True, position=slot + several)
+                    slots[slot] = (ready[0], ready[0].start(), bar)
+                    waiting.remove(ready[0])
+            for slot, (run, process, bar) in list(slots.items()):
+                ended = process.poll() is not None
+                show(bar, last_row(run.folder / "metrics.jsonl"))
+                seen[run.folder] = (bar.n, bar.initial)
+                if ended:
+                    run.check_end(process)
+                    bar.close()
+                    del slots[slot]
+            total.n, total.initial = (sum(column) for column in zip(*seen.values(), strict=True))
+            total.refresh()
+            for _, process, _ in list(slots.values())[:1]:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=POLL_SECONDS)
+    finally:
+        for _, process, _ in slots.values():
             process.terminate()
-        for process in processes.values():
+        for _, process, _ in slots.values():
             process.wait()
-        for bar in bars.values():
+        for bar in [*(bar for _, _, bar in slots.values()), total]:
             bar.close()
 
 
@@ -152,27 +210,67 @@ def probe(
     return result
 
 
+# Shared with data.score and data.ablations ---------------------------------------------------------------------------
+def make_world(seed: int, folder: Path) -> Path:
+    """The toy world of a seed, in `folder` unless it is seed 0's, which is what the four stages take by default."""
+    world = folder / "toy" if seed else Path("data/toy")
+    world.parent.mkdir(parents=True, exist_ok=True)
+    run([sys.executable, "-m", "data.toy", f"SEED={seed}", f"OUT={world}"], OMP_NUM_THREADS=str(os.cpu_count()))
+    return world
+
+
+def evaluate_all(models: Iterable[Path], world: Path, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """evaluate.py on the held-out problems, by EVALUATION_RANKS processes -> its results.json."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
+    command += [f"MODEL={','.join(map(str, models))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}", *arguments]
+    run(command, quiet=True)
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Raises SystemExit where they are not different numbers, few enough for T_95."""
+    seeds = text.split(",")
+    if not all(map(str.isdecimal, seeds)) or len(set(seeds)) < len(seeds) or len(seeds) > len(T_95) + 1:
+        raise SystemExit(f"SEEDS={text}: expected up to {len(T_95) + 1} different numbers, such as 1,2,3")
+    return [int(seed) for seed in seeds]
+
+
+@contextlib.contextmanager
+def stopwatch(out: Path, complete: bool) -> Iterator[None]:
+    """Around the work whose results come to lie in `out`: out/seconds is what it took in all, interrupted calls
+    included, but not those that found it complete. Ctrl-C and SIGTERM end the children first."""
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    clock = out / "seconds"
+    start, before = time.monotonic(), float(clock.read_text()) if clock.is_file() else 0.0
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from here") from None
+    finally:
+        if not complete:
+            write_atomically(clock, str(before + time.monotonic() - start))
+
+
 # One seed, and several -----------------------------------------------------------------------------------------------
 def run_seed(seed: int) -> dict[str, Any]:
     """World, training, evaluation and probe of one seed; what is done already is not done again."""
     folder = Path(OUT) / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    world = folder / "toy" if seed else Path("data/toy")  # seed 0's is what the four stages take by default
-    run([sys.executable, "-m", "data.toy", f"SEED={seed}", f"OUT={world}"], OMP_NUM_THREADS=str(os.cpu_count()))
-    train(seed, world, folder)
-
+    world = make_world(seed, folder)
+    source = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
+    train(
+        [
+            Training(f"seed {seed}, {MODELS[arm]}", folder / arm, [*arguments, *source, *TRAINING.split()])
+            for arm, arguments in ARMS.items()
+        ]
+    )
     models = {arm: folder / arm / "policy" for arm in ARMS} | {"warm_start": world / "warm_start"}
     config = json.loads((folder / "multi_attempt" / "config.json").read_text(encoding="utf-8"))
     limit = config["rollout.MAX_ATTEMPT_TOKENS"]  # the same in training and in evaluation
     out = folder / "evaluation"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
-    command += [f"MODEL={','.join(map(str, models.values()))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}"]
-    command += [f"MAX_ATTEMPTS={rollout.MAX_ATTEMPTS}", f"RESAMPLES={evaluate.RESAMPLES}"]
-    command += [f"MAX_ATTEMPT_TOKENS={limit}", f"SEED={seed}"]
-    run(command)
-
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    how = [f"MAX_ATTEMPTS={rollout.MAX_ATTEMPTS}", f"RESAMPLES={evaluate.RESAMPLES}", f"MAX_ATTEMPT_TOKENS={limit}"]
+    results = evaluate_all(models.values(), world, out, [*how, f"SEED={seed}"])
     problems = rollout.load_problems(world / "test.jsonl")
     path = folder / "probe.json"
     probes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -199,9 +297,11 @@ def control(result: dict[str, Any]) -> dict[str, Any]:
     return {name: [curve[column][k] for k in known] for name, column in names.items()}
 
 
-def run(command: list[str], **environment: str) -> None:
-    """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed."""
-    process = subprocess.Popen(command, env=ENVIRONMENT | environment)
+def run(command: list[str], quiet: bool = False, **environment: str) -> None:
+    """Run to the end. Its workers get no Ctrl-C of their own, so that the child is asked to end them, not killed.
+    quiet: only its progress and its complaints are shown."""
+    stdout = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(command, stdout=stdout, env=ENVIRONMENT | environment)
     try:
         if code := process.wait():
             raise SystemExit(f"{' '.join(command)} ended with {code}")
@@ -225,13 +325,21 @@ def over_seeds(results: Sequence[Any]) -> Any:
             key: sum(r[key] for r in results) if key == "n" else over_seeds([r[key] for r in results]) for key in first
         }
     merged: dict[str, Any] = {"n": sum(r["n"] for r in results)} if "n" in first else {}
-    columns = list(zip(*(r["accuracy"] for r in results), strict=True))
-    half = [T_95[len(results) - 2] * statistics.stdev(c) / len(results) ** 0.5 for c in columns]
-    means = [statistics.fmean(c) for c in columns]
-    merged["accuracy"] = [round(m, 6) for m in means]
-    merged["low"] = [round(max(0.0, m - h), 3) for m, h in zip(means, half, strict=True)]
-    merged["high"] = [round(min(1.0, m + h), 3) for m, h in zip(means, half, strict=True)]
+    intervals = [t_interval(column) for column in zip(*(r["accuracy"] for r in results), strict=True)]
+    merged["accuracy"] = [round(mean, 6) for mean, _, _ in intervals]
+    merged["low"] = [round(max(0.0, low), 3) for _, low, _ in intervals]
+    merged["high"] = [round(min(1.0, high), 3) for _, _, high in intervals]
     return merged
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and Student's 95 % interval around it, of two or more values.
+
+    >>> [round(x, 4) for x in t_interval([0.4, 0.5, 0.6])]  # 0.5 -+ 4.303 * 0.1 / sqrt(3)
+    [0.5, 0.2516, 0.7484]
+    """
+    mean, half = statistics.fmean(values), T_95[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
 
 
 # Report --------------------------------------------------------------------------------------------------------------
@@ -257,13 +365,24 @@ def table(results: dict[str, Any]) -> str:
         return [f"{100 * a:.1f} ±{100 * max(high - a, a - low):.1f}" for a, low, high in bounds]
 
     rows = [["attempts", *map(str, range(1, rollout.MAX_ATTEMPTS + 1)), "own again", "other again"]]
-    rows.append(["---"] * len(rows[0]))
     for name, label in MODELS.items():
         shares = results["probe"][name]
         rows.append([label, *cells(results["models"][name]["test"]), *cells(shares["own"]), *cells(shares["other"])])
         if name in RESAMPLED:
             rows.append(["... resampled", *cells(results["control"][name]), "", ""])
     rows.append(["ideal reader", *(f"{100 * a:.1f}" for a in results["ideal"]["accuracy"]), "", ""])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head.
+
+    >>> print(markdown([["model", "accuracy"], ["warm start", "45.2"]]))
+    | model      | accuracy |
+    | ---        | ---      |
+    | warm start | 45.2     |
+    """
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
 
@@ -315,22 +434,10 @@ def renew_readme(text: str, block: str) -> str:
 def main() -> None:
     stages = {"demo": sys.modules[__name__], "evaluate": evaluate, "rollout": rollout}
     rollout.override_constants(sys.argv[1:], stages)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as Ctrl-C: the children are ended first
-    seeds = [int(seed) for seed in SEEDS.split(",")]
-    if len(set(seeds)) != len(seeds) or len(seeds) > len(T_95) + 1:
-        raise SystemExit(f"SEEDS={SEEDS}: expected up to {len(T_95) + 1} different numbers")
-    out, clock = Path(OUT), Path(OUT) / "seconds"
-    out.mkdir(parents=True, exist_ok=True)
-    start, before = time.monotonic(), float(clock.read_text()) if clock.is_file() else 0.0
-    complete = (out / "results.json").is_file()
-    try:
+    seeds, out = parse_seeds(SEEDS), Path(OUT)
+    with stopwatch(out, complete=(out / "results.json").is_file()):
         per_seed = {str(seed): run_seed(seed) for seed in seeds}
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from here") from None
-    finally:
-        if not complete:  # what it took in all, interrupted calls included
-            write_atomically(clock, str(before + time.monotonic() - start))
-    minutes = float(clock.read_text()) / 60
+    minutes = float((out / "seconds").read_text()) / 60
     results = over_seeds(list(per_seed.values())) | {"seeds": per_seed if len(seeds) > 1 else seeds}
     interval = f"t over {len(seeds)} seeds" if len(seeds) > 1 else "Wilson (resampled: bootstrap) over problems"
     results |= {"interval": f"95 %, {interval}", "minutes": round(minutes, 1), "cores": os.cpu_count()}
