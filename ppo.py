@@ -636,6 +636,7 @@ def play_step(engine: Engine, chat: Chat, problems: list[dict[str, Any]], step: 
         visit = ((step - 1) * DIALOGUES + i) // rollout.SAMPLES_PER_PROMPT
         problem = problems[problem_index(visit, len(problems))]
         dialogues.append(rollout.new_dialogue(chat, problem, rollout.draw_attempts(SEED, step, i)))
+        rollout.begin_offline(chat, dialogues[-1], SEED, visit)  # the same for the samples of a prompt
     seeds = [rollout.random_number(SEED, step, i) for i in played]
     progress = f"rollout {step}" if rank == 0 else None
     rollout.play(engine, chat, dialogues, seeds, rollout.TEMPERATURE, progress)
@@ -790,7 +791,7 @@ def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], f
 def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     """Means over all dialogues of a step, or over their attempts; accuracy_at_k: right within k attempts, if k were
     granted."""
-    attempts = [a for d in dialogues for a in d.attempts]
+    attempts = [a for d in dialogues for a in d.attempts if d.mask[a.start]]  # the policy's own
     generated = sum(sum(d.mask) for d in dialogues)
 
     def share_of(field: str, value: str) -> float:
@@ -1109,6 +1110,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     chat = Chat(AutoTokenizer.from_pretrained(MODEL))
     problems = rollout.check_lengths(chat, load_problems(TRAIN_DATA), TRAIN_DATA)
     problems, dev = split_problems(problems)
+    rollout.load_offline(problems)
     engine = Engine(MODEL, dtype=COMPUTE_DTYPE, seed=SEED)  # before the trainer: it wants to find the GPU's memory free
     engine.sleep()
     learner = Learner.load(len(chat.tokenizer))

@@ -18,10 +18,13 @@ import difflib
 import functools
 import gc
 import hashlib
+import json
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +52,9 @@ REWARD_WRONG: float = -0.5  # of a wrong answer in a complete box
 REWARD_NO_ANSWER: float = -1.0  # of no complete box
 ATTEMPT_DISCOUNT: float = 1.0  # success at attempt k earns REWARD_CORRECT * ATTEMPT_DISCOUNT^(k-1) (paper 1: explore)
 SCORE_ALPHA: float = 10.0  # weight of the progress bonus of "score_stage2" (SCoRe 10)
+# First attempts of someone else (SCoRe, section 5.3) ------------------------------------------------------------------
+OFFLINE_ATTEMPTS: str = ""  # a dialogues-*.jsonl of evaluate.py: first attempts to put before the policy's; "" = none
+OFFLINE_SHARE: float = 0.5  # share of the dialogues with N > 1 that begin so, where there is one (not in the papers)
 # Sampling -------------------------------------------------------------------------------------------------------------
 SAMPLES_PER_PROMPT: int = 1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
 TEMPERATURE: float = 1.0  # of training rollouts (paper 1); anything but 1 makes sampler and trainer disagree
@@ -170,6 +176,8 @@ def check_constants() -> None:
             raise SystemExit(f"{name}={globals()[name]}: must be one of {', '.join(allowed)}")
     if not 1 <= MIN_ATTEMPTS <= MAX_ATTEMPTS:
         raise SystemExit(f"1 <= MIN_ATTEMPTS={MIN_ATTEMPTS} <= MAX_ATTEMPTS={MAX_ATTEMPTS} must hold")
+    if not 0 <= OFFLINE_SHARE <= 1:
+        raise SystemExit(f"OFFLINE_SHARE={OFFLINE_SHARE}: must be a share, from 0 to 1")
     for name in ("MAX_ATTEMPT_TOKENS", "CONTEXT", "SAMPLES_PER_PROMPT", "MAX_SEQUENCES", "TENSOR_PARALLEL"):
         if globals()[name] < 1:
             raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
@@ -448,6 +456,49 @@ def new_dialogue(chat: Chat, problem: dict[str, Any], max_attempts: int) -> Dial
     return dialogue
 
 
+def place_attempt(chat: Chat, dialogue: Dialogue, text: str, answer: str | None, status: str) -> bool:
+    """Put an attempt that the policy has not made, and what the environment says to it, behind a dialogue's ids. None
+    of it is an action. False, and nothing is changed, if CONTEXT has no room for it or N no attempt behind it."""
+    ids = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.end_of_turn]
+    start, left = len(dialogue.ids), dialogue.max_attempts - len(dialogue.attempts) - 1
+    feedback = chat.feedback(dialogue.problem["question"], left)
+    if left < 1 or start + len(ids) + len(feedback) >= CONTEXT:
+        return False
+    dialogue.extend(ids + feedback)
+    dialogue.attempts.append(Attempt(start, start + len(ids), answer, status, "stop"))
+    return True
+
+
+def load_offline(problems: list[dict[str, Any]]) -> None:
+    """Give problems their "offline" attempts, the first ones of their records in OFFLINE_ATTEMPTS; with a verdict
+    between the attempts only those that were not right. Raises SystemExit for a file that is none of evaluate.py's, or
+    is about other problems."""
+    if not OFFLINE_ATTEMPTS:
+        return
+    found = defaultdict(list)
+    try:
+        for line in Path(OFFLINE_ATTEMPTS).read_text(encoding="utf-8").split("\n"):
+            record = json.loads(line) if line else {"attempts": []}
+            for first in record["attempts"][:1]:
+                if FEEDBACK == "intrinsic" or first["status"] != "correct":
+                    found[record["id"]].append([first[name] for name in ("text", "answer", "status")])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"OFFLINE_ATTEMPTS={OFFLINE_ATTEMPTS}: expected a dialogues-*.jsonl of evaluate.py ({error!r})"
+        ) from error
+    for problem in problems:
+        problem["offline"] = found[problem["id"]]
+    if not any(problem["offline"] for problem in problems):
+        raise SystemExit(f"OFFLINE_ATTEMPTS={OFFLINE_ATTEMPTS} has no attempt to use at any of these problems")
+
+
+def begin_offline(chat: Chat, dialogue: Dialogue, *key: int | str) -> None:
+    """Put one of its problem's offline attempts, if it has any, before OFFLINE_SHARE of the dialogues, drawn by key."""
+    offline = dialogue.problem.get("offline")
+    if offline and random_number("offline", *key) < OFFLINE_SHARE * 2**31:
+        place_attempt(chat, dialogue, *offline[random_number("which", *key) % len(offline)])
+
+
 def cut_behind_box(chat: Chat, ids: list[int]) -> list[int]:
     """An attempt up to the token that closes its first box: what sampling would have been, had it stopped there."""
 
@@ -587,9 +638,10 @@ def attempt_rewards(statuses: Sequence[str], method: str) -> list[float]:
 
 
 def assign_rewards(dialogue: Dialogue) -> None:
+    """Give each attempt its reward by REWARD; one that was placed there, and so has no action, goes without."""
     rewards = attempt_rewards([attempt.status for attempt in dialogue.attempts], REWARD)
     for attempt, reward in zip(dialogue.attempts, rewards, strict=True):
-        attempt.reward = reward
+        attempt.reward = reward * dialogue.mask[attempt.start]
 
 
 def token_rewards(dialogue: Dialogue) -> list[float]:

@@ -168,10 +168,8 @@ def show(bar: tqdm, row: dict[str, Any] | None) -> None:
 def forced(chat: rollout.Chat, problem: dict[str, Any], answer: str) -> rollout.Dialogue:
     """A dialogue of two attempts whose first one was put there, as environment, and was called wrong."""
     dialogue = rollout.new_dialogue(chat, problem, 2)
-    start = len(dialogue.ids)
-    dialogue.extend(chat.tokenizer(toy.response_text(answer), add_special_tokens=False)["input_ids"])
-    dialogue.attempts.append(rollout.Attempt(start, len(dialogue.ids), answer, "wrong", "stop"))
-    dialogue.extend(chat.feedback(problem["question"], 1))
+    text = toy.response_text(answer).removesuffix("<|im_end|>")
+    rollout.place_attempt(chat, dialogue, text, answer, "wrong")
     return dialogue
 
 

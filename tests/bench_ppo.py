@@ -12,6 +12,7 @@ Each part runs in a process of its own, so that peaks of memory are its own.
 import functools
 import json
 import math
+import os
 import random
 import resource
 import statistics
@@ -63,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "HIDDEN": 256, "LAYERS": 4, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE": 1024, "VOCABULARY": 2048,
         "SHORTEST": 32, "LONGEST": 1024, "DIALOGUES": 32, "MINI_BATCH": 16, "HEAD_ACTIONS": (1024, 2048),
         "COMPUTE_DTYPE": "float32", "GRADIENT_CHECKPOINTING": False,
-        "ROW_TOKENS": 256, "MAX_TOKENS_PER_MICRO_BATCH": 2048, "BARE_TOKENS": 2048,
+        "ROW_TOKENS": 256, "MAX_TOKENS_PER_MICRO_BATCH": 1024, "BARE_TOKENS": 2048,
     },
 }  # fmt: skip
 
@@ -243,7 +244,7 @@ def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float
     tokens, longest = sum(len(d.ids) for d in dialogues), max(len(d.ids) for d in dialogues)
     tokenizer = Path(folder) / "tokenizer"
     make_tokenizer().save_pretrained(tokenizer)
-    fits = max(1, ppo.MAX_TOKENS_PER_MICRO_BATCH // longest)
+    fits = max(1, BARE_TOKENS // longest)
     given = {
         "folder": folder, "model": ppo.MODEL, "tokenizer": str(tokenizer), "dialogues": [d.ids for d in dialogues],
         "micro_batch": 2 ** int(math.log2(fits)), "mini_batches": ppo.DIALOGUES // ppo.MINI_BATCH,
@@ -252,7 +253,8 @@ def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float
     arguments = Path(folder) / "trl.json"
     arguments.write_text(json.dumps(given), encoding="utf-8")
     command = [TRL_PYTHON, "-c", TRL_PROGRAM, str(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # not of our group
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])

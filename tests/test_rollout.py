@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,84 @@ def test_intrinsic_dialogue_to_the_letter(chat, monkeypatch):
         "end of the Solution, put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
         "\\boxed{3}<|im_end|>"
     )
+
+
+# Offline first attempts -----------------------------------------------------------------------------------------------
+def test_a_placed_attempt_to_the_letter(chat, monkeypatch):
+    """It reads as if it had been sampled, but is no action; SCoRe's bonus compares with it; it has no reward."""
+    sampled = scripted_dialogue(chat, ["it is \\boxed{3}" + END, "\\boxed{2}" + END], attempts=3)
+    placed = rollout.new_dialogue(chat, PROBLEM, 3)
+    assert rollout.place_attempt(chat, placed, "it is \\boxed{3}", "3", "wrong")
+    monkeypatch.setattr(rollout, "REWARD", "score_stage2")
+    rollout.play(Scripted(chat, [["\\boxed{2}" + END]]), chat, [placed], [0], temperature=1.0)
+    rollout.assign_rewards(placed)
+    assert placed.ids == sampled.ids
+    assert [(a.start, a.end, a.status) for a in placed.attempts] == [
+        (a.start, a.end, a.status) for a in sampled.attempts
+    ]
+    second = placed.attempts[1]
+    assert placed.mask == [int(second.start <= t < second.end) for t in range(len(placed.ids))]
+    assert [a.reward for a in placed.attempts] == [0.0, 16.0]  # 1 + 10 (1 - -0.5)
+    assert rollout.token_rewards(placed) == [16.0 * (t == second.end - 1) for t in range(len(placed.ids))]
+
+
+def test_no_attempt_is_placed_where_none_can_follow(chat, monkeypatch):
+    d = rollout.new_dialogue(chat, PROBLEM, 1)
+    before = list(d.ids)
+    assert not rollout.place_attempt(chat, d, "\\boxed{3}", "3", "wrong")
+    d.max_attempts = 2
+    monkeypatch.setattr(rollout, "CONTEXT", len(d.ids) + 20)
+    assert not rollout.place_attempt(chat, d, "\\boxed{3}", "3", "wrong")
+    assert d.ids == before and d.mask == [0] * len(before) and not d.attempts
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    """A dialogues file of evaluate.py about PROBLEM, with three first attempts."""
+    path = tmp_path / "dialogues-base.jsonl"
+    said = [("\\boxed{2}", "2", "correct"), ("\\boxed{3}", "3", "wrong"), ("hm", None, "no_answer")]
+    attempts = [dict(zip(("text", "answer", "status"), words, strict=True)) for words in said]
+    path.write_text("".join(json.dumps({"id": "p", "attempts": [a, attempts[0]]}) + "\n" for a in attempts))
+    monkeypatch.setattr(rollout, "OFFLINE_ATTEMPTS", str(path))
+    return path
+
+
+def test_offline_attempts_begin_their_share_of_the_dialogues(chat, monkeypatch, offline):
+    problems = [dict(PROBLEM), PROBLEM | {"id": "unheard of"}]
+    rollout.load_offline(problems)
+    assert [text for text, _, _ in problems[0]["offline"]] == ["\\boxed{3}", "hm"]  # a right one needs no second
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    rollout.load_offline(problems)
+    assert len(problems[0]["offline"]) == 3 and problems[1]["offline"] == []
+    monkeypatch.setattr(rollout, "OFFLINE_SHARE", 0.3)
+    counts = Counter()
+    for index in range(600):
+        d = rollout.new_dialogue(chat, problems[0], 2)
+        rollout.begin_offline(chat, d, "seed", index)
+        counts[d.attempts[0].answer if d.attempts else "none"] += 1
+    # Binomial, four standard deviations: 420 +- 45 without, 60 +- 30 of each of the three
+    assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 60) < 30 for a in ("2", "3", None))
+    d = rollout.new_dialogue(chat, problems[1], 2)
+    rollout.begin_offline(chat, d, "seed", 0)
+    assert not d.attempts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no json", "expected a dialogues-"),
+        ('{"id": "p"}', "KeyError.'attempts'"),
+        ('{"id": "q", "attempts": [{"text": "x", "answer": "1", "status": "wrong"}]}', "no attempt to use"),
+        ("", "no attempt to use"),
+    ],
+)
+def test_bad_offline_files(offline, text, message):
+    offline.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        rollout.load_offline([dict(PROBLEM)])
+    offline.unlink()
+    with pytest.raises(SystemExit, match="FileNotFoundError"):
+        rollout.load_offline([dict(PROBLEM)])
 
 
 def test_stopping_at_the_first_box(chat, monkeypatch):
@@ -455,12 +534,10 @@ def test_real_engine_goes_on_from_a_forced_attempt(toy, engine):
     chat = Chat(engine.tokenizer)
     problem = rollout.load_problems(toy / "test.jsonl")[0]
     d = rollout.new_dialogue(chat, problem, 2)
-    d.extend(chat.tokenizer("It is \\boxed{0}<|im_end|>", add_special_tokens=False)["input_ids"])
-    d.extend(chat.feedback(problem["question"], 1))
-    d.max_attempts = 1
+    assert rollout.place_attempt(chat, d, "It is \\boxed{0}", "0", "wrong")
     before = list(d.ids)
     rollout.play(engine, chat, [d], [0], 0.0)
-    assert d.ids[: len(before)] == before and len(d.attempts) == 1 and sum(d.mask) == len(d.ids) - len(before)
+    assert d.ids[: len(before)] == before and len(d.attempts) == 2 and sum(d.mask) == len(d.ids) - len(before)
 
 
 # Constants and problems -----------------------------------------------------------------------------------------------
@@ -549,7 +626,7 @@ def test_constants_that_cannot_be(monkeypatch, name, value, message):
 
 
 def test_reward_of_a_dialogue_without_an_attempt():
-    d = Dialogue(PROBLEM, 1, ids=[1, 2], mask=[0, 0], logprobs=[0.0, 0.0])
+    d = Dialogue(PROBLEM, 1, ids=[1, 2], mask=[1, 1], logprobs=[0.0, 0.0])
     rollout.assign_rewards(d)
     assert rollout.token_rewards(d) == [0.0, 0.0]
     d.attempts.append(Attempt(0, 2, "1", "timeout", "stop"))
