@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -145,7 +146,9 @@ def override_constants(
             known = [n for s in stages for c in stages[s].__annotations__ if c.isupper() for n in (c, f"{s}.{c}")]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)
             raise SystemExit(f"{name}: no such constant; the nearest is {near[0]}")
-        setattr(stages[owners[0]], bare, parse_value(name, value, getattr(stages[owners[0]], bare)))
+        owner = stages[owners[0]]
+        any_length = ... in typing.get_args(owner.__annotations__[bare])  # tuple[float, ...]
+        setattr(owner, bare, parse_value(name, value, getattr(owner, bare), any_length))
 
     pairs = {}
     for argument in arguments:
@@ -183,8 +186,9 @@ def check_constants() -> None:
             raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
 
 
-def parse_value(name: str, value: Any, default: Any) -> Any:
-    """`value` (text from the command line, or a preset's value) as the type of `default`.
+def parse_value(name: str, value: Any, default: Any, any_length: bool = False) -> Any:
+    """`value` (text from the command line, or a preset's value) as the type of `default`; a tuple is as long, too,
+    unless any_length.
 
     >>> parse_value("SEED", "3", 0), parse_value("WHITEN", "0", True), parse_value("BETAS", "0.9,0.99", (0.9, 0.95))
     (3, False, (0.9, 0.99))
@@ -195,7 +199,8 @@ def parse_value(name: str, value: Any, default: Any) -> Any:
             return {"0": False, "1": True, "false": False, "true": True}[str(value).lower()]
         if kind is tuple:
             parts = value.split(",") if isinstance(value, str) else value
-            return tuple(parse_value(name, v, d) for v, d in zip(parts, default, strict=True))
+            defaults = default[:1] * len(parts) if any_length else default
+            return tuple(parse_value(name, v, d) for v, d in zip(parts, defaults, strict=True))
         return kind(value)
     except (KeyError, ValueError) as error:
         raise SystemExit(f"{name}={value}: expected a value like {default!r} ({kind.__name__})") from error

@@ -558,6 +558,10 @@ def test_override_constants():
     assert values["ppo.STEPS"] == 1 and values["rollout.STEPS"] == 9 and values["ppo.PRESET"] == "small"
     rollout.override_constants(["NAME=z"], stages, presets)  # the only stage that has it
     assert other.NAME == "z"
+    ppo.KL_COEF, ppo.__annotations__["KL_COEF"] = (0.1,), tuple[float, ...]
+    for given in ("0.5,0.25,0.125", "0.5"):  # as many as one likes, whatever is there
+        rollout.override_constants([f"KL_COEF={given}"], stages, presets)
+        assert ",".join(map(str, ppo.KL_COEF)) == given
     for bad, message in {
         "STEP=1": "nearest is STEPS",
         "STEPS=many": "expected a value like 1",

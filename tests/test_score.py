@@ -47,8 +47,9 @@ def lines(path: Path) -> list[dict]:
 
 def cells(markdown: str) -> dict[str, list[str]]:
     """First cell of each row of the last Markdown table -> the others."""
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")]
-    return {row[0]: row[1:] for row in rows[2:]}
+    last = markdown[markdown.rindex("| --- ") :]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in last.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows[1:]}
 
 
 # SCoRe ---------------------------------------------------------------------------------------------------------------
