@@ -1,6 +1,8 @@
 # make demo       the paper's figure in small, on any machine: toy world, two trainings, evaluation (runs/demo)
 # make test       ruff and the tests
 # make reproduce  the demo over three seeds; renews the README's table and figure
+# make score      SCoRe's two stages against plain multi-turn and single-turn RL in the toy world (runs/score)
+# make ablations  change one constant, see what it does: a table over three seeds (runs/ablations; hours)
 # make benchmarks AIME 2024, AMC 2023, MATH-500, Minerva, OlympiadBench and MATH level 3-5 into data/*.jsonl (needs network)
 # make install    .venv with pinned packages; the others call it, and a second call costs a second
 PYTHON ?= python3
@@ -9,7 +11,7 @@ VENV := .venv
 REQUIREMENTS := $(if $(wildcard /proc/driver/nvidia/version),requirements.txt,requirements-cpu.txt)
 INSTALLED := $(VENV)/installed-$(REQUIREMENTS)
 
-.PHONY: install demo reproduce data benchmarks test lint clean
+.PHONY: install demo reproduce score ablations data benchmarks test lint clean
 
 install: $(INSTALLED)
 
@@ -40,6 +42,12 @@ demo: install
 
 reproduce: install
 	$(VENV)/bin/python -m data.demo SEEDS=1,2,3 OUT=runs/reproduce
+
+score: install
+	$(VENV)/bin/python -m data.score
+
+ablations: install
+	$(VENV)/bin/python -m data.ablations
 
 lint: install
 	$(VENV)/bin/ruff check .
