@@ -201,11 +201,13 @@ def attempt_returns(rewards: Sequence[float], attempt_gamma: float) -> list[floa
     return returns
 
 
-def group_advantages(returns: Sequence[Sequence[float]], groups: Sequence[int], method: str) -> list[list[float]]:
+def group_advantages(
+    returns: Sequence[Sequence[float | None]], groups: Sequence[int], method: str
+) -> list[list[float]]:
     """Advantages without a critic: the return of a dialogue's k-th attempt against the k-th attempts of its group.
 
-    returns[d][k] is that of attempt k of dialogue d, groups[d] the problem that d is about. With G a return, and mean
-    and standard deviation over the n k-th attempts of the group:
+    returns[d][k] is that of attempt k of dialogue d, None if the policy has not made it; groups[d] is the problem that
+    d is about. With G a return, and mean and standard deviation over the n k-th attempts of the group:
     "rloo" (arXiv 2402.14740): G - mean of the others; "grpo" (arXiv 2402.03300): (G - mean) / deviation;
     "dr_grpo" (arXiv 2503.20783): G - mean; "reinforce": G - mean, with all dialogues of the rollout as one group.
     An attempt that has no other to be compared with has the advantage 0.
@@ -219,11 +221,11 @@ def group_advantages(returns: Sequence[Sequence[float]], groups: Sequence[int], 
     group_of = [0] * len(groups) if method == "reinforce" else groups
     for group, row in zip(group_of, returns, strict=True):
         for k, value in enumerate(row):
-            peers[group, k].append(value)
+            peers[group, k] += [] if value is None else [value]
 
-    def advantage(value: float, others: list[float]) -> float:
-        n, ahead = len(others), value - statistics.fmean(others)
-        if n == 1 or not ahead:
+    def advantage(value: float | None, others: list[float]) -> float:
+        n = len(others)
+        if value is None or n == 1 or not (ahead := value - statistics.fmean(others)):
             return 0.0
         return {"rloo": ahead * n / (n - 1), "grpo": ahead / statistics.pstdev(others)}.get(method, ahead)
 
@@ -626,7 +628,9 @@ def problem_order(seed: int, epoch: int, count: int) -> list[int]:
     return random.Random(f"{seed}-{epoch}").sample(range(count), count)
 
 
-def play_step(engine: Engine, chat: Chat, problems: list[dict[str, Any]], step: int) -> list[Dialogue]:
+def play_step(
+    engine: Engine, chat: Chat, problems: list[dict[str, Any]], offline: dict[str, list[tuple]], step: int
+) -> list[Dialogue]:
     """This rank's dialogues of a step: every WORLD-th, so that a mini-batch is the same set for any number of ranks.
     Ranks that share an engine play the dialogues of all of them together."""
     rank, world, shared = dist.get_rank(), dist.get_world_size(), rollout.TENSOR_PARALLEL
@@ -636,7 +640,7 @@ def play_step(engine: Engine, chat: Chat, problems: list[dict[str, Any]], step: 
         visit = ((step - 1) * DIALOGUES + i) // rollout.SAMPLES_PER_PROMPT
         problem = problems[problem_index(visit, len(problems))]
         dialogues.append(rollout.new_dialogue(chat, problem, rollout.draw_attempts(SEED, step, i)))
-        rollout.begin_offline(chat, dialogues[-1], SEED, visit)  # the same for the samples of a prompt
+        rollout.begin_offline(chat, dialogues[-1], offline.get(problem["id"], ()), SEED, visit)
     seeds = [rollout.random_number(SEED, step, i) for i in played]
     progress = f"rollout {step}" if rank == 0 else None
     rollout.play(engine, chat, dialogues, seeds, rollout.TEMPERATURE, progress)
@@ -685,7 +689,10 @@ def my_batch(dialogues: Sequence[Dialogue]) -> Batch:
 
 def compare(dialogues: Sequence[Dialogue]) -> None:
     """Give each attempt of a step's dialogues its advantage over the others (group_advantages)."""
-    returns = [attempt_returns([a.reward for a in d.attempts], ATTEMPT_GAMMA) for d in dialogues]
+    returns = []
+    for dialogue in dialogues:
+        row = attempt_returns([a.reward for a in dialogue.attempts], ATTEMPT_GAMMA)
+        returns.append([value if a.own else None for value, a in zip(row, dialogue.attempts, strict=True)])
     groups = [i // rollout.SAMPLES_PER_PROMPT for i in range(len(dialogues))]
     for dialogue, advantages in zip(dialogues, group_advantages(returns, groups, ESTIMATOR), strict=True):
         for attempt, advantage in zip(dialogue.attempts, advantages, strict=True):
@@ -789,9 +796,10 @@ def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], f
 
 
 def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
-    """Means over all dialogues of a step, or over their attempts; accuracy_at_k: right within k attempts, if k were
-    granted."""
-    attempts = [a for d in dialogues for a in d.attempts if d.mask[a.start]]  # the policy's own
+    """Means over all dialogues of a step, or over the policy's attempts; accuracy_at_k: right within k attempts, if k
+    were granted, in dialogues that the policy began."""
+    attempts = [a for d in dialogues for a in d.attempts if a.own]
+    begun = [d for d in dialogues if all(a.own for a in d.attempts)]
     generated = sum(sum(d.mask) for d in dialogues)
 
     def share_of(field: str, value: str) -> float:
@@ -799,15 +807,17 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
     within = {}
     for k in range(1, rollout.MAX_ATTEMPTS + 1):
-        if granted := [d for d in dialogues if d.max_attempts >= k]:
+        if granted := [d for d in begun if d.max_attempts >= k]:
             within[f"accuracy_at_{k}"] = statistics.fmean((d.solved_at or math.inf) <= k for d in granted)
     return {
         "reward": sum(a.reward for a in attempts) / len(dialogues),
-        "accuracy": statistics.fmean(d.solved_at is not None for d in dialogues),
+        "accuracy": sum(d.solved_at is not None for d in begun) / max(1, len(begun)),
         "attempts_used": len(attempts) / len(dialogues),
         "tokens": sum(len(d.ids) for d in dialogues),
         "generated": generated,
         "attempt_length": generated / len(attempts),
+        "began_offline": 1 - len(begun) / len(dialogues),
+        "out_of_context": statistics.fmean(d.out_of_context for d in dialogues),
         **{f"ending_{e}": share_of("ending", e) for e in rollout.ENDINGS},
         **{f"status_{x}": share_of("status", x) for x in rollout.STATUSES},
         **within,
@@ -986,6 +996,10 @@ def check_constants() -> None:
         raise SystemExit(
             f"ESTIMATOR={ESTIMATOR} compares the dialogues of a problem: SAMPLES_PER_PROMPT must be 2 or more"
         )
+    if rollout.TEMPERATURE != 1:
+        raise SystemExit(
+            f"TEMPERATURE={rollout.TEMPERATURE}: the trainer's log-probabilities are those at temperature 1"
+        )
     if TRACK not in ("", "tensorboard", "wandb"):
         raise SystemExit(f"TRACK={TRACK}: must be tensorboard, wandb or empty")
     if TRACK == "wandb" and not importlib.util.find_spec("wandb"):
@@ -1110,7 +1124,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     chat = Chat(AutoTokenizer.from_pretrained(MODEL))
     problems = rollout.check_lengths(chat, load_problems(TRAIN_DATA), TRAIN_DATA)
     problems, dev = split_problems(problems)
-    rollout.load_offline(problems)
+    offline = rollout.load_offline(problems, Path(TRAIN_DATA).stem)
     engine = Engine(MODEL, dtype=COMPUTE_DTYPE, seed=SEED)  # before the trainer: it wants to find the GPU's memory free
     engine.sleep()
     learner = Learner.load(len(chat.tokenizer))
@@ -1141,7 +1155,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     while progress() < 1:
         step += 1
         clock = Clock()
-        dialogues = play_step(engine, chat, problems, step)
+        dialogues = play_step(engine, chat, problems, offline, step)
         engine.sleep()
         clock.stop("rollout")
         dialogues = exchange(dialogues)

@@ -31,6 +31,7 @@ from typing import Any
 
 import jinja2
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 import grader
 from data.problems import load_problems
@@ -58,7 +59,7 @@ OFFLINE_ATTEMPTS: str = ""  # a dialogues-*.jsonl of evaluate.py: first attempts
 OFFLINE_SHARE: float = 0.5  # share of the dialogues with N > 1 that begin so, where there is one (not in the papers)
 # Sampling -------------------------------------------------------------------------------------------------------------
 SAMPLES_PER_PROMPT: int = 1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
-TEMPERATURE: float = 1.0  # of training rollouts (paper 1); anything but 1 makes sampler and trainer disagree
+TEMPERATURE: float = 1.0  # of the dialogues that this file plays; training insists on 1 (as the paper)
 SEED_ATTEMPTS: bool = True  # a seed for each attempt: no sample depends on scheduling; slower, off in preset "paper"
 MAX_SEQUENCES: int = 256  # sequences decoded at once by one engine; more is faster until the KV cache is full
 TENSOR_PARALLEL: int = 1  # ranks that share one engine; 1 is fastest for models that fit into one GPU
@@ -98,13 +99,14 @@ ENDINGS = ("stop", "length", "context", "box")
 # The record of the program --------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Attempt:
-    start: int  # position in Dialogue.ids of the attempt's first action
-    end: int  # one past its last action
+    start: int  # position in Dialogue.ids of the attempt's first token
+    end: int  # one past its last
     answer: str | None  # what stood in the last complete box
     status: str  # the grader's, one of STATUSES
     ending: str  # one of ENDINGS: the policy's end of turn, MAX_ATTEMPT_TOKENS, a full CONTEXT, or STOP_AT="first_box"
     reward: float = 0.0  # placed on the last action
     advantage: float = 0.0  # over other attempts, where the trainer has no critic
+    own: bool = True  # False: the policy has not made it, and none of its tokens is an action (OFFLINE_ATTEMPTS)
 
 
 @dataclasses.dataclass
@@ -126,6 +128,11 @@ class Dialogue:
     def solved_at(self) -> int | None:
         """Number (from 1) of the attempt that was right; None if none was."""
         return next((k for k, a in enumerate(self.attempts, 1) if a.status == "correct"), None)
+
+    @property
+    def out_of_context(self) -> bool:
+        """Whether CONTEXT ended it before its last attempt."""
+        return len(self.attempts) < self.max_attempts and (self.solved_at is None or FEEDBACK == "intrinsic")
 
 
 # Constants from the command line --------------------------------------------------------------------------------------
@@ -181,6 +188,8 @@ def check_constants() -> None:
         raise SystemExit(f"1 <= MIN_ATTEMPTS={MIN_ATTEMPTS} <= MAX_ATTEMPTS={MAX_ATTEMPTS} must hold")
     if not 0 <= OFFLINE_SHARE <= 1:
         raise SystemExit(f"OFFLINE_SHARE={OFFLINE_SHARE}: must be a share, from 0 to 1")
+    if OFFLINE_ATTEMPTS and (REWARD == "outcome" or MAX_ATTEMPTS == 1):
+        raise SystemExit("OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more, and a REWARD that pays attempts one by one")
     for name in ("MAX_ATTEMPT_TOKENS", "CONTEXT", "SAMPLES_PER_PROMPT", "MAX_SEQUENCES", "TENSOR_PARALLEL"):
         if globals()[name] < 1:
             raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
@@ -244,6 +253,8 @@ class Chat:
         if self.end_of_turn is None:
             raise SystemExit(f"{tokenizer.name_or_path}: its chat template ends an answer without a token of its own")
         self._feedback: dict[tuple[tuple[str, str], ...], list[int]] = {}  # what is said -> its ids
+        if MAX_ATTEMPTS > 1:
+            self.feedback("?", 1)  # a template that cannot say it is found out now, not behind the first wrong answer
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -470,36 +481,41 @@ def place_attempt(chat: Chat, dialogue: Dialogue, text: str, answer: str | None,
     if left < 1 or start + len(ids) + len(feedback) >= CONTEXT:
         return False
     dialogue.extend(ids + feedback)
-    dialogue.attempts.append(Attempt(start, start + len(ids), answer, status, "stop"))
+    dialogue.attempts.append(Attempt(start, start + len(ids), answer, status, "stop", own=False))
     return True
 
 
-def load_offline(problems: list[dict[str, Any]]) -> None:
-    """Give problems their "offline" attempts, the first ones of their records in OFFLINE_ATTEMPTS; with a verdict
-    between the attempts only those that were not right. Raises SystemExit for a file that is none of evaluate.py's, or
-    is about other problems."""
+def load_offline(problems: list[dict[str, Any]], benchmark: str) -> dict[str, list[tuple]]:
+    """OFFLINE_ATTEMPTS' first attempts, of whatever run and sample, at these problems: id -> (text, answer, status)s.
+
+    benchmark: evaluate.py's name for the problems (their file's, without its ending). With a verdict between the
+    attempts only those that were not right. Raises SystemExit for a file that is none of evaluate.py's, naming the
+    line, or that has nothing on these problems.
+    """
     if not OFFLINE_ATTEMPTS:
-        return
-    found = defaultdict(list)
-    try:
-        for line in Path(OFFLINE_ATTEMPTS).read_text(encoding="utf-8").split("\n"):
-            record = json.loads(line) if line else {"attempts": []}
-            for first in record["attempts"][:1]:
-                if FEEDBACK == "intrinsic" or first["status"] != "correct":
-                    found[record["id"]].append([first[name] for name in ("text", "answer", "status")])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(
-            f"OFFLINE_ATTEMPTS={OFFLINE_ATTEMPTS}: expected a dialogues-*.jsonl of evaluate.py ({error!r})"
-        ) from error
-    for problem in problems:
-        problem["offline"] = found[problem["id"]]
-    if not any(problem["offline"] for problem in problems):
-        raise SystemExit(f"OFFLINE_ATTEMPTS={OFFLINE_ATTEMPTS} has no attempt to use at any of these problems")
+        return {}
+    path, known, found = Path(OFFLINE_ATTEMPTS), {problem["id"] for problem in problems}, defaultdict(list)
+    if not path.is_file():
+        raise SystemExit(f"OFFLINE_ATTEMPTS={path}: no such file; evaluate.py writes them, dialogues-<model>.jsonl")
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+        try:
+            record = json.loads(line)
+            ours = record["benchmark"] == benchmark and record["id"] in known
+            firsts = [(a["text"] + "", a["answer"], a["status"]) for a in record["attempts"][:1]]
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"expected a record of evaluate.py ({type(error).__name__}: {error})"
+            raise SystemExit(f"OFFLINE_ATTEMPTS={path}, line {number}: {what}") from error
+        found[record["id"]] += [
+            first for first in firsts if ours and (FEEDBACK == "intrinsic" or first[2] != "correct")
+        ]
+    if not any(found.values()):
+        raise SystemExit(f"OFFLINE_ATTEMPTS={path} has no attempt to use at the problems of {benchmark!r}")
+    return found
 
 
-def begin_offline(chat: Chat, dialogue: Dialogue, *key: int | str) -> None:
-    """Put one of its problem's offline attempts, if it has any, before OFFLINE_SHARE of the dialogues, drawn by key."""
-    offline = dialogue.problem.get("offline")
+def begin_offline(chat: Chat, dialogue: Dialogue, offline: Sequence[tuple], *key: int | str) -> None:
+    """Put one of its problem's offline attempts, if there are any, before OFFLINE_SHARE of the dialogues, drawn by key;
+    the samples of a problem, which share the key, share the attempt."""
     if offline and random_number("offline", *key) < OFFLINE_SHARE * 2**31:
         place_attempt(chat, dialogue, *offline[random_number("which", *key) % len(offline)])
 
@@ -561,7 +577,7 @@ def play(
         dialogue = dialogues[index]
         dialogue.attempts[-1].answer, dialogue.attempts[-1].status = verdict.answer, verdict.status
         left = dialogue.max_attempts - len(dialogue.attempts)
-        if left == 0 or (verdict.correct and FEEDBACK == "verified"):
+        if left < 1 or (verdict.correct and FEEDBACK == "verified"):
             return False
         feedback = chat.feedback(dialogue.problem["question"], left)
         if dialogue.ids[-1] != chat.end_of_turn:  # cut, or ended by another id: the environment closes the turn
@@ -643,10 +659,10 @@ def attempt_rewards(statuses: Sequence[str], method: str) -> list[float]:
 
 
 def assign_rewards(dialogue: Dialogue) -> None:
-    """Give each attempt its reward by REWARD; one that was placed there, and so has no action, goes without."""
+    """Give each attempt its reward by REWARD; one that is not the policy's own goes without."""
     rewards = attempt_rewards([attempt.status for attempt in dialogue.attempts], REWARD)
     for attempt, reward in zip(dialogue.attempts, rewards, strict=True):
-        attempt.reward = reward * dialogue.mask[attempt.start]
+        attempt.reward = reward * attempt.own
 
 
 def token_rewards(dialogue: Dialogue) -> list[float]:
@@ -674,9 +690,9 @@ def show(chat: Chat, dialogue: Dialogue) -> str:
 def main() -> None:
     override_constants(sys.argv[1:], {"rollout": sys.modules[__name__], "grader": grader})
     check_constants()
-    problems = load_problems(PROBLEMS)[:DIALOGUES]
+    chat = Chat(AutoTokenizer.from_pretrained(MODEL))
+    problems = check_lengths(chat, load_problems(PROBLEMS)[:DIALOGUES], PROBLEMS)
     engine = Engine(MODEL, seed=SEED)
-    chat = Chat(engine.tokenizer)
     dialogues = [new_dialogue(chat, p, draw_attempts(SEED, 0, i)) for i, p in enumerate(problems)]
     for dialogue in play(engine, chat, dialogues, [random_number(SEED, i) for i in range(len(problems))], TEMPERATURE):
         assign_rewards(dialogue)

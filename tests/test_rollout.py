@@ -181,6 +181,40 @@ def test_every_reward_under_both_feedbacks(chat, monkeypatch, feedback, answers,
         assert all(d.mask[t] for t in at)
 
 
+@pytest.mark.parametrize("ending", rollout.ENDINGS)
+@pytest.mark.parametrize("method", rollout.CHOICES["REWARD"])
+@pytest.mark.parametrize("feedback", rollout.CHOICES["FEEDBACK"])
+def test_every_ending_under_every_reward_and_feedback(chat, monkeypatch, feedback, method, ending):
+    """A wrong attempt, then one with this ending that is right if it can be: cut before its box it cannot."""
+    monkeypatch.setattr(rollout, "FEEDBACK", feedback)
+    monkeypatch.setattr(rollout, "REWARD", method)
+    first, second = "\\boxed{3}" + END, "\\boxed{2}" + ("" if ending in ("length", "context") else END)
+    if ending == "box":
+        monkeypatch.setattr(rollout, "STOP_AT", "first_box")
+        second = "\\boxed{2}, not 4" + END
+    elif ending == "length":
+        monkeypatch.setattr(rollout, "MAX_ATTEMPT_TOKENS", 12)
+        second = "as one can see it is \\boxed{2}"
+    elif ending == "context":
+        begun = scripted_dialogue(chat, [first, first], attempts=2)
+        monkeypatch.setattr(rollout, "CONTEXT", begun.attempts[1].start + 6)
+        second = "hm \\boxed{2}"
+    d = scripted_dialogue(chat, [first, second], attempts=2)
+    assert d.attempts[1].ending == ending and len(d.attempts) == 2
+    solved = ending in ("stop", "box")
+    assert [a.status for a in d.attempts] == ["wrong", "correct" if solved else "no_answer"]
+    v = 1.0 if solved else -1.0
+    expected = {  # by hand, from the values 1, -0.5, -1 and alpha 10
+        "outcome": [0.0, 1.0 if solved else -0.5],
+        "per_attempt": [-0.5, v],
+        "score_stage1": [0.0, v],
+        "score_stage2": [-0.5, 16.0 if solved else -6.0],
+    }
+    assert [a.reward for a in d.attempts] == expected[method]
+    ends = {a.end - 1: a.reward for a in d.attempts}
+    assert rollout.token_rewards(d) == [ends.get(t, 0.0) for t in range(len(d.ids))] and all(d.mask[t] for t in ends)
+
+
 def test_intrinsic_dialogue_to_the_letter(chat, monkeypatch):
     monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
     monkeypatch.setattr(rollout, "PROMPT", "single_turn")
@@ -230,47 +264,51 @@ def offline(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "dialogues-base.jsonl"
     said = [("\\boxed{2}", "2", "correct"), ("\\boxed{3}", "3", "wrong"), ("hm", None, "no_answer")]
     attempts = [dict(zip(("text", "answer", "status"), words, strict=True)) for words in said]
-    path.write_text("".join(json.dumps({"id": "p", "attempts": [a, attempts[0]]}) + "\n" for a in attempts))
+    records = [{"benchmark": "train", "id": "p", "attempts": [a, attempts[0]]} for a in attempts]
+    records.append(records[1] | {"benchmark": "other"})  # another file's problem of the same id
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setattr(rollout, "OFFLINE_ATTEMPTS", str(path))
     return path
 
 
 def test_offline_attempts_begin_their_share_of_the_dialogues(chat, monkeypatch, offline):
-    problems = [dict(PROBLEM), PROBLEM | {"id": "unheard of"}]
-    rollout.load_offline(problems)
-    assert [text for text, _, _ in problems[0]["offline"]] == ["\\boxed{3}", "hm"]  # a right one needs no second
+    problems = [PROBLEM, PROBLEM | {"id": "unheard of"}]
+    found = rollout.load_offline(problems, "train")
+    assert [text for text, _, _ in found["p"]] == ["\\boxed{3}", "hm"]  # a right one needs no second
     monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
-    rollout.load_offline(problems)
-    assert len(problems[0]["offline"]) == 3 and problems[1]["offline"] == []
+    found = rollout.load_offline(problems, "train")
+    assert len(found["p"]) == 3 and "unheard of" not in found
     monkeypatch.setattr(rollout, "OFFLINE_SHARE", 0.3)
     counts = Counter()
     for index in range(600):
-        d = rollout.new_dialogue(chat, problems[0], 2)
-        rollout.begin_offline(chat, d, "seed", index)
+        d = rollout.new_dialogue(chat, PROBLEM, 2)
+        rollout.begin_offline(chat, d, found["p"], "seed", index)
         counts[d.attempts[0].answer if d.attempts else "none"] += 1
     # Binomial, four standard deviations: 420 +- 45 without, 60 +- 30 of each of the three
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 60) < 30 for a in ("2", "3", None))
     d = rollout.new_dialogue(chat, problems[1], 2)
-    rollout.begin_offline(chat, d, "seed", 0)
+    rollout.begin_offline(chat, d, (), "seed", 0)
     assert not d.attempts
+    monkeypatch.setattr(rollout, "OFFLINE_ATTEMPTS", "")
+    assert rollout.load_offline(problems, "train") == {}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "expected a dialogues-"),
-        ('{"id": "p"}', "KeyError.'attempts'"),
-        ('{"id": "q", "attempts": [{"text": "x", "answer": "1", "status": "wrong"}]}', "no attempt to use"),
-        ("", "no attempt to use"),
+        ("no json", "line 1: expected a record"),
+        ('{"benchmark": "train", "id": "p"}', "KeyError: 'attempts'"),
+        ('{"benchmark": "train", "id": "p", "attempts": [{"text": null, "answer": "1", "status": "wrong"}]}', "TypeE"),
+        ('{"benchmark": "train", "id": "q", "attempts": []}', "no attempt to use"),
     ],
 )
 def test_bad_offline_files(offline, text, message):
     offline.write_text(text)
     with pytest.raises(SystemExit, match=message):
-        rollout.load_offline([dict(PROBLEM)])
+        rollout.load_offline([PROBLEM], "train")
     offline.unlink()
-    with pytest.raises(SystemExit, match="FileNotFoundError"):
-        rollout.load_offline([dict(PROBLEM)])
+    with pytest.raises(SystemExit, match="no such file"):
+        rollout.load_offline([PROBLEM], "train")
 
 
 def test_stopping_at_the_first_box(chat, monkeypatch):
@@ -300,6 +338,7 @@ def test_context_full(chat, monkeypatch):
     monkeypatch.setattr(rollout, "CONTEXT", room + 20)  # room for the attempt, none for feedback and another
     d = scripted_dialogue(chat, ["\\boxed{3}" + END], attempts=3)
     assert [a.ending for a in d.attempts] == ["stop"] and len(d.ids) <= rollout.CONTEXT
+    assert d.out_of_context and not scripted_dialogue(chat, ["\\boxed{2}" + END], attempts=3).out_of_context
     monkeypatch.setattr(rollout, "CONTEXT", room)  # no room at all
     d = scripted_dialogue(chat, [], attempts=3)
     assert d.attempts == [] and rollout.token_rewards(d) == [0.0] * room
@@ -415,9 +454,12 @@ def test_templates_that_cannot_say_it(monkeypatch):
         with pytest.raises(SystemExit, match=message):
             Chat(merging_tokenizer(template))
     with pytest.raises(SystemExit, match=r"System role not supported; SYSTEM_TURNS=0"):
-        Chat(merging_tokenizer(GEMMA)).prompt("q", 2)
+        Chat(merging_tokenizer(GEMMA))
     with pytest.raises(SystemExit, match=r"drops what is said.*SYSTEM_TURNS=0"):
-        Chat(merging_tokenizer(TO_THE_FRONT)).feedback("q", 2)
+        Chat(merging_tokenizer(TO_THE_FRONT))
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 1)  # nothing is ever said behind an answer
+    Chat(merging_tokenizer(TO_THE_FRONT))
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 2)
     monkeypatch.setattr(rollout, "SYSTEM_TURNS", False)
     assert rollout.SAY_WRONG[:20] in Chat(merging_tokenizer(TO_THE_FRONT)).tokenizer.decode(
         Chat(merging_tokenizer(TO_THE_FRONT)).feedback("q", 2)
@@ -620,6 +662,8 @@ def test_questions_longer_than_the_context(chat, monkeypatch, capsys):
         ("MAX_ATTEMPT_TOKENS", 0, "MAX_ATTEMPT_TOKENS=0: must be at least 1"),
         ("REWARD", "score", "REWARD=score: must be one of outcome, per_attempt, score_stage1, score_stage2"),
         ("FEEDBACK", "oracle", "FEEDBACK=oracle: must be one of verified, intrinsic"),
+        ("OFFLINE_SHARE", 1.5, "OFFLINE_SHARE=1.5: must be a share"),
+        ("OFFLINE_ATTEMPTS", "x.jsonl", "OFFLINE_ATTEMPTS needs"),  # with the paper's one reward a dialogue
     ],
 )
 def test_constants_that_cannot_be(monkeypatch, name, value, message):
