@@ -45,12 +45,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grader
 import rollout
 from data.problems import load_problems, question_key
-from evaluate import write_atomically
+from evaluate import read_records, write_atomically
 from rollout import Chat, Dialogue, Engine
 
 # The values are the paper's. PRESETS below change them by the group, NAME=value on the command line one by one.
@@ -69,7 +69,7 @@ DIALOGUES: int = 1024  # dialogues of a rollout, over all ranks
 MINI_BATCH: int = 128  # dialogues of an optimiser step, over all ranks; DIALOGUES / MINI_BATCH steps a rollout
 EPOCHS: int = 1  # passes over a rollout
 MAX_TOKENS_PER_MICRO_BATCH: int = 16384  # tokens in one forward and backward pass; memory for speed
-ROW_TOKENS: int = 4096  # tokens of a packed row; attention costs its square where the kernel has a dense mask (CPU)
+ROW_TOKENS: int = 4096  # tokens of a packed row where attention has a dense mask and costs its square (CPU, float32)
 # The method
 ESTIMATOR: str = "gae"  # "gae" (paper, with a critic); without one "rloo", "grpo", "dr_grpo", "reinforce"
 GAMMA: float = 1.0  # discount per action
@@ -108,6 +108,11 @@ DIALOGUES_LOGGED: int = 2  # dialogues a step in dialogues.jsonl; as many a chec
 TRACK: str = "tensorboard"  # where metrics go besides metrics.jsonl: "tensorboard", "wandb" or ""
 DRY_RUN: bool = False  # 1: say what would happen, and stop
 
+HARDWARE = {  # a run may be resumed with others of these: what is computed stays the same, up to rounding
+    *("ppo." + name for name in ("MAX_TOKENS_PER_MICRO_BATCH", "ROW_TOKENS", "LOGITS_CHUNK", "GRADIENT_CHECKPOINTING")),
+    *("ppo." + name for name in ("SHARD_RANKS", "OFFLOAD", "PEAK_TFLOPS", "KEEP_CHECKPOINTS", "TRACK")),
+    *("rollout." + name for name in ("GPU_MEMORY", "CPU_CACHE_MIB", "MAX_SEQUENCES", "TENSOR_PARALLEL")),
+}
 SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, each paid for itself
     "rollout.MIN_ATTEMPTS": 2,
     "rollout.MAX_ATTEMPTS": 2,
@@ -424,24 +429,21 @@ class MicroBatch:
 
 
 def make_micro_batch(batch: Batch, rows: list[list[int]]) -> MicroBatch:
-    width = max(sum(batch.lengths[i] for i in row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64, device=batch.ids.device)  # (R, L)
-    positions = torch.zeros_like(ids)  # padding is many dialogues of one token: nobody sees them
-    states, columns, dialogues, times = [], [], [], []
-    for r, row in enumerate(rows):
-        start = 0
-        for i in row:
-            length = batch.lengths[i]
-            ids[r, start : start + length] = batch.ids[i, :length]
-            positions[r, start : start + length] = torch.arange(length, device=ids.device)
-            time_of_action = batch.mask[i, :length].nonzero().flatten()
-            states.append(torch.full_like(time_of_action, r))
-            columns.append(start + time_of_action - 1)
-            dialogues.append(torch.full_like(time_of_action, i))
-            times.append(time_of_action)
-            start += length
-    state, action = (torch.cat(states), torch.cat(columns)), (torch.cat(dialogues), torch.cat(times))
-    return MicroBatch(ids, positions, boundaries(positions) if ids.is_cuda else {}, state, action)
+    times = batch.ids.shape[1]  # T
+    dialogues = [i * times + torch.arange(length, device=batch.ids.device) for i, length in enumerate(batch.lengths)]
+    # Where in the batch, laid end to end, each token of the rows is. Padding is the first token of the first dialogue:
+    # many dialogues of one token, which no action sees.
+    at = nn.utils.rnn.pad_sequence([torch.cat([dialogues[i] for i in row]) for row in rows], batch_first=True)  # (R, L)
+    ids, positions = batch.ids.flatten()[at], at % times
+    row, column = batch.mask.flatten()[at].nonzero(as_tuple=True)  # (A,)
+    action = at[row, column]
+    attention = boundaries(positions) if by_kernel() else {}
+    return MicroBatch(ids, positions, attention, (row, column - 1), (action // times, action % times))
+
+
+def by_kernel() -> bool:
+    """Whether attention is the varlen kernel's: on a GPU, in a dtype that it takes."""
+    return torch.cuda.is_available() and COMPUTE_DTYPE != "float32"
 
 
 def boundaries(positions: Tensor) -> dict[str, Any]:
@@ -459,8 +461,8 @@ def micro_batches(batch: Batch, indices: Iterable[int]) -> Iterator[tuple[MicroB
     """-> (micro-batch, counts?, last?) of the dialogues `indices`; equally many on every rank, since every forward and
     backward pass is a collective under FSDP. A rank with fewer repeats its last one, which then does not count."""
     indices = list(indices)
-    # The kernel on a GPU takes one long row; a dense mask (CPU) costs the square of the row.
-    row_tokens = MAX_TOKENS_PER_MICRO_BATCH if torch.cuda.is_available() else ROW_TOKENS
+    # The kernel takes one long row; a dense mask costs the square of the row.
+    row_tokens = MAX_TOKENS_PER_MICRO_BATCH if by_kernel() else ROW_TOKENS
     packed = pack([batch.lengths[i] for i in indices], row_tokens, MAX_TOKENS_PER_MICRO_BATCH)
     most = torch.tensor(len(packed), device=device())
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -542,8 +544,11 @@ class Critic(nn.Module):
 
 def load_model(model: str) -> nn.Module:
     """Float32 master weights: bfloat16 ones would swallow updates of a learning rate of 5e-7."""
-    attention = "varlen" if torch.cuda.is_available() else "sdpa"
+    attention = "varlen" if by_kernel() else "sdpa"
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).train()
+    for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(lm.config, name, None):
+            raise SystemExit(f"{model}: its {name} is not computed here; take a model without (Qwen, Llama)")
     if GRADIENT_CHECKPOINTING:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
@@ -588,7 +593,7 @@ class Learner:
             critic = Critic(MODEL)
             learner.critic = shard(critic, critic.body.layers)
             learner.optimizers["critic"] = adam(critic, CRITIC_LR)
-        if any(KL_COEF) or KL_IN_REWARD:
+        if has_reference():
             reference = Actor(REFERENCE or MODEL, tokens).requires_grad_(False)
             learner.reference = shard(reference, reference.lm.model.layers)
         return learner
@@ -596,6 +601,10 @@ class Learner:
     def trained(self) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
         for name, optimizer in self.optimizers.items():
             yield name, getattr(self, name), optimizer
+
+
+def has_reference() -> bool:
+    return any(KL_COEF) or KL_IN_REWARD > 0
 
 
 def named_weights(actor: Actor) -> Iterator[tuple[str, Tensor]]:
@@ -726,17 +735,19 @@ def prepare(batch: Batch, learner: Learner) -> dict[str, float]:
         )
     if WHITEN:
         batch.advantages = whiten(batch.advantages, batch.mask)
-    metrics = {"sampler_mismatch": gap / n, "kl_k1": k1 / n, "advantage": advantage / n}
+    metrics = {"sampler_mismatch": gap / n, "advantage": advantage / n}
+    if learner.reference:
+        metrics["kl_k1"] = k1 / n
     if learner.critic:
         metrics["explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
     return metrics
 
 
-def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> dict[str, float]:
+def update(batch: Batch, learner: Learner, train_actor: bool, dump: Path) -> dict[str, float]:
     """EPOCHS passes of PPO over the rollout, an optimiser step a mini-batch -> metrics (means over actions).
 
     train_actor: whether the actor learns, too (not during CRITIC_WARMUP). A step with a gradient that is not finite is
-    skipped and its mini-batch written to `folder`; after MAX_SKIPPED in a row, RuntimeError.
+    skipped and its mini-batch written to a file whose name begins as `dump`; after MAX_SKIPPED in a row, RuntimeError.
     """
     sums: Counter[str] = Counter()
     norms: dict[str, list[float]] = defaultdict(list)
@@ -757,7 +768,8 @@ def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> d
                 loss, stats = policy_loss(logprobs, batch.old_logprobs[at], batch.advantages[at], mask, CLIP, weights)
                 kl, entropy = mask * kl_k3(logprobs, batch.ref_logprobs[at]), (mask * entropy).sum()
                 ((loss + (kl_coef[at] * kl).sum() - ENTROPY_COEF * entropy) * scale).backward()
-                losses |= {"policy_loss": loss, "kl_k3": kl.sum(), "entropy": entropy, **stats}
+                losses |= {"policy_loss": loss, "entropy": entropy, **stats}
+                losses |= {"kl_k3": kl.sum()} if learner.reference else {}
             if learner.critic:
                 learner.critic.set_requires_gradient_sync(last)
                 values = learner.critic(micro)
@@ -775,7 +787,7 @@ def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> d
             for name, norm in found.items():
                 norms[name].append(norm)
         else:
-            skip(batch, rows, learner, found, folder)
+            skip(batch, rows, learner, found, dump)
         for _, _, optimizer in step:
             optimizer.zero_grad(set_to_none=True)
     names = sorted(sums)
@@ -784,15 +796,17 @@ def update(batch: Batch, learner: Learner, train_actor: bool, folder: Path) -> d
     return {k: v / count for k, v in totals.items()} | {k: sum(v) / len(v) for k, v in norms.items()}
 
 
-def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], folder: Path) -> None:
+def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], dump: Path) -> None:
     """Write down the mini-batch behind a gradient that is not finite; its optimiser step is not taken."""
     learner.skipped += 1
-    path = folder / f"not-finite-{learner.skipped}-rank-{dist.get_rank()}.pt"
+    path = dump.with_name(f"{dump.name}-{learner.skipped}-rank-{dist.get_rank()}.pt")
     tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in ("mini_batches",)}
     torch.save({name: value[rows.start : rows.stop] for name, value in tensors.items()}, path)
     print(f"gradient not finite ({norms}): step skipped, its mini-batch is in {path}")
     if learner.skipped >= MAX_SKIPPED:
-        raise RuntimeError(f"{learner.skipped} gradients in a row were not finite; the mini-batches are in {folder}")
+        raise RuntimeError(
+            f"{learner.skipped} gradients in a row were not finite; the mini-batches are in {dump.parent}"
+        )
 
 
 def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
@@ -826,12 +840,14 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
 # The run's folder -----------------------------------------------------------------------------------------------------
 def open_run(folder: Path, constants: dict[str, Any]) -> None:
-    """Create runs/RUN with its config.json, or make sure that the run there was made with the same constants."""
+    """Create runs/RUN with its config.json, or make sure that the run there was made with the same constants; those
+    that have to do with the hardware may differ."""
     config = folder / "config.json"
     constants = json.loads(json.dumps(constants))
     if config.is_file():
         there = json.loads(config.read_text(encoding="utf-8"))
-        differ = [k for k in sorted(there.keys() | constants.keys()) if there.get(k) != constants.get(k)]
+        names = sorted((there.keys() | constants.keys()) - HARDWARE)
+        differ = [k for k in names if there.get(k) != constants.get(k)]
         if differ:
             lines = "\n".join(f"  {k}: {there.get(k)} there, {constants.get(k)} now" for k in differ)
             raise SystemExit(f"{folder} is a run with other constants; take another RUN or delete it:\n{lines}")
@@ -911,16 +927,17 @@ def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
     """The policy as a Hugging Face folder, which transformers and vLLM open as it is. All ranks must call it."""
     weights = {name: tensor.cpu() for name, tensor in named_weights(actor)}
     if dist.get_rank() == 0:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
+        for left in (partial, old):  # by a run that was killed while it exported
+            shutil.rmtree(left, ignore_errors=True)
         actor.lm.config.dtype = getattr(torch, COMPUTE_DTYPE)
         with writing(partial):
             actor.lm.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
         if folder.is_dir():
-            folder.rename(folder.with_name(folder.name + ".old"))
+            folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 
 
@@ -929,24 +946,20 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         log.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, less a last one that was being written when the run was killed."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def best_so_far(folder: Path, goal: str) -> tuple[int, float]:
-    """(step, value) of the highest metric `goal` in the log, by rank 0's copy of it; (0, -1) where there is none."""
-    found = [max(((r[goal], r["step"]) for r in read_log(folder / "metrics.jsonl") if goal in r), default=(-1.0, 0))]
+    """(step, value) of the highest metric `goal` in the log, the first of equals, by rank 0's copy of it; (0, -1) where
+    there is none."""
+    rows = [row for row in read_records(folder / "metrics.jsonl") if goal in row]
+    found = [max(((row[goal], -row["step"]) for row in rows), default=(-1.0, 0))]
     dist.broadcast_object_list(found, src=0)
     value, step = found[0]
-    return step, value
+    return -step, value
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the rows of a log that a killed run wrote behind its last checkpoint: those steps will be done again."""
     if path.is_file():
-        kept = [row for row in read_log(path) if row["step"] <= step]
+        kept = [row for row in read_records(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -966,7 +979,7 @@ def by_token(batch: Batch, row: int, chat: Chat, step: int) -> dict[str, Any]:
     dialogue = batch.dialogues[row]
 
     def numbers(tensor: Tensor) -> list[float]:
-        return [round(x, 4) for x in tensor[row, : len(dialogue.ids)].tolist()]
+        return [round(x, 4) for x in tensor[row, : len(dialogue.ids)].nan_to_num().tolist()]
 
     values = {name: numbers(getattr(batch, name)) for name in ("advantages", "values", "returns")}
     tokens = [chat.tokenizer.decode([token]) for token in dialogue.ids]
@@ -988,6 +1001,11 @@ def check_constants() -> None:
     ):
         if number % unit:
             raise SystemExit(f"{name} = {number} must be a multiple of {of} = {unit}")
+    for name in ("SAVE_EVERY", "KEEP_CHECKPOINTS", "MINI_BATCH", "EPOCHS"):
+        if globals()[name] < 1:
+            raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
+    if not 0 <= WARMUP < 1:
+        raise SystemExit(f"WARMUP={WARMUP}: must be a share of the training, at least 0 and less than 1")
     if ESTIMATOR not in ("gae", "rloo", "grpo", "dr_grpo", "reinforce"):
         raise SystemExit(f"ESTIMATOR={ESTIMATOR}: must be gae, rloo, grpo, dr_grpo or reinforce")
     if ESTIMATOR != "gae" and (KL_IN_REWARD or CRITIC_WARMUP):
@@ -1029,52 +1047,62 @@ def dev_accuracies(engine: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dic
     return {f"dev_accuracy_at_{k}": n / times for k, n in zip(ks, solved.tolist(), strict=True)}
 
 
-def model_flops(learner: Learner, lengths: Iterable[int], actions: int) -> float:
+def model_flops(lm: nn.Module, tokens: int, lengths: Iterable[int], actions: int) -> float:
     """Floating-point operations that a whole update needs, on all ranks together: 2 a weight and token for a forward
     pass, 4 for a backward pass, attention likewise by the pairs that it looks at. What checkpointing computes again is
-    not counted."""
-    lengths = list(lengths)
-    config = learner.actor.lm.config
-    weights = sum(p.numel() for p in learner.actor.lm.model.layers.parameters())
+    not counted. lm: the policy, or its shape; tokens: of the tokenizer."""
+    lengths, config = list(lengths), lm.config
+    weights = sum(p.numel() for p in lm.model.layers.parameters())
     pairs = sum(n * n for n in lengths) / 2
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     body = 2 * weights * sum(lengths) + 4 * pairs * width * config.num_hidden_layers
-    head = 2 * actions * config.hidden_size * learner.actor.tokens
-    reference, critic = bool(learner.reference), bool(learner.critic)
+    head = 2 * actions * config.hidden_size * tokens
+    reference, critic = has_reference(), ESTIMATOR == "gae"
     once = body * (1 + reference + critic) + head * (1 + reference)  # prepare(): no gradients
     return once + EPOCHS * 3 * (body * (1 + critic) + head)
 
 
-def plan(learner: Learner, problems: int, dev: int) -> str:
+def plan(tokens: int, problems: int, dev: int) -> str:
     """What will happen, for the terminal: batches, memory and the least time that the hardware allows."""
     world, gib = dist.get_world_size(), 2**30
-    config = learner.actor.lm.config
-    # Bytes a weight: itself, its gradient and Adam's two moments, 4 each; the reference has no more than itself.
-    sizes = {learner.actor: 16, learner.critic: 16, learner.reference: 4}
+    with torch.device("meta"):  # the shape, no weights
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
+    config, critic = lm.config, ESTIMATOR == "gae"
+    weights = sum(p.numel() for p in lm.parameters())
     owners = SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    sharded = sum(size * sum(p.numel() for p in model.parameters()) for model, size in sizes.items() if model) / owners
+    # Bytes a weight: itself, its gradient and Adam's two moments, 4 each; the reference has no more than itself. Whole
+    # on every rank are the gradients that add up over micro-batches.
+    sharded = weights * (16 * (1 + critic) + 4 * has_reference()) / owners
+    whole = weights * 4 * (1 + critic) * (owners > 1)
     item = getattr(torch, COMPUTE_DTYPE).itemsize
     kept = 1 if GRADIENT_CHECKPOINTING else 34  # activations of a layer, in hidden states (34: arXiv 2205.05198, eq. 2)
     passes = MAX_TOKENS_PER_MICRO_BATCH * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
-    passes += 4 * LOGITS_CHUNK * learner.actor.tokens * 4 + 2 * config.vocab_size * config.hidden_size * item
-    total = (sharded * (not OFFLOAD) + passes) / gib
+    passes += 4 * LOGITS_CHUNK * tokens * 4 + 2 * config.vocab_size * config.hidden_size * item
     if torch.cuda.is_available():
         room = torch.cuda.get_device_properties(device()).total_memory / gib
+        engine = rollout.GPU_MEMORY * room
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
+        engine = rollout.CPU_CACHE_MIB / 1024 + weights * item / gib
+    trainer = sharded * (not OFFLOAD) / gib
+    updating, playing = trainer + (whole + passes) / gib, trainer + engine  # the engine sleeps, or the trainer waits
+    if not torch.cuda.is_available():
+        updating += engine  # on a CPU it does not sleep
+    cure = "; more ranks, a smaller micro-batch, OFFLOAD=1 or a smaller GPU_MEMORY would"
     lines = [
         f"{problems:,} problems to train on, {dev} to choose the checkpoint; {world} rank{'s' * (world > 1)}",
         f"a rollout: {DIALOGUES // rollout.SAMPLES_PER_PROMPT} problems x {rollout.SAMPLES_PER_PROMPT} = {DIALOGUES} "
         f"dialogues of up to {rollout.MAX_ATTEMPTS} attempts",
         f"a step: {EPOCHS} x {DIALOGUES // MINI_BATCH} updates of {MINI_BATCH} dialogues, in micro-batches of at most "
         f"{MAX_TOKENS_PER_MICRO_BATCH:,} tokens",
-        f"memory of a rank, estimated: {total:.1f} GiB of {room:.0f} ({sharded / gib:.1f} for weights and optimisers): "
-        + ("fits" if total < 0.95 * room else "will NOT fit; more ranks, a smaller micro-batch or OFFLOAD=1 would"),
+        f"memory of a rank, estimated: {updating:.1f} GiB to train, {playing:.1f} to play, {trainer:.1f} of it weights "
+        f"and optimisers, of {room:.0f}: "
+        + ("fits" if max(updating, playing) < 0.95 * room else f"will NOT fit{cure}"),
     ]
     if torch.cuda.is_available():
         longest = rollout.CONTEXT // 2  # a guess: half of the context
-        flops = model_flops(learner, [longest] * DIALOGUES, longest * DIALOGUES)
+        flops = model_flops(lm, tokens, [longest] * DIALOGUES, longest * DIALOGUES)
         hours = STEPS * flops / (0.4 * PEAK_TFLOPS * 1e12 * world) / 3600
         lines.append(
             f"updates, projected at 40 % of {PEAK_TFLOPS:.0f} TFLOPS and {longest} tokens a dialogue: {hours:.1f} h"
@@ -1106,7 +1134,7 @@ class Tracker:
 
     def log(self, metrics: dict[str, float], bar: tqdm) -> None:
         append(self.path, [metrics])
-        numbers = {name: value for name, value in metrics.items() if name != "step"}
+        numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
         if TRACK == "tensorboard":
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, metrics["step"])
@@ -1114,7 +1142,7 @@ class Tracker:
             import wandb
 
             wandb.log(numbers, step=metrics["step"])
-        cells = [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
+        cells = [f"{label} {numbers[name]:.4g}" for name, label in SHOWN.items() if name in numbers]
         bar.write(f"step {metrics['step']} | " + " | ".join(cells))
 
 
@@ -1125,14 +1153,13 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     problems = rollout.check_lengths(chat, load_problems(TRAIN_DATA), TRAIN_DATA)
     problems, dev = split_problems(problems)
     offline = rollout.load_offline(problems, Path(TRAIN_DATA).stem)
+    if lead:
+        print(plan(len(chat.tokenizer), len(problems), len(dev)), flush=True)
+    if DRY_RUN:
+        return
     engine = Engine(MODEL, dtype=COMPUTE_DTYPE, seed=SEED)  # before the trainer: it wants to find the GPU's memory free
     engine.sleep()
     learner = Learner.load(len(chat.tokenizer))
-    if lead:
-        print(plan(learner, len(problems), len(dev)))
-    if DRY_RUN:
-        engine.shutdown()
-        return
     step, generated = load(folder, learner)
     if lead:
         for log in ("metrics.jsonl", "dialogues.jsonl", "tokens.jsonl"):
@@ -1172,19 +1199,20 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
             metrics[f"{name}_lr"] = {"actor": ACTOR_LR, "critic": CRITIC_LR}[name] * factor
             for group in optimizer.param_groups:
                 group["lr"] = metrics[f"{name}_lr"]
-        metrics |= update(batch, learner, step > CRITIC_WARMUP, folder)
+        metrics |= update(batch, learner, step > CRITIC_WARMUP, folder / f"not-finite-{step:06d}")
         clock.stop("update")
         engine.load_weights(named_weights(learner.actor))
         clock.stop("transfer")
         (preempted,) = all_sum(bool(stop))
-        saving = step % SAVE_EVERY == 0 or progress() >= 1 or preempted
-        if saving and dev:
+        due = step % SAVE_EVERY == 0 or progress() >= 1
+        if due and dev:
             metrics |= dev_accuracies(engine, chat, dev)
             if metrics[goal] > best_accuracy:
                 best, best_accuracy = step, metrics[goal]
                 export(folder / "best", learner.actor, chat.tokenizer)
             clock.stop("dev")
-        flops = model_flops(learner, (len(d.ids) for d in dialogues), metrics["generated"])
+        shape, lengths = (learner.actor.lm, learner.actor.tokens), [len(d.ids) for d in dialogues]
+        flops = model_flops(*shape, lengths, metrics["generated"])
         trained = clock.seconds["prepare"] + clock.seconds["update"]
         metrics = {
             "step": step,
@@ -1197,13 +1225,16 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
             "mfu": flops / trained / (PEAK_TFLOPS * 1e12 * dist.get_world_size()) if torch.cuda.is_available() else 0.0,
             "peak_memory_gib": peak_memory(),
         }
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         if lead:
             tracker.log(metrics, bar)
             append(folder / "dialogues.jsonl", [as_text(d, chat, step) for d in dialogues[:DIALOGUES_LOGGED]])
-            if saving:
+            if due:
                 rows = range(min(DIALOGUES_LOGGED, len(batch.dialogues)))
                 append(folder / "tokens.jsonl", [by_token(batch, row, chat, step) for row in rows])
-        if saving:  # behind the logs: a run that is killed in between drops their last rows and does the step again
+        if (
+            due or preempted
+        ):  # behind the logs: a run that is killed in between drops their last rows and does the step again
             save(folder, step, generated, learner, best)
         save_seconds = clock.stop("save")
         bar.update(metrics["generated"] if TOKEN_BUDGET else 1)

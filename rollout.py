@@ -369,9 +369,11 @@ class Engine:
 
     def reseed(self, seed: int) -> None:
         """Start the stream from which attempts without a seed of their own are sampled."""
+        import numpy
         import torch
 
         torch.manual_seed(seed)
+        numpy.random.seed(seed)  # from which vLLM's newer runner for GPUs seeds them
 
     def agree(self, verdicts: dict[int, grader.Verdict]) -> dict[int, grader.Verdict]:
         """Ranks that share an engine must queue the same attempts in the same step: the first one's verdicts count."""

@@ -220,7 +220,7 @@ def bench_update() -> None:
         print(f"bare models, {batch} x {length} dense     {rate_line(tokens, bare_took, bare_worked)}")
         print(f"ours / bare: {bare_took / took:.2f}, by CPU time {bare_worked / worked:.2f} (goal {GOAL})", flush=True)
         if torch.cuda.is_available():
-            flops = ppo.model_flops(learner, lengths, actions)
+            flops = ppo.model_flops(learner.actor.lm, learner.actor.tokens, lengths, actions)
             mean = tokens / len(lengths)
             print(f"measured: MFU {flops / took / (ppo.PEAK_TFLOPS * 1e12):.1%} of {ppo.PEAK_TFLOPS} TFLOPS")
             print(f"projected: updates of 1,280 steps of 1,024 dialogues of {mean:.0f} tokens, without generation: "
@@ -311,9 +311,8 @@ def bench_step() -> None:
 
         setattr(owner, name, wrapper)
 
-    for name in ("pack", "make_micro_batch", "gae", "whiten", "append"):
+    for name in ("pack", "make_micro_batch", "gae", "whiten"):
         timed(ppo, name)
-    timed(ppo.Tracker, "log")
     with tempfile.TemporaryDirectory() as folder:
         world = f"{folder}/toy"
         small = [f"OUT={world}", "WARM_STEPS=150", "TRAIN_PROBLEMS=3000", "TEST_PROBLEMS=40"]
@@ -328,11 +327,11 @@ def bench_step() -> None:
     for row in rows:
         phases.update({k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")})
     inside = Counter({k: v * len(rows) / TOY_STEPS for k, v in inside.items()})
-    total = sum(phases.values()) + inside["log"] + inside["append"]
+    total = sum(phases.values())
     for name, seconds in phases.items():
         print(f"{name:44} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
     for name, seconds in inside.items():
-        print(f"  of them, or behind them: {name:18} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
+        print(f"  of them: {name:34} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
     rest = phases["pack"] + phases["transfer"] + phases["save"] + sum(inside.values())
     print(f"neither generation nor passes: {rest / total:.1%} of a step (goal 5 %), "
           f"{phases['save'] / total:.1%} of it saves")  # fmt: skip
