@@ -37,7 +37,7 @@ ABLATIONS = {  # row -> its arguments for ppo.py, on top of PRESET=toy
     "MAX_ATTEMPTS=3": ["MAX_ATTEMPTS=3"],
     "LAMBDA=1": ["LAMBDA=1"],
     "LAMBDA=0.9": ["LAMBDA=0.9"],
-    "KL_COEF=0.01": ["KL_COEF=0.01"],
+    "KL_COEF=0.02": ["KL_COEF=0.02"],  # for all attempts alike
     "KL_COEF=0.2": ["KL_COEF=0.2"],
     "REWARD_WRONG=0": ["REWARD_WRONG=0"],
     "REWARD_WRONG=-1": ["REWARD_WRONG=-1"],
@@ -49,7 +49,7 @@ ABLATIONS = {  # row -> its arguments for ppo.py, on top of PRESET=toy
     "gae in groups": GROUPS,
     "rloo": ["ESTIMATOR=rloo", *GROUPS],
     "grpo": ["ESTIMATOR=grpo", *GROUPS],
-    "dr_grpo": ["ESTIMATOR=dr_grpo", *GROUPS],
+    "dr_grpo": ["ESTIMATOR=dr_grpo", "WHITEN=0", *GROUPS],  # it is meant to do without a deviation
     "reinforce": ["ESTIMATOR=reinforce"],
 }
 MOST = rollout.MAX_ATTEMPTS  # attempts that the evaluation grants at the most

@@ -163,14 +163,18 @@ def reference(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
     return time.perf_counter() - start, tokens
 
 
-def bare_engine(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
-    """llm.generate on as many prompts and tokens as the dialogues have attempts and actions; nothing else."""
+def bare_engine(engine: DrawnLengths, chat: Chat, histories: bool = False) -> tuple[float, int]:
+    """llm.generate on as many prompts and tokens as the dialogues have attempts and actions; nothing else.
+    histories: each attempt's prompt is as long as in its dialogue, not only as the dialogue's first one."""
     from vllm import SamplingParams
 
     prompts, params = [], []
     for i, dialogue in enumerate(new_dialogues(chat)):
         for k in range(attempts_of(i)):
-            prompts.append({"prompt_token_ids": dialogue.ids})
+            prompts.append({"prompt_token_ids": list(dialogue.ids)})
+            if histories:
+                said = [random_number(i, k, t) % 200 for t in range(attempt_length(i, k))]
+                dialogue.extend([*said, chat.end_of_turn, *chat.feedback("", 1)])
             params.append(
                 SamplingParams(
                     temperature=1.0, seed=random_number(i, k) if rollout.SEED_ATTEMPTS else None, logprobs=0,
@@ -220,7 +224,8 @@ def main() -> None:
 
         measure("reference's scheme", reference)
         measure("the loop", ours)
-        measure("llm.generate, same prompts, tokens", bare_engine)
+        measure("llm.generate, same tokens", bare_engine)
+        measure("... and prompts with their history", bare_engine, True)
         measure(f"the loop, {HANGING:.0%} of verdicts hang", ours, HANGING)
         rollout.SEED_ATTEMPTS = False
         measure("the loop, no seed per attempt", ours)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -580,6 +581,57 @@ def test_real_engine_goes_on_from_a_forced_attempt(toy, engine):
     before = list(d.ids)
     rollout.play(engine, chat, [d], [0], 0.0)
     assert d.ids[: len(before)] == before and len(d.attempts) == 2 and sum(d.mask) == len(d.ids) - len(before)
+
+
+def test_sampling_is_what_the_program_says_not_what_the_models_files_say(toy, tmp_path):
+    """Rows of a padded vocabulary that are likelier than any token, a generation_config that wants to be greedy, and an
+    end id that only it knows."""
+    folder = tmp_path / "padded"
+    shutil.copytree(toy / "warm_start", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    lm.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    problem = rollout.load_problems(toy / "test.jsonl")[0]
+    prompt = torch.tensor([Chat(tokenizer).prompt(problem["question"], 2)])
+    with torch.no_grad():
+        state = lm.model(prompt).last_hidden_state[0, -1]
+        lm.lm_head.weight[len(tokenizer) :] = 30 * state / state.norm() ** 2 * 2
+        assert lm(prompt).logits[0, -1].argmax() >= len(tokenizer)
+    lm.generation_config.update(eos_token_id=tokenizer.pad_token_id, temperature=0.01, top_k=1, do_sample=True)
+    lm.save_pretrained(folder)
+    program = (
+        "import json, sys, rollout\n"
+        "engine = rollout.Engine(sys.argv[1])\n"
+        "chat = rollout.Chat(engine.tokenizer)\n"
+        "problem = rollout.load_problems(sys.argv[2])[0]\n"
+        "dialogues = [rollout.new_dialogue(chat, problem, 2) for _ in range(40)]\n"
+        "rollout.play(engine, chat, dialogues, list(range(40)), 1.0)\n"
+        "sampled = [(i, p) for d in dialogues for i, m, p in zip(d.ids, d.mask, d.logprobs) if m]\n"
+        "print(json.dumps([sorted(engine.stop_ids), sampled]))\n"
+        "engine.shutdown()\n"
+    )
+    command = [sys.executable, "-c", program, str(folder), str(toy / "test.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stop_ids, sampled = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    assert stop_ids == sorted({tokenizer.pad_token_id, tokenizer.eos_token_id})
+    assert max(token for token, _ in sampled) < len(tokenizer)
+    assert sum(logprob for _, logprob in sampled) / len(sampled) < -0.05  # greedy ones would have probability 1
+
+
+def test_the_command_line_plays_and_shows(toy, engine, monkeypatch, capsys):
+    arguments = [f"MODEL={toy / 'warm_start'}", f"PROBLEMS={toy / 'test.jsonl'}", "DIALOGUES=3", "MAX_ATTEMPTS=2"]
+    monkeypatch.setattr(sys, "argv", ["rollout.py", *arguments, "MIN_ATTEMPTS=2", "MAX_ATTEMPT_TOKENS=16"])
+    for name in rollout.__annotations__:
+        monkeypatch.setattr(rollout, name, getattr(rollout, name))  # put back what main() changes
+    monkeypatch.setattr(rollout, "Engine", lambda *_, **__: engine)
+    monkeypatch.setattr(engine, "shutdown", lambda: None, raising=False)
+    rollout.main()
+    said = capsys.readouterr().out
+    for problem in rollout.load_problems(toy / "test.jsonl")[:3]:
+        assert problem["question"] in said and f"gold {problem['answer']}, reward" in said
+    assert said.count("[attempt 1: ") == 3 and "You have 2 attempts to answer" in said
+    assert said.count("[attempt 2: ") == said.count("You have 1 attempts left")
 
 
 # Constants and problems -----------------------------------------------------------------------------------------------
