@@ -61,9 +61,9 @@ METRICS = {  # each by k = 1, 2, ... allowed attempts
     "accuracy": "solved within k attempts; intrinsic: right at attempt k (SCoRe's Acc@t)",
     "gain": "accuracy at k less accuracy at 1 (SCoRe's delta)",
     "pass": "pass@k: some one of k independent samples of the one-attempt prompt is right",
-    "over_pass": "accuracy less pass@k: what feedback is worth beyond another try",
-    "pass_same_tokens": "independent samples until one is right, at most so many as are expected to take the tokens of "
-    "the dialogues at k",
+    "over_pass": "accuracy less pass@k; greedy dialogues differ from samples at k = 1 already: use SAMPLES > 0",
+    "pass_same_tokens": "independent samples until one is right, at most so many as are expected to take the "
+    "generated tokens of the dialogues at k",
     "over_pass_same_tokens": "accuracy less pass_same_tokens",
     "samples_same_tokens": "that number of samples, j + f: j + 1 with chance f, else j",
     "majority": "maj@k: the most frequent answer of k independent samples is right; ties by chance, no answer no vote",
@@ -175,26 +175,27 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-@functools.cache
-def majority_at_k(correct: int, wrong: tuple[int, ...], silent: int, k: int) -> float:
-    """Chance that a vote among k samples, drawn without replacement, elects the right answer; chance breaks ties.
+def majority_by_k(correct: int, wrong: Sequence[int], silent: int) -> list[float]:
+    """Chance that a vote among k = 0..n samples, drawn without replacement, elects the right answer; ties by chance.
 
     correct: samples with the right answer; wrong: how many samples gave each wrong one; silent: samples without answer.
 
-    >>> majority_at_k(2, (1,), 0, 1), majority_at_k(2, (1,), 0, 2), majority_at_k(2, (1,), 0, 3)
-    (0.6666666666666666, 0.6666666666666666, 1.0)
+    >>> majority_by_k(2, [1], 0)
+    [0.0, 0.6666666666666666, 0.6666666666666666, 1.0]
     """
-    won = 0.0
-    for votes in range(1, min(k, correct) + 1):  # for the right answer; no other may have more
+    n = correct + sum(wrong) + silent
+    won = [0.0] * (n + 1)  # number of draws that elect it, by k
+    for votes in range(1, correct + 1):  # for the right answer; no other may have more
         ways = {(votes, 0): math.comb(correct, votes)}  # (drawn so far, answers with as many votes) -> number of draws
         for size in wrong:
             more: Counter[tuple[int, int]] = Counter()
             for (drawn, tied), count in ways.items():
-                for j in range(min(size, votes, k - drawn) + 1):
+                for j in range(min(size, votes) + 1):
                     more[drawn + j, tied + (j == votes)] += count * math.comb(size, j)
             ways = more
-        won += sum(count * math.comb(silent, k - drawn) / (1 + tied) for (drawn, tied), count in ways.items())
-    return won / math.comb(correct + sum(wrong) + silent, k)
+        for ((drawn, tied), count), more_silent in itertools.product(ways.items(), range(silent + 1)):
+            won[drawn + more_silent] += count * math.comb(silent, more_silent) / (1 + tied)
+    return [draws / math.comb(n, k) for k, draws in enumerate(won)]
 
 
 def cost_until_right(right: Sequence[int], wrong: Sequence[int]) -> list[float]:
@@ -301,8 +302,11 @@ def measure(records: Sequence[dict[str, Any]]) -> dict[str, Estimate]:
             samples[r["id"]].append(r)
     if any(samples.values()):
         found |= resampling(list(samples.values()), most, found["tokens"], weights)
-        found["over_pass"] = accuracy - found["pass"]
-        found["over_pass_same_tokens"] = accuracy - found["pass_same_tokens"]
+        if intrinsic:  # no oracle ends these dialogues, so none may end the samples beside them
+            del found["pass_same_tokens"], found["samples_same_tokens"]
+        else:
+            found["over_pass"] = accuracy - found["pass"]
+            found["over_pass_same_tokens"] = accuracy - found["pass_same_tokens"]
     return {name: found[name] for name in METRICS if name in found}
 
 
@@ -317,7 +321,7 @@ def resampling(
     """The controls, from each problem's n independent samples, for k = 1..most; spent: tokens of the dialogues.
 
     At the same tokens: j + f samples (j + 1 with chance f, else j), where j + f solves "expected tokens = spent". For
-    pass@k the samples are drawn until one is right, as the dialogues end when they are; the oracle serves both alike.
+    pass@k the samples are drawn until one is right, as verified dialogues end when they are: one oracle serves both.
     """
     n = len(samples[0])
     rows = []
@@ -334,9 +338,9 @@ def resampling(
             elif not correct:
                 group = next((g for g in wrong if same_answer(answer, g[0])), None)
                 group.append(answer) if group else wrong.append([answer])
-        correct, sizes = len(tokens[True]), tuple(sorted(map(len, wrong)))
+        correct = len(tokens[True])
         solved = [pass_at_k(n, correct, j) for j in range(n + 1)]
-        elected = [majority_at_k(correct, sizes, silent, j) for j in range(n + 1)]
+        elected = majority_by_k(correct, [len(group) for group in wrong], silent)
         each = sum(tokens[True] + tokens[False]) / n
         rows.append((solved, elected, cost_until_right(tokens[True], tokens[False]), [j * each for j in range(n + 1)]))
     # each (problems, n + 1), by the number of samples from 0
@@ -350,20 +354,22 @@ def resampling(
             np.pad(curve.resampled[:, cut], ((0, 0), beyond), constant_values=np.nan),
         )
 
-    def at_tokens(curve: Estimate, cost: Estimate) -> Estimate:
-        """The curve where `cost` is what was spent; not defined where n samples cost less."""
+    def at_tokens(curve: Estimate, cost: Estimate, limit: float) -> Estimate:
+        """The curve where `cost` is what was spent; not defined beyond the limit."""
         value = np.interp(spent.value, cost.value, curve.value)
         resampled = [np.interp(*xs) for xs in zip(spent.resampled, cost.resampled, curve.resampled, strict=True)]
-        return Estimate(np.where(spent.value <= cost.value[n], value, np.nan), np.array(resampled))
+        return Estimate(np.where(spent.value <= limit, value, np.nan), np.array(resampled))
 
+    # The limit is what n samples cost; none where each problem is solved by then: more tokens would buy nothing.
+    limit = math.inf if solved.value[n] == 1 else cost_until.value[n]
     number = np.arange(n + 1.0)
     return {
         "pass": by_attempts(solved),
         "majority": by_attempts(elected),
         "sample_tokens": by_attempts(cost_all),
-        "pass_same_tokens": at_tokens(solved, cost_until),
-        "samples_same_tokens": at_tokens(Estimate(number, np.tile(number, (BOOTSTRAP, 1))), cost_until),
-        "majority_same_tokens": at_tokens(elected, cost_all),
+        "pass_same_tokens": at_tokens(solved, cost_until, limit),
+        "samples_same_tokens": at_tokens(Estimate(number, np.tile(number, (BOOTSTRAP, 1))), cost_until, limit),
+        "majority_same_tokens": at_tokens(elected, cost_all, cost_all.value[n]),
     }
 
 
@@ -407,7 +413,7 @@ def summarise(models: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
 def as_result(n: int, estimates: dict[str, Estimate]) -> dict[str, Any]:
     metrics = {name: estimate.as_json() for name, estimate in estimates.items()}
-    accuracy = metrics.pop("accuracy")
+    accuracy = metrics["accuracy"]  # at the top once more: most readers want nothing else
     return {"n": n, "accuracy": accuracy["value"], "low": accuracy["low"], "high": accuracy["high"], "metrics": metrics}
 
 
@@ -461,14 +467,15 @@ def evaluate(
 def by_name(paths: str, what: str) -> dict[str, Path]:
     """Comma-separated paths by the names that the results use. Raises SystemExit where two have the same, or none.
 
-    >>> sorted(by_name("data/toy/warm_start,runs/demo/multi_attempt/policy", "models"))
-    ['multi_attempt', 'warm_start']
+    >>> list(by_name("data/toy/warm_start,runs/first/policy,runs/first/best", "models"))
+    ['warm_start', 'first', 'first-best']
     """
     names: dict[str, Path] = {}
     for path in map(Path, filter(None, paths.split(","))):
         absolute = path.absolute()
         name = absolute.stem if absolute.suffix in (".jsonl", ".parquet", ".csv") else absolute.name
-        name = absolute.parent.name if name == "policy" else name
+        run = absolute.parent.name
+        name = {"policy": run, "best": f"{run}-best"}.get(name, name)  # a training run's folders
         if name in names:
             raise SystemExit(f"{names[name]} and {path}: two {what} named {name}; rename a folder or a file")
         if name == AVERAGE:
@@ -562,7 +569,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSONL file; a last one without its end was cut off when its writer was killed."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # bytes: the cut may be inside a character
     return [json.loads(line) for line in lines]
 
 
@@ -606,8 +613,9 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
     """The last whole lines of a training run's tokens.jsonl; none where there is no such file."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in deque((x for x in file if x.endswith("\n")), maxlen=REPORT_TOKENS)]
+    with path.open("rb") as file:  # bytes: it may be growing, and end inside a character
+        lines = deque((line for line in file if line.endswith(b"\n")), maxlen=REPORT_TOKENS)
+    return [json.loads(line, parse_constant=lambda name: None) for line in lines]  # NaN is no JSON to a browser
 
 
 # python evaluate.py --------------------------------------------------------------------------------------------------
@@ -664,6 +672,8 @@ def check_constants() -> None:
         raise SystemExit("SAMPLES, RESAMPLES >= 0, BOOTSTRAP >= 1 and 0 < CONFIDENCE < 1 must hold")
     if TEMPERATURE <= 0 and (SAMPLES or RESAMPLES):
         raise SystemExit(f"TEMPERATURE={TEMPERATURE}: must be above 0 where SAMPLES or RESAMPLES are drawn")
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) % rollout.TENSOR_PARALLEL:
+        raise SystemExit(f"TENSOR_PARALLEL={rollout.TENSOR_PARALLEL}: {world} ranks (torchrun) are no multiple of it")
 
 
 def main() -> None:
@@ -687,7 +697,8 @@ def main() -> None:
         left = json.loads(store.get("left"))
     for name in left:
         results["weights"][name] = weights[name]
-        if lead:
+        if lead:  # old dialogues, whose results.json was deleted, must not be taken for those of the one written here
+            (out / f"dialogues-{name}.jsonl").unlink(missing_ok=True)
             write_atomically(out / "results.json", to_json(results))
         # What is found half-done belongs to these settings and weights, whatever else has been tried here.
         tag = hashlib.sha256(json.dumps([made_by, weights[name]]).encode()).hexdigest()[:8]
@@ -699,7 +710,8 @@ def main() -> None:
         write_atomically(out / "results.json", to_json(results))
         write_atomically(out / "results.csv", report.to_csv(results))
         report.draw(report.curves(results["models"]), out)
-        runs = {name: read_records(f.parent / "metrics.jsonl") for name, f in folders.items() if f.name == "policy"}
+        rows = {name: read_records(folder.parent / "metrics.jsonl") for name, folder in folders.items()}
+        runs = {name: steps for name, steps in rows.items() if steps}
         write_atomically(out / "report.html", report.page(out, report_data(results, models, problems, folders), runs))
         print(report.table(results), *report.losses(results), f"{out}/report.html", sep="\n")
 

@@ -141,8 +141,9 @@ def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> d
         problem["level"] = int(level[0])
     if subject := row.get("subfield") or row.get("type") or row.get("subject"):
         problem["subject"] = subject
-    if row.get("unit"):
-        problem["unit"] = row["unit"]  # stands outside the answer; the grader ignores a unit that one side lacks
+    unit = str(row.get("unit") or "").strip("$")
+    if unit[:1].isalpha():  # so that 45 hours are not 45 minutes; % and degrees would let 0.042 and radians through
+        problem["answer"] += rf" \text{{ {unit}}}"
     if row.get("error"):
         problem["tolerance"] = float(row["error"])
     return problem | {"source": source.name}
@@ -173,6 +174,7 @@ def fetch(source: Source) -> list[dict[str, Any]]:
 def bring(name: str) -> list[dict[str, Any]]:
     """Problems of a set from the first source that works. Raises Unavailable, or ConnectionError without network."""
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.utils import httpx  # the client that the hub's own code uses, httpx or httpx2
 
     reasons = ""
     for source in SOURCES[name]:
@@ -184,6 +186,8 @@ def bring(name: str) -> list[dict[str, Any]]:
             return problems
         except ConnectionError:
             raise
+        except httpx.TransportError as error:  # what `datasets` lets through, such as a proxy that refuses
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
         except (DatasetsError, OSError, ValueError, RuntimeError) as error:
             reasons += f"\n    {source.name}: {' '.join(str(error).split())[:300]}"
     raise Unavailable(f"no source worked{reasons}{cure(name)}")
@@ -264,23 +268,28 @@ def prepare(name: str) -> None:
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
     made = {line["set"]: line for line in map(json.loads, lines)}
     there = path.is_file() and not FORCE
-    if there:
-        problems = load_problems(path)
-    elif name == TRAINING:
-        others = [Path(OUT, f"{other}.jsonl") for other in SOURCES if other != TRAINING]
-        if missing := [other.stem for other in others if not other.is_file()]:
+    if name == TRAINING:
+        files = {other: Path(OUT, f"{other}.jsonl") for other in SOURCES if other != TRAINING}
+        if missing := [other for other, file in files.items() if not file.is_file()]:
             raise Unavailable(f"needs {', '.join(missing)} first: their questions must not be trained on")
+        benchmarks = {other: load_problems(file) for other, file in files.items()}
+    if there:
+        problems, rows = load_problems(path), {source.rows for source in SOURCES[name]}
+        if name != TRAINING and len(problems) not in rows:
+            raise SystemExit(f"{path}: {len(problems)} rows where {rows} are expected; complete it, or FORCE=1")
+    elif name == TRAINING:
         levels = [p for p in bring(name) if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
         problems = [p for p in levels if p["answer"]]
         print(f"{name}: {len(levels)} of levels {LEVELS[0]} to {LEVELS[1]}, {len(problems)} of them with an answer")
-        problems, dropped = clean(problems, [p for other in others for p in load_problems(other)])
+        problems, dropped = clean(problems, [p for each in benchmarks.values() for p in each])
         print("".join(f"{name}: dropped {count}, {why}\n" for why, count in sorted(dropped.items())), end="")
     else:
         problems = bring(name)
-    sha256 = hashlib.sha256(json.dumps([[p["question"], p["answer"]] for p in problems]).encode()).hexdigest()
+    sha256 = checksum(problems)
     now = {"set": name, "rows": len(problems), "sha256": sha256}
     if name == TRAINING:
         now |= {"LEVELS": list(LEVELS), "SHINGLE": SHINGLE, "NEAR": NEAR}
+        now["cleaned of"] = {other: checksum(each) for other, each in benchmarks.items()}
     if there and name in made and now != made[name]:
         raise SystemExit(f"{path}: not as it was made; FORCE=1 makes it anew\n  then {made[name]}\n  now  {now}")
     if not there:
@@ -288,6 +297,8 @@ def prepare(name: str) -> None:
         made[name] = now
         write_atomically(record, "".join(json.dumps(line) + "\n" for line in made.values()))
     note = ("is there already" if name in made else "is there already, not made here") if there else "made"
+    if made.get(TRAINING, {}).get("cleaned of", {}).get(name, sha256) != sha256:
+        note += f"; {TRAINING} was cleaned of another {name}: SETS={TRAINING} FORCE=1"
     print(f"{path}: {len(problems)} problems, sha256 of questions and answers {sha256}, {note}", flush=True)
 
 

@@ -7,10 +7,11 @@ import gzip
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Curve:
 
 # Numbers: results is results.json ------------------------------------------------------------------------------------
 def to_csv(results: dict[str, Any]) -> str:
-    """results.csv: every number of results.json on a line of its own."""
+    """results.csv: each metric and each difference of two models by k, with its interval; p without one."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["model", "benchmark", "metric", "k", "value", "low", "high"])
@@ -54,7 +55,6 @@ def to_csv(results: dict[str, Any]) -> str:
 
     for model, each in results["models"].items():
         for benchmark, r in each.items():
-            write(model, benchmark, "accuracy", r["accuracy"], r["low"], r["high"])
             for metric, m in r["metrics"].items():
                 write(model, benchmark, metric, m["value"], m["low"], m["high"])
     for c in results["comparisons"]:
@@ -77,7 +77,8 @@ def table(results: dict[str, Any]) -> str:
             r = each[benchmark]
             metrics = r["metrics"]
             row = cells(r["accuracy"])
-            row[-1] += f" ±{(r['high'][-1] - r['low'][-1]) / 2:.3f}"
+            value, low, high = (r[name][-1] for name in ("accuracy", "low", "high"))
+            row[-1] += f" ±{max(high - value, value - low):.3f}"  # Wilson's interval is longer on one side
             last = [cells(metrics["repeat"]["value"])[-1], f"{metrics['tokens']['value'][-1]:.0f}"]
             rows.append([f"{benchmark} ({r['n']})", name, *row, *last])
             for metric, words in ("pass", "pass@k"), ("pass_same_tokens", "same tokens"), ("majority", "maj@k"):
@@ -107,16 +108,22 @@ def losses(results: dict[str, Any]) -> list[str]:
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
+def colors(models: Iterable[str]) -> dict[str, str]:
+    """Of each model, one for all figures."""
+    return dict(zip(models, itertools.cycle(OKABE_ITO), strict=False))
+
+
 def curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
-    """One panel per benchmark, one curve per model; dotted and without a name: its pass@k, the control."""
+    """One panel per benchmark, one curve per model; dotted and without a name the control, its pass@k. Intrinsic
+    dialogues have no oracle to choose among the samples; their control is the vote."""
     panels: dict[str, list[Curve]] = {}
-    for i, (name, results) in enumerate(models.items()):
-        color = OKABE_ITO[i % len(OKABE_ITO)]
-        for benchmark, r in results.items():
+    for name, color in colors(models).items():
+        for benchmark, r in models[name].items():
             panel = panels.setdefault(f"{benchmark} (n = {r['n']})", [])
             panel.append(Curve(name, r["accuracy"], r["low"], r["high"], color))
-            control = [v for v in r["metrics"].get("pass", {"value": []})["value"] if v is not None]
-            panel += [Curve("", control, color=color, line=":")] if control else []
+            control = r["metrics"].get("majority" if "i_to_c" in r["metrics"] else "pass", {"value": []})
+            values = [v for v in control["value"] if v is not None]
+            panel += [Curve("", values, color=color, line=":")] if values else []
     return panels
 
 
@@ -183,14 +190,14 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def learning_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> dict[str, list[Curve]]:
+def learning_curves(runs: dict[str, Sequence[dict[str, Any]]], color_of: dict[str, str]) -> dict[str, list[Curve]]:
     """Panels by training step from the rows of each run's metrics.jsonl."""
     panels: dict[str, list[Curve]] = {}
     for metric in TRAINING:
-        for (name, rows), color in zip(runs.items(), OKABE_ITO * len(runs), strict=False):
+        for name, rows in runs.items():
             if points := [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]:
                 steps, values = zip(*points, strict=True)
-                panels.setdefault(metric, []).append(Curve(name, values, color=color, at=steps))
+                panels.setdefault(metric, []).append(Curve(name, values, color=color_of[name], at=steps))
     return panels
 
 
@@ -200,8 +207,11 @@ def page(out: Path, data: dict[str, Any], runs: dict[str, Sequence[dict[str, Any
 
     What a model said is data to the page's script, never part of its HTML; the page's policy lets no other script run.
     """
-    figures = {"accuracy": "Accuracy by allowed attempts, with its interval. Dotted: pass@k of independent samples."}
-    if panels := learning_curves(runs):
+    figures = {
+        "accuracy": "Accuracy by allowed attempts, with its interval. Dotted: pass@k of independent samples "
+        "(intrinsic: maj@k). Where the dialogues are greedy (SAMPLES = 0) the two differ at k = 1 already."
+    }
+    if panels := learning_curves(runs, colors(data["results"]["models"])):
         draw(panels, out, "training")
         figures["training"] = "Training, by step."
     drawings = ""

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,9 +65,8 @@ def test_majority_is_the_mean_over_all_draws():
 
     for correct, wrong, silent in itertools.product(range(4), [(), (1,), (2,), (1, 2), (1, 1, 1), (3, 2)], range(3)):
         samples = ["right"] * correct + [f"w{i}" for i, n in enumerate(wrong) for _ in range(n)] + [""] * silent
-        for k in range(1, len(samples) + 1):
-            expected = statistics.fmean(map(won, itertools.combinations(samples, k)))
-            assert evaluate.majority_at_k(correct, wrong, silent, k) == pytest.approx(expected)
+        expected = [statistics.fmean(map(won, itertools.combinations(samples, k))) for k in range(len(samples) + 1)]
+        assert evaluate.majority_by_k(correct, wrong, silent) == pytest.approx(expected)
 
 
 def test_cost_until_right_is_the_mean_over_all_orders():
@@ -174,6 +174,11 @@ def test_intrinsic_numbers(monkeypatch):
     assert metric(found, "out_of_context") == [0.0, 1 / 8, 1 / 8]
     known = found["i_to_c"].as_json()
     assert (known["low"][1], known["high"][1]) == evaluate.wilson(1, 8)
+    # No oracle ends these dialogues: no control that one would end is set beside them.
+    found = evaluate.measure([*records, *(spoke(r["id"], 1, "7", control=True) for r in records)])
+    assert "majority" in found
+    assert "majority_same_tokens" in found
+    assert not {"over_pass", "pass_same_tokens", "over_pass_same_tokens", "samples_same_tokens"} & set(found)
 
 
 def test_controls_by_hand():
@@ -196,9 +201,26 @@ def test_controls_by_hand():
     assert metric(found, "majority_same_tokens") == [0.25, 0.25, None]
     assert metric(found, "over_pass") == [0.25, 0.0, None]
     assert metric(found, "over_pass_same_tokens") == [0.25, round(0.25 - (j - 1) * 0.25, 9), None]
-    known = found["pass"].as_json()
-    assert (known["low"][:2], known["high"][:2]) == ([0.0, 0.0], [0.5, 1.0])  # a alone or b alone
-    assert known["low"][2] is None
+    # Every interval reaches from the resample of one problem alone to that of the other: each is a quarter of them all.
+    for name, low, high in (
+        ("pass", [0.0, 0.0], [0.5, 1.0]),
+        ("over_pass", [0.0, 0.0], [0.5, 0.0]),
+        ("pass_same_tokens", [0.0, 0.0], [0.5, 0.5]),  # a alone spends 10 tokens at k = 2, on one sample
+        ("over_pass_same_tokens", [0.0, 0.0], [0.5, 0.5]),
+        ("samples_same_tokens", [1.0, 1.0], [1.0, 1.8]),  # b alone spends 18, and no sample of it is right
+    ):
+        known = found[name].as_json()
+        assert known["low"] == pytest.approx([*low, None])
+        assert known["high"] == pytest.approx([*high, None])
+
+
+def test_where_every_problem_has_a_right_sample_more_tokens_buy_nothing():
+    right = [spoke(name, 1, "7", control=True, sample=i, tokens=10) for name in "ab" for i in range(3)]
+    played = [spoke("a", 1, "7", tokens=11), spoke("b", 1, "7", tokens=10)]
+    found = evaluate.measure(right + played)
+    assert metric(found, "pass_same_tokens") == [1.0]
+    assert metric(found, "over_pass_same_tokens") == [0.0]
+    assert found["pass_same_tokens"].as_json()["low"] == [1.0]
 
 
 def noisy(seed: int, benchmark: str, n: int, chance: float) -> list[dict]:
@@ -247,7 +269,7 @@ def test_csv_and_table_say_what_the_results_say():
     for row in rows:
         if " - " not in row["model"]:
             r = results["models"][row["model"]][row["benchmark"]]
-            m = r["metrics"].get(row["metric"]) or {"value": r["accuracy"], "low": r["low"], "high": r["high"]}
+            m = r["metrics"][row["metric"]]
             for column in ("value", "low", "high"):
                 assert float(row[column]) == pytest.approx(m[column][int(row["k"]) - 1], rel=1e-5)
     paired = {row["metric"]: row for row in rows if row["model"] == "second - first"}
@@ -255,11 +277,15 @@ def test_csv_and_table_say_what_the_results_say():
     assert float(paired["accuracy"]["high"]) == pytest.approx(compared["high"][0], rel=1e-5)
     assert float(paired["p (McNemar)"]["value"]) == pytest.approx(compared["p"][0], rel=1e-5)
     metrics = {row["metric"] for row in rows if row["model"] == "first"}
-    assert metrics == {"accuracy", *results["models"]["first"]["x"]["metrics"]} - {"repeat"}  # one attempt: no retries
+    assert metrics == {*results["models"]["first"]["x"]["metrics"]} - {"repeat"}  # one attempt: no retries
+    first = results["models"]["first"]["x"]
+    assert {"value": first["accuracy"], "low": first["low"], "high": first["high"]} == first["metrics"]["accuracy"]
     text = report.table(results)
     assert f"{results['models']['second']['x']['accuracy'][0]:.3f} ±" in text
     assert "pass@k" in text
     assert f"{compared['p'][0]:.3f}" in text
+    never = {"settings": {"MAX_ATTEMPTS": 1}} | evaluate.summarise({"m": noisy(0, "x", 30, 0.0)})
+    assert f"0.000 ±{evaluate.wilson(0, 30)[1]:.3f}" in report.table(never)  # the longer side of an uneven interval
 
 
 def test_record_keeps_what_was_said():
@@ -279,6 +305,7 @@ def test_record_keeps_what_was_said():
 
 def test_names_and_settings(tmp_path):
     assert list(evaluate.by_name("runs/a/policy,m/b/,c.jsonl", "models")) == ["a", "b", "c"]
+    assert list(evaluate.by_name("a/best,b/best,b/policy", "models")) == ["a-best", "b-best", "b"]
     with pytest.raises(SystemExit, match=r"x/a and y/a\.jsonl: two benchmarks named a"):
         evaluate.by_name("x/a,y/a.jsonl", "benchmarks")
     path = tmp_path / "results.json"
@@ -297,6 +324,78 @@ def test_fingerprint_sees_every_file(tmp_path):
     (tmp_path / "weights").write_bytes(b"3")
     prints |= {evaluate.fingerprint(tmp_path), evaluate.fingerprint(tmp_path)}
     assert len(prints) == 3
+
+
+def test_old_dialogues_are_not_taken_for_new_ones(tmp_path, monkeypatch):
+    """results.json deleted, other settings, stopped in the middle: what is published was played under these."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "p.jsonl").write_text('{"id": "x", "question": "?", "answer": "7"}\n')
+    out, stopped = tmp_path / "out", []
+
+    def play(model, problems, name, out, parts, store):
+        if stopped:
+            raise KeyboardInterrupt
+        answer = str(rollout.SEED)
+        (out / f"dialogues-{name}.jsonl").write_text(evaluate.to_line(spoke("x", 1, answer, benchmark="p")))
+
+    def run(seed: int) -> list[dict]:
+        for module, name, value in (
+            *((evaluate, "MODEL", f"{tmp_path}/m"), (evaluate, "BENCHMARKS", f"{tmp_path}/p.jsonl")),
+            *((evaluate, "OUT", str(out)), (rollout, "MAX_ATTEMPTS", 1), (rollout, "SEED", seed)),
+        ):
+            monkeypatch.setattr(module, name, value)
+        evaluate.main()
+        return records_of(out / "dialogues-m.jsonl")
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    monkeypatch.setattr(evaluate, "evaluate_model", play)
+    assert run(6)[0]["attempts"][0]["answer"] == "6"
+    (out / "results.json").unlink()
+    stopped.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        run(7)
+    stopped.clear()
+    assert run(7)[0]["attempts"][0]["answer"] == "7"
+    assert json.loads((out / "results.json").read_text())["models"]["m"]["p"]["accuracy"] == [1.0]
+
+
+def test_a_line_cut_inside_a_character_is_dropped(tmp_path):
+    path = tmp_path / "rank-0.jsonl"
+    whole = evaluate.to_line({"text": "größer"})
+    path.write_bytes(whole.encode() + whole.encode().split(b"\x9f")[0])  # ß is C3 9F
+    assert evaluate.read_records(path) == evaluate.last_rows(path) == [{"text": "größer"}]
+
+
+def test_ranks_that_share_an_engine_play_one_stripe(tmp_path, monkeypatch):
+    """And one of them writes: four ranks on two engines."""
+    problems = [{"benchmark": "b", "id": str(i)} for i in range(7)]
+    monkeypatch.setattr(rollout, "TENSOR_PARALLEL", 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(evaluate, "Engine", lambda *_, **__: SimpleNamespace(tokenizer=None, shutdown=lambda: None))
+    monkeypatch.setattr(evaluate, "Chat", lambda tokenizer: None)
+    stripes = []
+
+    def play(engine, chat, items, on_end, name):
+        stripes.append([item.key for item in items])
+        for key in stripes[-1]:
+            on_end(dict(zip(evaluate.KEY, key, strict=True)))
+
+    monkeypatch.setattr(evaluate, "evaluate", play)
+    written = []
+    for rank in range(4):  # a folder each: here they come one after the other, and would see what is done
+        monkeypatch.setenv("RANK", str(rank))
+        parts = tmp_path / f"parts-{rank}"
+        evaluate.evaluate_model(tmp_path, problems, "m", tmp_path, parts, None)
+        made = tmp_path / "dialogues-m.jsonl" if rank == 0 else parts / f"rank-{rank}.jsonl"
+        written.append([evaluate.key_of(r) for r in evaluate.read_records(made)])
+    assert stripes[0] == stripes[1] == written[0]
+    assert stripes[2] == stripes[3] == written[2]
+    assert written[1] == written[3] == []
+    assert sorted(stripes[0] + stripes[2]) == sorted(item.key for item in evaluate.plan(problems))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match=r"TENSOR_PARALLEL=2: 3 ranks \(torchrun\) are no multiple of it"):
+        evaluate.check_constants()
 
 
 # The real engine -----------------------------------------------------------------------------------------------------

@@ -195,6 +195,30 @@ def test_all_sets(hub, monkeypatch, capsys):
         run(monkeypatch, "SETS=aime24,amc23")
     run(monkeypatch, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
     assert (out / "amc23.jsonl").read_text() == text
+    assert "cleaned of" not in capsys.readouterr().out
+    # Another benchmark made anew: the training set was cleaned of the old one, which both calls say.
+    row = LAYOUTS["math-ai/amc23"](question(100), "27")
+    put(hub, "math-ai/amc23", {(None, "test"): [row, row | {"id": 1, "question": question(11)}]})
+    run(monkeypatch, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
+    assert "math_train was cleaned of another amc23: SETS=math_train FORCE=1" in capsys.readouterr().out
+    monkeypatch.setattr(prepare, "FORCE", False)
+    with pytest.raises(SystemExit, match=r"math_train.jsonl: not as it was made; FORCE=1"):
+        run(monkeypatch, f"SETS={TRAINING}")
+    run(monkeypatch, f"SETS={TRAINING}", "FORCE=1", f"HUB_MIRROR={hub}")
+    assert "dropped 2, the same as in amc23" in capsys.readouterr().out
+
+
+def test_files_of_another_length_stop(hub, monkeypatch):
+    """A benchmark written by hand is taken if it is whole."""
+    expect_rows(monkeypatch, 3)
+    file = Path(prepare.OUT) / "aime24.jsonl"
+    file.parent.mkdir()
+    lines = [json.dumps({"question": question(i), "answer": "25"}) + "\n" for i in range(3)]
+    file.write_text("".join(lines))
+    run(monkeypatch, "SETS=aime24")
+    file.write_text("".join(lines[:2]))
+    with pytest.raises(SystemExit, match=r"aime24.jsonl: 2 rows where \{3\} are expected; complete it, or FORCE=1"):
+        run(monkeypatch, "SETS=aime24")
 
 
 def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, capsys):
@@ -251,6 +275,20 @@ def test_without_network(tmp_path, how):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_proxy_that_refuses_is_no_network(hub, monkeypatch):
+    """`datasets` lets the HTTP client's own error through."""
+    from huggingface_hub.utils import httpx
+
+    def refuse(source):
+        raise httpx.ProxyError("403 Forbidden")
+
+    monkeypatch.setattr(prepare, "fetch", refuse)
+    with pytest.raises(
+        SystemExit, match=r"aime24: the hub cannot be reached \(ProxyError: 403 Forbidden\)(.|\n)*mirror"
+    ):
+        run(monkeypatch)
+
+
 # Gold answers and the grader ------------------------------------------------------------------------------------------
 MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
 
@@ -264,8 +302,31 @@ MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
         (OLYMPIAD, {"final_answer": ["$69$,$84$"]}, ("84, 69", r"69 \text{ and } 84"), ("69", "84", "69, 84, 1")),
         (OLYMPIAD, {"final_answer": ["$x=2$", "$x=-2$"]}, ("-2, 2", r"\pm 2"), ("2",)),
         (OLYMPIAD, {"final_answer": ["(1,2), (3,4)"]}, ("(3, 4), (1, 2)",), ("(1,2)", "(2,1),(3,4)")),
-        (OLYMPIAD, {"final_answer": ["45"], "unit": "minute"}, ("45", r"45 \text{ minutes}"), ("54",)),
-        (OLYMPIAD, {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"}, ("4.2", "4.27", r"4.15\%"), ("4.35",)),
+        (
+            OLYMPIAD,
+            {"final_answer": ["45"], "unit": "minute"},
+            ("45", r"45 \text{ minutes}", r"45\mathrm{~min}"),
+            ("54", "45 hours"),
+        ),
+        (
+            OLYMPIAD,
+            {"final_answer": ["$166$"], "unit": "$cm^2$"},
+            ("166", r"166\mathrm{~cm}^{2}"),
+            (r"166\text{ cm}^3",),
+        ),
+        (
+            OLYMPIAD,
+            {"final_answer": [r"$\frac{600}{7}$"], "unit": "km/h"},
+            (r"\frac{600}{7}",),
+            (r"\frac{600}{7}\text{ m/s}",),
+        ),
+        (OLYMPIAD, {"final_answer": ["$a=90$,$b=90$"], "unit": r"^{\circ}"}, (r"90^\circ", "a=90, b=90"), (r"\pi/2",)),
+        (
+            OLYMPIAD,
+            {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"},
+            ("4.2", "4.27", r"4.15\%"),
+            ("4.35", "0.042"),
+        ),
         (OLYMPIAD, {"final_answer": ["4.2"]}, ("4.2",), ("4.27",)),
     ],
 )

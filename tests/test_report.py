@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import random
 import re
 from itertools import pairwise
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 import evaluate
+import rollout
 from data import report
 from tests.browser import Browser, find_browser
 
@@ -55,7 +57,7 @@ TOKENS = {
     "tokens": ["What", " is", "\n", "It", HOSTILE],
     "mask": [0, 0, 0, 1, 1],
     "advantages": [0, 0, 0, -0.5, 2.0],
-    "values": [0, 0, 0, 0.25, -0.125],
+    "values": [math.nan, 0, 0, 0.25, -0.125],
     "returns": [0, 0, 0, -0.25, 1.875],
     "attempts": [{"status": "wrong", "answer": None, "reward": -1.0}],
 }
@@ -141,12 +143,24 @@ def test_bands_and_controls_in_the_figure(tmp_path, monkeypatch):
     band = panel.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (0.2, 0.9)
     assert [text.get_text() for text in panel.texts] == ["m"]
+    # Nobody tells an intrinsic dialogue what is right: beside it the vote, not what an oracle would choose.
+    result["metrics"] |= {"i_to_c": control, "majority": {"value": [0.125, 0.25, None]}}
+    assert [c.accuracy for c in report.curves({"m": {"x": result}})["x (n = 4)"][1:]] == [[0.125, 0.25]]
 
 
 def test_learning_curves_say_what_the_metrics_say(made):
     lines = lines_of(made / "training.svg")
     assert lines["curve-0-0"] == [pytest.approx((i, i / 8 - 1), abs=2e-3) for i in range(9)]  # reward
     assert lines["curve-1-0"] == [pytest.approx((i, i / 16), abs=2e-3) for i in range(9)]  # accuracy
+
+
+def test_a_model_has_one_colour_in_all_figures():
+    results = evaluate.summarise(MODELS)["models"]
+    color_of = report.colors(results)
+    (shown,) = (c.color for c in report.curves(results)["easy (n = 2)"] if c.label == "second")
+    (trained,) = report.learning_curves({"second": [{"step": 1, "reward": 0.5}]}, color_of)["reward"]
+    assert shown == trained.color == report.OKABE_ITO[1]
+    assert len(report.colors(map(str, range(9)))) == 9  # more than there are colours
 
 
 def test_labels_keep_their_distance_and_order():
@@ -168,9 +182,12 @@ def test_page_carries_the_results_and_runs_its_own_script_alone(made):
         [[*WRONG.values(), False], [*AGAIN.values(), True], [*RIGHT.values(), False]],
     ]
     assert [line["step"] for line in data["tokens"]["first"]] == [7, 8]  # the third is still being written
+    assert data["tokens"]["first"][0]["values"][0] is None  # NaN, which no browser reads
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in page
-    assert "__" not in re.sub(r'<script id="data".*?</script>', "", page, flags=re.DOTALL)  # no place is left unfilled
+    assert not re.search(
+        "__[A-Z_]+__", re.sub(r'<script id="data".*?</script>', "", page, flags=re.DOTALL)
+    )  # no place is unfilled
     assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", page)
     assert "document.title" not in page  # what models said is packed, never markup
 
@@ -214,7 +231,7 @@ def test_page_shows_the_numbers(made, browser):
         assert len(rows) == 6
         for benchmark, model, _, *cells in rows:
             r = results["models"][model][benchmark.split()[0]]
-            m = r["metrics"].get(metric) or {"value": r["accuracy"], "low": r["low"], "high": r["high"]}
+            m = r["metrics"][metric]
             scale, digits = (1, 2) if metric == "tokens" else (100, 1)
             for cell, *expected in zip(cells, m["value"], m["low"], m["high"], strict=True):
                 numbers = [float(x) for x in re.findall(r"[\d.]+", cell)]
@@ -306,6 +323,8 @@ def test_what_a_model_says_does_nothing(browser):
         ),
         (r"\left( \sum_{i=1}^n i \right]", "<munderover>"),
         (r"<img src=x>", '<mo stretchy="false">&lt;</mo>'),
+        (r"\constructor\toString{x}", r"<mtext>\constructor</mtext><mtext>\toString</mtext><mi>x</mi>"),
+        (r"\begin{valueOf} x \end{valueOf}", "<mtd><mi>x</mi></mtd>"),
         ("{" * 30 + "x", "<mi>x</mi>"),
         ("a" + "^x" * 9, "<msup><mi>a</mi><mrow>" + "<mi>x</mi>" * 9 + "</mrow></msup>"),
     ],
@@ -341,8 +360,59 @@ def test_tokens_are_shaded_by_their_numbers(browser):
     assert shown[4][3] == "rgba(var(--plus), 0.850)"
     browser.run("($('shade').value = 'values', $('shade').onchange())")
     assert [x[3] for x in browser.run(spans)][3:] == ["rgba(var(--plus), 0.850)", "rgba(var(--minus), 0.425)"]
+    assert "Blue was made" not in browser.run("$('scale').textContent")
+    browser.run("($('shade').value = 'advantages', $('shade').onchange())")
+    assert "Blue was made more likely" in browser.run("$('scale').textContent")
     assert "Gold 7; 1 of 2 attempts: wrong (no answer, reward -1)" in browser.run("$('scale').textContent")
     assert browser.run("[...$('which').options].map(o => o.textContent)")[-1].endswith("step 8, t/1")
+
+
+@pytest.fixture
+def open_page(tmp_path):
+    """Opens a page of one model's records in a browser of its own."""
+    if not find_browser():
+        pytest.skip("no Chromium or Chrome is installed: the page is not looked at in a browser")
+    browsers = []
+
+    def show(records: list[dict], feedback: str, tokens: dict | None = None) -> Browser:
+        settings = {"MAX_ATTEMPTS": 3, "CONFIDENCE": 0.95, "FEEDBACK": feedback}
+        results = {"settings": settings, "versions": {}} | evaluate.summarise({"m": records})
+        report.draw(report.curves(results["models"]), tmp_path)
+        data = evaluate.report_data(results, {"m": records}, PROBLEMS, {})
+        data["tokens"] = {"m": [tokens]} if tokens else {}
+        (tmp_path / "report.html").write_text(report.page(tmp_path, data, {}), encoding="utf-8")
+        browsers.append(Browser())
+        browsers[-1].open(tmp_path / "report.html")
+        return browsers[-1]
+
+    yield show
+    for browser in browsers:
+        browser.close()
+
+
+def test_intrinsic_dialogues_are_right_when_their_last_attempt_is(open_page, monkeypatch):
+    """As in the table: right and then wrong is wrong."""
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    dialogues = [
+        played("easy", "e/1", WRONG, RIGHT, RIGHT),
+        played("easy", "e/2", RIGHT, RIGHT, WRONG),
+        played("hard", "h/1", RIGHT),  # the context was full
+    ]
+    browser = open_page(dialogues, "intrinsic")
+    assert choose(browser, outcome="i → c") == ["e/1 m"]
+    assert choose(browser, outcome="c → i") == ["e/2 m", "h/1 m"]
+    assert choose(browser, outcome="c → c") == choose(browser, outcome="i → i") == []
+    assert len(choose(browser)) == 3
+    shown = browser.run("[...$('list').querySelectorAll('b')].map(b => b.textContent)")
+    assert shown == ["✓ i → c", "✗ c → i", "✗ c → i"]
+    assert browser.run("$('table').rows[1].cells[5].textContent").startswith("50.0")  # easy: one of two
+
+
+def test_the_page_survives_numbers_that_are_none(open_page):
+    browser = open_page(MODELS["first"], "verified", TOKENS | {"values": [None, 0, 0, None, 0.5]})
+    assert browser.errors() == []
+    titles = browser.run("[...$('tokens').children].map(s => s.title)")
+    assert titles[3] == "advantage -0.500, value not finite, return -0.250"
 
 
 def test_dark_page_has_a_dark_background(made):
