@@ -89,9 +89,9 @@ PLAIN_SHARE: float = (
     0.25  # share of batches that name no number of attempts; their dialogues ask to check, with no verdict
 )
 MOST_FAILURES: int = 4  # failed answers in a dialogue: 1..MOST_FAILURES
-STAND_BY_SHARE: float = 0.75  # how often an author who is told "incorrect" stands by his answer
+STAND_BY_SHARE: float = 0.5  # how often an author who is told "incorrect" stands by his answer
 BLIND_SHARE: float = 0.5  # how often, otherwise, an answer is a readable number named blindly (and not learned from)
-SHARPNESS: tuple[float, float] = (2.0, 0.5)  # at first, at last: experts answer x with P ~ posterior(x) ** sharpness
+SHARPNESS: tuple[float, float] = (2.0, 1.0)  # at first, at last: experts answer x with P ~ posterior(x) ** sharpness
 SHARP_UNTIL: float = 0.6  # share of the steps with the first sharpness: clearer labels are learned from much faster
 CURRICULUM: tuple[tuple[int, int], ...] = ((3, 0), (5, 0), (5, 1), (7, 1), (7, 2), (9, 2), (9, 2), (9, 2))
 # (length, unreadable): the short lists are stepping stones; without them one seed in two stays on a plateau
@@ -211,10 +211,10 @@ def failure_text(answer: int, attempts_left: int) -> str:
 def draw_answers(rng: random.Random, readable: list[int], unreadable: int, count: int, sharpness: float) -> list[tuple]:
     """The (answer, whether it is trained) of `count` attempts, all but the last called incorrect.
 
-    They are called so whether they are or not. Most authors stand by the answer they gave last; the others move on to
-    one that they have not given yet. So a model of them insists, and a policy that is paid has to turn that around.
-    It takes both to have it read what has failed: where nobody insisted, or those who moved on might say anything, PPO
-    learned a fixed order of answers instead. The blind answers make the history vary.
+    They are called so whether they are or not: the history says nothing about the answer, and that what has failed
+    should be avoided is for PPO to find out. Half of the authors stand by their answer. In a corpus where nobody does,
+    greedy answers repeat just the same, but PPO then learns a fixed order of answers instead of reading which failed.
+    The blind answers make the history vary.
     """
     chances = posterior(readable, unreadable)
     answers: list[tuple[int, bool]] = []
@@ -224,9 +224,8 @@ def draw_answers(rng: random.Random, readable: list[int], unreadable: int, count
         elif left and (not answers or rng.random() < BLIND_SHARE):
             answers.append((rng.choice(readable), False))
         else:
-            given = {answer for answer, _ in answers}
-            weights = [chance**sharpness * (answer not in given) for answer, chance in chances.items()]
-            answers.append((rng.choices(list(chances), weights if any(weights) else None)[0], True))
+            expert = rng.choices(list(chances), [chance**sharpness for chance in chances.values()])[0]
+            answers.append((expert, True))
     return answers
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import random
-from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
 
@@ -132,25 +130,6 @@ def test_the_warm_start_trains_on_responses_that_are_worth_it(tokenizer):
             assert tokenizer.decode(row) == "".join(text for text, _ in parts)
             assert tokenizer.decode(row[actions]) == "".join(text for text, _ in parts[1::2])
             assert tokenizer.decode(row_labels[row_labels >= 0]) == "".join(text for text, trained in parts if trained)
-
-
-def test_authors_insist_or_move_on():
-    """Counted over many dialogues: of the answers that are trained, STAND_BY_SHARE repeat the last one, and the others
-    are new; among the new ones at the end the likelier of two is named by its posterior ** sharpness."""
-    rng, readable = random.Random(0), [3, 5, 9, 12, 14, 18, 20]
-    insisted = moved = 0
-    firsts = Counter()
-    for _ in range(4000):
-        *before, (last, trained) = toy.draw_answers(rng, readable, 2, 3, 0.5)
-        given = [answer for answer, _ in before]
-        assert trained and not before[0][1]  # the first is blind, to make the history vary
-        insisted += last == given[-1]
-        moved += last not in given
-        firsts[toy.draw_answers(rng, readable, 2, 1, 0.5)[0][0]] += 1
-    assert insisted + moved == 4000 and abs(insisted / 4000 - toy.STAND_BY_SHARE) < 0.03  # four standard deviations
-    weights = {answer: chance**0.5 for answer, chance in toy.posterior(readable, 2).items()}
-    for answer, weight in weights.items():
-        assert abs(firsts[answer] / 4000 - weight / sum(weights.values())) < 0.035
 
 
 def test_ideal_reader_by_hand():
