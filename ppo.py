@@ -136,8 +136,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "MINI_BATCH": 64,
         "EPOCHS": 2,
         "ROW_TOKENS": 128,
-        # The entropy bonus makes first answers vary, which helps second answers to depend on what failed. But behind the
-        # box anything may be said, and the bonus pays for that too; the KL must cost more.
+        # The entropy bonus makes first answers vary, which helps second answers to depend on what failed. But behind
+        # the box anything may be said, and the bonus pays for that too; the KL must cost more.
         "KL_COEF": (0.05,),
         "ENTROPY_COEF": 0.01,
         "ACTOR_LR": 1e-3,

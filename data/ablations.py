@@ -39,7 +39,7 @@ ABLATIONS = {  # row -> its arguments for ppo.py, on top of PRESET=toy
     "LAMBDA=0.9": ["LAMBDA=0.9"],
     "KL_COEF=0.01": ["KL_COEF=0.01"],
     "KL_COEF=0.2": ["KL_COEF=0.2"],
-    "KL_COEF=0.2,0.02": ["KL_COEF=0.2,0.02"],  # first attempts held in place, as in SCoRe's stage I
+    "first attempts held": ["KL_COEF=0.2,0.02"],  # as in SCoRe's stage I
     "REWARD_WRONG=0": ["REWARD_WRONG=0"],
     "REWARD_WRONG=-1": ["REWARD_WRONG=-1"],
     "WHITEN=0": ["WHITEN=0"],
