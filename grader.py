@@ -25,8 +25,8 @@ What "correct" means here:
 
 How: layers from cheap to dear. Most verdicts need only a comparison of texts or of exact rationals. What remains is
 read by a recursive-descent reader into a small tree (nothing is ever executed) and evaluated at a few points with many
-more digits than the answers have. Sets of real numbers go to sympy, in worker processes that the kernel ends after a
-time limit, so that no answer can hang or exhaust the caller.
+more digits than the answers have. Sets of real numbers go to sympy, in processes that the kernel ends after a time
+limit, so that no answer can hang or exhaust the caller.
 
     python grader.py < cases.jsonl    # a line {"pred" or "response", "gold"} -> a line {"answer", "correct", "status"}
 """
@@ -55,7 +55,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import mpmath
 
@@ -72,7 +72,7 @@ GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can ex
 LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 of one evaluation in the calling process (some ms)
 LOCAL_SECONDS: float = 0.05  # processor time of one verdict in the calling process; a longer one goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
-VERDICT_SECONDS: float = 0.4  # processor time of one hard verdict; then its worker ends and the status is "timeout"
+VERDICT_SECONDS: float = 0.4  # processor time of one hard verdict; then its process ends and the status is "timeout"
 WALL_FACTOR: float = 10.0  # and this many times as long by the clock, for a machine that is busy
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
 
@@ -1378,13 +1378,14 @@ def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: fresh interpreters behind pipes, which inherit nothing of the caller (threads, CUDA, __main__). A worker sets
-# an alarm before each verdict, so that the kernel ends it whatever it is stuck in, also when the caller is gone.
+# Workers: fresh interpreters behind pipes, which inherit nothing of the caller (threads, CUDA, __main__). A worker forks
+# a child for each verdict, with an alarm by which the kernel ends it whatever it is stuck in, also when the caller has
+# gone. To replace a child takes a millisecond; to replace a worker would take the second in which it imports sympy.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def worker(seconds: float, address_space: int) -> None:
-    """Answer requests on stdin until it is closed or the caller is gone."""
+    """Answer requests on stdin, by true, false or null (no verdict in time), until it is closed or the caller gone."""
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     print(judge("|x| < 1", "(-1, 1)", local=False), flush=True)  # sympy is imported now, in no verdict's time: ready
     caller = os.getppid()
@@ -1395,17 +1396,27 @@ def worker(seconds: float, address_space: int) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # either signal ends the process
-        signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
-        try:
-            correct = judge(*json.loads(line), local=False)
-        except MemoryError:
-            return
-        except Exception:  # noqa: BLE001  sympy gives up in many ways; none of them is a proof
-            correct = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(correct), flush=True)
+        child = os.fork()
+        if not child:
+            answer_request(json.loads(line), seconds)
+        if os.waitpid(child, 0)[1] != 0:
+            print("null", flush=True)
+
+
+def answer_request(case: list, seconds: float) -> NoReturn:
+    """In a worker's child: print the verdict, or end without one."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # either signal ends the process
+    signal.setitimer(signal.ITIMER_REAL, seconds * WALL_FACTOR)
+    try:
+        correct = judge(*case, local=False)
+    except MemoryError:
+        os._exit(1)
+    except Exception:  # noqa: BLE001  sympy gives up in many ways; none of them is a proof
+        correct = False
+    signal.setitimer(signal.ITIMER_PROF, 0)  # from here on it is answered: one request, one line
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.write(sys.stdout.fileno(), f"{json.dumps(correct)}\n".encode())
+    os._exit(0)
 
 
 def start_worker() -> subprocess.Popen:
@@ -1441,7 +1452,7 @@ class Pool:
         return future
 
     def serve(self) -> None:
-        """Pass requests to a worker; one that ends instead of answering costs its verdict and is replaced."""
+        """Pass requests to a worker; one that ends instead of answering, which none should, is replaced."""
         process = None
         while True:
             with contextlib.suppress(OSError):  # no process to be had now: try again at the next request
@@ -1458,12 +1469,11 @@ class Pool:
                     process.stdin.write(json.dumps(case) + "\n")
                     process.stdin.flush()
                     reply = process.stdout.readline()
-            if reply.endswith("\n"):
-                future.set_result(verdict_of(case[0], json.loads(reply)))
-            else:
-                future.set_result(Verdict(case[0], False, "timeout"))
+            correct = json.loads(reply) if reply.endswith("\n") else None
+            if not reply.endswith("\n"):
                 stop_worker(process)
                 process = None
+            future.set_result(Verdict(case[0], False, "timeout") if correct is None else verdict_of(case[0], correct))
         stop_worker(process)
 
     def close(self) -> None:
