@@ -1378,9 +1378,9 @@ def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: fresh interpreters behind pipes, which inherit nothing of the caller (threads, CUDA, __main__). A worker forks
-# a child for each verdict, with an alarm by which the kernel ends it whatever it is stuck in, also when the caller has
-# gone. To replace a child takes a millisecond; to replace a worker would take the second in which it imports sympy.
+# Workers: fresh interpreters behind pipes, which inherit nothing of the caller (threads, CUDA, __main__). For each
+# verdict a worker forks a child with an alarm, by which the kernel ends it whatever it is stuck in and whoever is gone.
+# To replace a child takes a millisecond; to replace a worker, the second in which it imports sympy.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -95,8 +95,7 @@ def run_seed(seed: int, rows: Sequence[str], seeds_left: int) -> dict[str, dict[
 
 
 def columns(result: dict[str, Any]) -> dict[str, float]:
-    metrics = {name: metric["value"] for name, metric in result["metrics"].items()} | {"accuracy": result["accuracy"]}
-    return {column: metrics[metric][k - 1] for column, (metric, k) in COLUMNS.items()}
+    return {column: result["metrics"][metric]["value"][k - 1] for column, (metric, k) in COLUMNS.items()}
 
 
 # All seeds -----------------------------------------------------------------------------------------------------------

@@ -98,9 +98,8 @@ def run_seed(seed: int) -> dict[str, Any]:
 
 def columns(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{column: {"value", "low", "high"}} from what evaluate.py says of a model."""
-    metrics = result["metrics"] | {"accuracy": {"value": result["accuracy"], **result}}
     return {
-        name: {bound: metrics[metric][bound][k] for bound in ("value", "low", "high")}
+        name: {bound: result["metrics"][metric][bound][k] for bound in ("value", "low", "high")}
         for name, (metric, k) in COLUMNS.items()
     }
 

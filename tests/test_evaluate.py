@@ -669,36 +669,54 @@ STUB = """
 import json, pathlib, sys, threading
 given = dict(a.split("=", 1) for a in sys.argv[1:])
 folder = pathlib.Path("runs") / given["RUN"]
-folder.mkdir(parents=True, exist_ok=True)
-if given["PRESET"] == given.get("FAIL"):
+folder.mkdir(parents=True)
+if given["MODEL"] == "broken":
     sys.exit("this arm is broken")
+if given["MODEL"] == "after":
+    assert (folder.parent / "first" / "policy").is_dir()
 row = {"step": 1, "generated_tokens": 120, "token_budget": 100, "reward": 0.5, "accuracy": 0.5}
 (folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
-if "FAIL" in given:
+if given["MODEL"] == "slow":
     threading.Event().wait(600)
+(folder / "config.json").write_text(pathlib.Path("config.json").read_text().replace("NAME", given["RUN"]))
 (folder / "policy").mkdir()
 """
 
 
-@pytest.mark.parametrize("fail", [False, True])
-def test_arms_run_side_by_side_and_end_together(tmp_path, monkeypatch, capsys, fail):
+@pytest.fixture
+def trainings(tmp_path, monkeypatch):
+    """How to make demo.Trainings whose ppo.py is STUB; the model says what becomes of it."""
     monkeypatch.chdir(tmp_path)
     Path("ppo.py").write_text(STUB)
-    folder = Path("runs/demo/seed-0")
-    folder.mkdir(parents=True)
-    if not fail:
-        demo.train(0, Path("toy"), folder)
-        assert all((folder / arm / "policy").is_dir() for arm in demo.ARMS)
-        assert capsys.readouterr().err.count("100%") >= 2
-        return
-    monkeypatch.setattr(demo, "TRAINING", "FAIL=toy,single_turn")
+    config = demo.constants_of(["MODEL=fine", "RUN=NAME", "TOKEN_BUDGET=100"])
+    Path("config.json").write_text(json.dumps(config))
+
+    def make(name: str, model: str, after: str = "") -> demo.Training:
+        before = Path("runs/demo", after) if after else None
+        return demo.Training(name, Path("runs/demo", name), [f"MODEL={model}", "TOKEN_BUDGET=100"], before)
+
+    return make
+
+
+def test_trainings_run_side_by_side_and_in_order(trainings, capsys):
+    runs = [trainings("first", "fine"), trainings("last", "after", after="first"), trainings("second", "fine")]
+    demo.train(runs)
+    assert all((run.folder / "policy").is_dir() for run in runs)
+    assert capsys.readouterr().err.count("100%") >= 3
+    written = {run.log: run.log.stat().st_mtime_ns for run in runs}
+    demo.train(runs[::2])  # finished with the constants that they would have: not started again
+    assert all(log.stat().st_mtime_ns == written[log] for log in written)
+    Path("runs/demo/first/config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="first did not get to its end"):  # other constants: ppo.py has its say
+        demo.train(runs[:1])
+
+
+def test_a_training_that_fails_ends_the_others(trainings):
     start = time.monotonic()
-    with pytest.raises(
-        SystemExit, match=r"this arm is broken(.|\n)*single_turn failed; all of it is in .*single_turn\.log"
-    ):
-        demo.train(0, Path("toy"), folder)
-    assert time.monotonic() - start < 60  # the other arm was ended, not waited for
-    assert not (folder / "multi_attempt" / "policy").exists()
+    with pytest.raises(SystemExit, match=r"this arm is broken(.|\n)*second did not get to its end.*second\.log"):
+        demo.train([trainings("first", "slow"), trainings("second", "broken"), trainings("third", "fine")])
+    assert time.monotonic() - start < 60  # the other one was ended, not waited for
+    assert not Path("runs/demo/first/policy").exists() and not Path("runs/demo/third").exists()
 
 
 def test_random_model_is_what_the_tests_take_it_for(tiny):
