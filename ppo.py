@@ -95,7 +95,7 @@ MAX_SKIPPED: int = 3  # optimiser steps skipped in a row, their gradients not be
 # Hardware
 COMPUTE_DTYPE: str = "bfloat16"  # of forward and backward and of the engine; master weights and reductions are float32
 GRADIENT_CHECKPOINTING: bool = True  # recompute activations in the backward pass: a third more time, far less memory
-LOGITS_CHUNK: int = 512  # actions whose (actions x vocabulary) float32 logits exist at one time
+LOGITS_CHUNK: int = 384  # actions whose (actions x vocabulary) float32 logits exist at one time
 SHARD_RANKS: int = 0  # ranks that share one copy of the weights (others hold replicas: HSDP); 0 = those of a node
 OFFLOAD: bool = False  # weights, gradients and Adam's moments live in the CPU's memory: slower, for small GPUs
 PEAK_TFLOPS: float = 989.0  # of a GPU in COMPUTE_DTYPE, which MFU is a share of (H100, H200: 989; A100: 312)
@@ -430,10 +430,10 @@ class MicroBatch:
 
 def make_micro_batch(batch: Batch, rows: list[list[int]]) -> MicroBatch:
     times = batch.ids.shape[1]  # T
-    dialogues = [i * times + torch.arange(length, device=batch.ids.device) for i, length in enumerate(batch.lengths)]
     # Where in the batch, laid end to end, each token of the rows is. Padding is the first token of the first dialogue:
     # many dialogues of one token, which no action sees.
-    at = nn.utils.rnn.pad_sequence([torch.cat([dialogues[i] for i in row]) for row in rows], batch_first=True)  # (R, L)
+    tokens = [torch.cat([torch.arange(i * times, i * times + batch.lengths[i]) for i in row]) for row in rows]
+    at = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(batch.ids.device)  # (R, L)
     ids, positions = batch.ids.flatten()[at], at % times
     row, column = batch.mask.flatten()[at].nonzero(as_tuple=True)  # (A,)
     action = at[row, column]

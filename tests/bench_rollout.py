@@ -91,10 +91,11 @@ class DrawnVerdicts:
     def __call__(self, response: str, gold: str, tolerance: float | None) -> Future:
         dialogue = int(gold)  # a problem's answer is its number here
         attempt = self.engine.attempt[dialogue]
-        if random_number("hang", dialogue, attempt) / 2**31 < self.hanging:
+        right = is_right(dialogue, attempt)
+        # Wrong ones hang, more of them for that: the dialogue goes on as it would have.
+        if not right and random_number("hang", dialogue, attempt) / 2**31 < self.hanging / (1 - RIGHT):
             return grader.submit_answer(HANG, "x < 1")
         self.submit(response, gold, tolerance).result()
-        right = is_right(dialogue, attempt)
         return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
 
 
@@ -212,6 +213,7 @@ def main() -> None:
         engine = DrawnLengths(model, dtype=DTYPE)
         chat = Chat(engine.tokenizer)
         bare_engine(engine, chat)  # the first call in a process is slower
+        assert grader.submit_answer(HANG, "x < 1").result().status == "timeout"  # starts the grader's workers, too
         lengths = [attempt_length(i, k) for i in range(DIALOGUES) for k in range(attempts_of(i))]
         print(f"{DIALOGUES} dialogues, {len(lengths)} attempts, {sum(lengths):,} tokens to generate")
         seconds: dict[str, float] = {}
