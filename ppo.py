@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ PEAK_TFLOPS: float = 989.0  # of a GPU in COMPUTE_DTYPE, which MFU is a share of
 MAX_MISMATCH: float = 0.05  # nats; mean |sampler - trainer| log-probability above which the run stops as broken
 # The run's folder
 SAVE_EVERY: int = 8  # steps between checkpoints, each with a test on the dev split (paper 8)
+ASYNC_SAVE: bool = True  # checkpoints are written behind the next steps, from a copy in the CPU's memory
 KEEP_CHECKPOINTS: int = 2  # the newest so many stay, and the best by the dev split (paper 2)
 DEV_PROBLEMS: int = 256  # of TRAIN_DATA, drawn by SEED, that choose the best checkpoint (paper: the tests do); 0 = none
 DIALOGUES_LOGGED: int = 2  # dialogues a step in dialogues.jsonl; as many a checkpoint in tokens.jsonl
@@ -110,7 +112,7 @@ DRY_RUN: bool = False  # 1: say what would happen, and stop
 
 HARDWARE = {  # a run may be resumed with others of these: what is computed stays the same, up to rounding
     *("ppo." + name for name in ("MAX_TOKENS_PER_MICRO_BATCH", "ROW_TOKENS", "LOGITS_CHUNK", "GRADIENT_CHECKPOINTING")),
-    *("ppo." + name for name in ("SHARD_RANKS", "OFFLOAD", "PEAK_TFLOPS", "KEEP_CHECKPOINTS", "TRACK")),
+    *("ppo." + name for name in ("SHARD_RANKS", "OFFLOAD", "PEAK_TFLOPS", "ASYNC_SAVE", "KEEP_CHECKPOINTS", "TRACK")),
     *("rollout." + name for name in ("GPU_MEMORY", "CPU_CACHE_MIB", "MAX_SEQUENCES", "TENSOR_PARALLEL")),
 }
 SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, each paid for itself
@@ -147,6 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "COMPUTE_DTYPE": "float32",
         "GRADIENT_CHECKPOINTING": False,
         "SAVE_EVERY": 50,
+        "ASYNC_SAVE": False,
         "TRACK": "",
         "rollout.MAX_ATTEMPT_TOKENS": 64,
         "rollout.LEAVE_OUT_LONG": True,
@@ -872,16 +875,36 @@ def writing(partial: Path) -> Iterator[None]:
         raise SystemExit(f"{partial} could not be written ({last_line(error)}); the run goes on {behind}") from error
 
 
-def save(folder: Path, step: int, generated: int, learner: Learner, best: int) -> None:
-    """checkpoints/step-000100: models and optimisers, sharded, and the step. The newest KEEP_CHECKPOINTS and that of
-    step `best` stay. All ranks must call it. A failure leaves the checkpoints before it whole."""
-    name = folder / "checkpoints" / f"step-{step:06d}"
-    partial = name.with_name(name.name + ".partial")
+def save(folder: Path, step: int, generated: int, learner: Learner) -> Future:
+    """Write checkpoints/step-000100.partial: models and optimisers, sharded, and the step -> done when it is written,
+    with ASYNC_SAVE while the run goes on. All ranks must call it, and publish() behind it."""
+    partial = folder / "checkpoints" / f"step-{step:06d}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
     dist.barrier()
+    state = {"parts": gather_state(learner), "step": step, "generated": generated}
+    written: Future = Future()
     with writing(partial):
-        dcp.save({"parts": gather_state(learner), "step": step, "generated": generated}, checkpoint_id=partial)
+        if ASYNC_SAVE:
+            return dcp.async_save(state, checkpoint_id=partial, process_group=saving_group())
+        written.set_result(dcp.save(state, checkpoint_id=partial))
+    return written
+
+
+@functools.cache
+def saving_group() -> dist.ProcessGroup:
+    """Ranks that write behind a step talk among themselves: in the trainer's group they would cut into its talk."""
+    return dist.new_group(backend="gloo")
+
+
+def publish(folder: Path, step: int, written: Future, best: int) -> None:
+    """Wait for a checkpoint and give it its name. The newest KEEP_CHECKPOINTS and that of step `best` stay. All ranks
+    must call it. A failure leaves the checkpoints before it whole."""
+    name = folder / "checkpoints" / f"step-{step:06d}"
+    partial = name.with_name(name.name + ".partial")
+    with writing(partial):
+        written.result()
+    dist.barrier()
     if dist.get_rank() == 0:
         partial.rename(name)
         for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
@@ -1169,6 +1192,7 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
     best, best_accuracy = best_so_far(folder, goal)
     tracker = Tracker(folder, step, constants) if lead else None
     save_seconds, stop = 0.0, []
+    unpublished: tuple[int, Future] | None = None  # step of a checkpoint that is being written
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # a preempted job: finish the step, save, end well
 
     def progress() -> float:
@@ -1235,7 +1259,12 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
         if (
             due or preempted
         ):  # behind the logs: a run that is killed in between drops their last rows and does the step again
-            save(folder, step, generated, learner, best)
+            if unpublished:  # the one before is still being written
+                publish(folder, *unpublished, best)
+            unpublished = (step, save(folder, step, generated, learner))
+        if unpublished and (preempted or progress() >= 1 or not any(all_sum(not unpublished[1].done()))):
+            publish(folder, *unpublished, best)
+            unpublished = None
         save_seconds = clock.stop("save")
         bar.update(metrics["generated"] if TOKEN_BUDGET else 1)
         if preempted:

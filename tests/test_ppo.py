@@ -646,6 +646,19 @@ def checkpoints_of(run: Path) -> list[str]:
     return sorted(p.name for p in run.glob("checkpoints/step-??????"))
 
 
+def test_checkpoints_written_behind_the_steps(runs, toy, straight):
+    """The second step's is written while the third trains, and holds the second's weights: the run goes on from it to
+    the same numbers."""
+    assert train(runs, "behind", toy, "ASYNC_SAVE=1") == straight
+    run = runs / "runs/behind"
+    assert checkpoints_of(run) == ["step-000002", "step-000004"] and not list(run.glob("checkpoints/*.partial"))
+    shutil.rmtree(run / "checkpoints/step-000004")
+    shutil.rmtree(run / "policy")
+    assert train(runs, "behind", toy, "ASYNC_SAVE=1") == straight
+    a, b = weights(runs, "straight"), weights(runs, "behind")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 def test_a_preempted_run_saves_and_goes_on(runs, toy, straight):
     """SIGTERM: the step is finished and saved, the exit is a good one, and the run goes on as if nothing had been."""
     process = subprocess.Popen(command("preempted", toy), cwd=runs, env=alone(), stdout=subprocess.PIPE, text=True)
