@@ -611,7 +611,8 @@ def test_sampling_is_what_the_program_says_not_what_the_models_files_say(toy, tm
         "engine.shutdown()\n"
     )
     command = [sys.executable, "-c", program, str(folder), str(toy / "test.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     stop_ids, sampled = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     assert stop_ids == sorted({tokenizer.pad_token_id, tokenizer.eos_token_id})
