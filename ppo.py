@@ -110,7 +110,7 @@ DIALOGUES_LOGGED: int = 2  # dialogues a step in dialogues.jsonl; as many a chec
 TRACK: str = "tensorboard"  # where metrics go besides metrics.jsonl: "tensorboard", "wandb" or ""
 DRY_RUN: bool = False  # 1: say what would happen, and stop
 
-HARDWARE = {  # a run may be resumed with others of these: what is computed stays the same, up to rounding
+HARDWARE = {  # a run may be resumed with others of these: they change where and how fast, and rounding, but no formula
     *("ppo." + name for name in ("MAX_TOKENS_PER_MICRO_BATCH", "ROW_TOKENS", "LOGITS_CHUNK", "GRADIENT_CHECKPOINTING")),
     *("ppo." + name for name in ("SHARD_RANKS", "OFFLOAD", "PEAK_TFLOPS", "ASYNC_SAVE", "KEEP_CHECKPOINTS", "TRACK")),
     *("rollout." + name for name in ("GPU_MEMORY", "CPU_CACHE_MIB", "MAX_SEQUENCES", "TENSOR_PARALLEL")),
@@ -1002,7 +1002,7 @@ def by_token(batch: Batch, row: int, chat: Chat, step: int) -> dict[str, Any]:
     dialogue = batch.dialogues[row]
 
     def numbers(tensor: Tensor) -> list[float]:
-        return [round(x, 4) for x in tensor[row, : len(dialogue.ids)].nan_to_num().tolist()]
+        return [round(x, 4) for x in tensor[row, : len(dialogue.ids)].tolist()]
 
     values = {name: numbers(getattr(batch, name)) for name in ("advantages", "values", "returns")}
     tokens = [chat.tokenizer.decode([token]) for token in dialogue.ids]
@@ -1109,9 +1109,8 @@ def plan(tokens: int, problems: int, dev: int) -> str:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
         engine = rollout.CPU_CACHE_MIB / 1024 + weights * item / gib
     trainer = sharded * (not OFFLOAD) / gib
-    updating, playing = trainer + (whole + passes) / gib, trainer + engine  # the engine sleeps, or the trainer waits
-    if not torch.cuda.is_available():
-        updating += engine  # on a CPU it does not sleep
+    asleep = torch.cuda.is_available()  # the engine, while the trainer works; on a CPU it keeps its memory
+    updating, playing = trainer + engine * (not asleep) + (whole + passes) / gib, trainer + engine
     cure = "; more ranks, a smaller micro-batch, OFFLOAD=1 or a smaller GPU_MEMORY would"
     lines = [
         f"{problems:,} problems to train on, {dev} to choose the checkpoint; {world} rank{'s' * (world > 1)}",
@@ -1256,9 +1255,8 @@ def train(folder: Path, constants: dict[str, Any]) -> None:
             if due:
                 rows = range(min(DIALOGUES_LOGGED, len(batch.dialogues)))
                 append(folder / "tokens.jsonl", [by_token(batch, row, chat, step) for row in rows])
-        if (
-            due or preempted
-        ):  # behind the logs: a run that is killed in between drops their last rows and does the step again
+        # Behind the logs: a run that is killed in between drops their last rows and does the step again.
+        if due or preempted:
             if unpublished:  # the one before is still being written
                 publish(folder, *unpublished, best)
             unpublished = (step, save(folder, step, generated, learner))

@@ -11,6 +11,12 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
 
 
+def alone() -> dict[str, str]:
+    """The environment without this process's own process group."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in group} | {"PYTHONPATH": str(ROOT)}
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
     """The toy world with a warm start of seconds: it answers in boxes, mostly wrong, so there is a lot to retry."""

@@ -1,5 +1,6 @@
 """evaluate.py and data/demo.py: metrics against hand-made dialogues, the figure, and runs of the real engine."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -22,8 +23,7 @@ import evaluate
 import rollout
 from data import demo, report, toy
 from data.report import Curve
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
 
 
 def said(answer: str | None, gold: str = "7", ending: str = "stop", tokens: int = 4) -> dict:
@@ -498,7 +498,8 @@ def test_killed_evaluation_goes_on_where_it_stopped(tiny):
     command, how = evaluation_command(tiny, out, *arguments)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how)
     while process.poll() is None and not any(p.read_bytes().count(b"\n") > 10 for p in out.glob(".one.*/*.jsonl")):
-        time.sleep(0.01)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.01)
     process.kill()
     process.wait()
     (part,) = out.glob(".one.*/*.jsonl")

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -21,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ppo
 import rollout
 from rollout import Attempt, Dialogue
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT, alone
 
 
 # Advantages -----------------------------------------------------------------------------------------------------------
@@ -583,12 +581,6 @@ def train(cwd: Path, run: str, toy: Path, *arguments: str, processes: int = 0) -
     done = subprocess.run(arguments, cwd=cwd, env=alone(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return metrics_of(cwd, run)
-
-
-def alone() -> dict[str, str]:
-    """The environment without this process's own process group."""
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in group} | {"PYTHONPATH": str(ROOT)}
 
 
 def metrics_of(cwd: Path, run: str) -> list[dict]:

@@ -19,8 +19,7 @@ import rollout
 from data import prepare
 from data.prepare import SOURCES, TRAINING, clean, near_duplicates
 from data.problems import load_problems, question_key
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
 
 
 # A hub in a folder ----------------------------------------------------------------------------------------------------

@@ -203,9 +203,14 @@ def test_too_many_dialogues_are_thinned(made, monkeypatch):
 
 # In a browser --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def browser(made):
+def chromium():
+    """No package of ours: it is there or not, and without it the page's text and data are tested alone."""
     if not find_browser():
         pytest.skip("no Chromium or Chrome is installed: the page is not looked at in a browser")
+
+
+@pytest.fixture(scope="module")
+def browser(made, chromium):
     browser = Browser()
     browser.open(made / "report.html")
     yield browser
@@ -368,10 +373,8 @@ def test_tokens_are_shaded_by_their_numbers(browser):
 
 
 @pytest.fixture
-def open_page(tmp_path):
+def open_page(tmp_path, chromium):
     """Opens a page of one model's records in a browser of its own."""
-    if not find_browser():
-        pytest.skip("no Chromium or Chrome is installed: the page is not looked at in a browser")
     browsers = []
 
     def show(records: list[dict], feedback: str, tokens: dict | None = None) -> Browser:
@@ -415,9 +418,7 @@ def test_the_page_survives_numbers_that_are_none(open_page):
     assert titles[3] == "advantage -0.500, value not finite, return -0.250"
 
 
-def test_dark_page_has_a_dark_background(made):
-    if not find_browser():
-        pytest.skip("no Chromium or Chrome is installed: the page is not looked at in a browser")
+def test_dark_page_has_a_dark_background(made, chromium):
     browser = Browser(dark=True)
     browser.open(made / "report.html")
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(23, 23, 26)"

@@ -1,7 +1,6 @@
 """rollout.py: prompts to the letter, the attempt loop on a scripted and on the real engine, rewards, constants."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import grader
 import rollout
 from rollout import Attempt, Chat, Dialogue
+from tests.conftest import ROOT, alone
 
-ROOT = Path(__file__).parent.parent
 PROBLEM = {"id": "p", "question": "What is 1 + 1?", "answer": "2"}
 
 
@@ -513,8 +512,7 @@ def test_dialogues_do_not_depend_on_the_size_of_the_engine(toy, engine, monkeypa
         "print(json.dumps([d.ids for d in rollout.play(engine, chat, ds, list(range(12)), 1.0)]))\n"
     )
     command = [sys.executable, "-c", script, toy / "warm_start", toy / "test.jsonl"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, cwd=ROOT, env=alone(), check=True, capture_output=True, text=True).stdout
     chat = Chat(engine.tokenizer)
     dialogues = [rollout.new_dialogue(chat, p, 3) for p in rollout.load_problems(toy / "test.jsonl")[:12]]
     rollout.play(engine, chat, dialogues, list(range(12)), 1.0)
@@ -536,11 +534,8 @@ def test_two_ranks_share_an_engine(toy, engine, tmp_path):
         "engine.shutdown()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     command = [*launch, tmp_path / "share.py", toy / "warm_start", toy / "test.jsonl", tmp_path]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     chat = Chat(engine.tokenizer)
     dialogues = [rollout.new_dialogue(chat, p, 3) for p in rollout.load_problems(toy / "test.jsonl")[:12]]
@@ -611,8 +606,7 @@ def test_sampling_is_what_the_program_says_not_what_the_models_files_say(toy, tm
         "engine.shutdown()\n"
     )
     command = [sys.executable, "-c", program, str(folder), str(toy / "test.jsonl")]
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     stop_ids, sampled = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     assert stop_ids == sorted({tokenizer.pad_token_id, tokenizer.eos_token_id})

@@ -1,7 +1,6 @@
 """data/score.py and data/ablations.py from end to end at a tiny size: what they show is what was played."""
 
 import json
-import os
 import random
 import re
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data import ablations, demo, score
-from tests.conftest import ROOT
+from tests.conftest import ROOT, alone
 from tests.test_report import lines_of
 
 TINY = "DIALOGUES=32 MINI_BATCH=16 EPOCHS=1 SAVE_EVERY=100"
@@ -29,8 +28,7 @@ def call(module: str, toy: Path, *given: str) -> str:
     """What it prints, in a process of its own, in the tests' toy world."""
     arguments = [*given, f"TRAINING={TINY}", "EVALUATION_RANKS=1", str(toy)]
     command = [sys.executable, "-c", PROGRAM.format(module=module), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
