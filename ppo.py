@@ -138,9 +138,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "MINI_BATCH": 64,
         "EPOCHS": 2,
         "ROW_TOKENS": 128,
-        # The entropy bonus makes first answers vary, which helps second answers to depend on what failed. But behind
-        # the box anything may be said, and the bonus pays for that too; the KL must cost more.
-        "KL_COEF": (0.05,),
+        # First answers are held near the warm start's, as in SCoRe's stage I: only where they vary are second answers
+        # learnt that depend on what failed, and the first attempt does not pay for the others. The entropy bonus helps
+        # them to vary, but it pays for junk behind the box, too, where anything may be said; the KL must cost more.
+        "KL_COEF": (0.2, 0.02),
         "ENTROPY_COEF": 0.01,
         "ACTOR_LR": 1e-3,
         "CRITIC_LR": 2e-3,
