@@ -41,7 +41,7 @@ demo: install
 	$(VENV)/bin/python -m data.demo
 
 reproduce: install
-	$(VENV)/bin/python -m data.demo SEEDS=1,2,3 OUT=runs/reproduce
+	$(VENV)/bin/python -m data.demo SEEDS=4,5,6 OUT=runs/reproduce
 
 score: install
 	$(VENV)/bin/python -m data.score

@@ -72,7 +72,7 @@ GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can ex
 LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 of one evaluation in the calling process (some ms)
 LOCAL_SECONDS: float = 0.05  # processor time of one verdict in the calling process; a longer one goes to a worker
 WORKERS: int = 2  # processes for the hard verdicts; each holds sympy, about 60 MB
-VERDICT_SECONDS: float = 0.4  # processor time of one hard verdict; then its process ends and the status is "timeout"
+VERDICT_SECONDS: float = 0.3  # processor time of one hard verdict; then its process ends and the status is "timeout"
 WALL_FACTOR: float = 10.0  # and this many times as long by the clock, for a machine that is busy
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
 

@@ -14,6 +14,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -126,6 +127,7 @@ SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, ea
     "ESTIMATOR": "rloo",
     "ATTEMPT_GAMMA": 0.0,
     "WHITEN": False,
+    "ENTROPY_COEF": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"rollout.SEED_ATTEMPTS": False},
@@ -844,11 +846,12 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
 # The run's folder -----------------------------------------------------------------------------------------------------
 def open_run(folder: Path, constants: dict[str, Any]) -> None:
-    """Create runs/RUN with its config.json, or make sure that the run there was made with the same constants; those
-    that have to do with the hardware may differ."""
+    """Create runs/RUN with its config.json. Raises SystemExit if a run there has begun with other constants or other
+    problems; constants that have to do with the hardware may differ."""
     config = folder / "config.json"
-    constants = json.loads(json.dumps(constants))
-    if config.is_file():
+    sha256 = hashlib.sha256(Path(TRAIN_DATA).read_bytes()).hexdigest()
+    constants = json.loads(json.dumps(constants | {"SHA-256 of TRAIN_DATA": sha256}))
+    if (folder / "metrics.jsonl").is_file():
         there = json.loads(config.read_text(encoding="utf-8"))
         names = sorted((there.keys() | constants.keys()) - HARDWARE)
         differ = [k for k in names if there.get(k) != constants.get(k)]
@@ -966,8 +969,12 @@ def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as log:
-        log.writelines(json.dumps(row) + "\n" for row in rows)
+    """Rows behind those of a log. A full disk may leave half of one, which keep_until() drops."""
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise SystemExit(f"{path} could not be written ({error}); the run goes on from its last checkpoint") from error
 
 
 def best_so_far(folder: Path, goal: str) -> tuple[int, float]:
@@ -1169,12 +1176,11 @@ class Tracker:
         bar.write(f"step {metrics['step']} | " + " | ".join(cells))
 
 
-def train(folder: Path, constants: dict[str, Any]) -> None:
+def train(folder: Path, constants: dict[str, Any], problems: list[dict[str, Any]]) -> None:
     lead = dist.get_rank() == 0
     torch.manual_seed(SEED)
     chat = Chat(AutoTokenizer.from_pretrained(MODEL))
-    problems = rollout.check_lengths(chat, load_problems(TRAIN_DATA), TRAIN_DATA)
-    problems, dev = split_problems(problems)
+    problems, dev = split_problems(rollout.check_lengths(chat, problems, TRAIN_DATA))
     offline = rollout.load_offline(problems, Path(TRAIN_DATA).stem)
     if lead:
         print(plan(len(chat.tokenizer), len(problems), len(dev)), flush=True)
@@ -1303,12 +1309,13 @@ def main() -> None:
     folder = Path("runs") / RUN
     start_ranks()
     check_constants()
+    problems = load_problems(TRAIN_DATA)
     if not DRY_RUN:
         open_run(folder, constants)
     if (folder / "policy").is_dir():
         print(f"{folder} is finished: its policy is in {folder / 'policy'}")
     else:
-        train(folder, constants)
+        train(folder, constants, problems)
     if dist.is_initialized():  # the engine's shutdown takes the group with it
         dist.destroy_process_group()
 

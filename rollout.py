@@ -442,10 +442,13 @@ def repack_tied_head(model: Any) -> None:
 
 
 def bit_sum(tensor: Any) -> Any:
-    """The sum of a tensor's bit patterns as whole numbers: equal tensors have equal sums, in whatever order."""
+    """The sum, modulo 2^64, of a tensor's bytes read eight by eight as whole numbers (two by two where that does not go
+    up): equal tensors have equal sums, whatever their names. It is as fast as the memory."""
     import torch
 
-    return tensor.contiguous().view(torch.int16 if tensor.itemsize == 2 else torch.int32).sum(dtype=torch.int64)
+    flat = tensor.contiguous().flatten()
+    flat = flat.clone() if flat.data_ptr() % 8 else flat
+    return flat.view(torch.int16 if flat.nbytes % 8 else torch.int64).sum()
 
 
 def stale_weights(model: Any, sent: dict[str, Any]) -> list[str]:

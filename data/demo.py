@@ -46,8 +46,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", 
 ARMS = {  # run -> its arguments for ppo.py
     "multi_attempt": ["PRESET=toy"],
     # A dialogue of one attempt has about half the tokens: twice as many make the same number of tokens per update, so
-    # both arms make the same number of updates out of the same budget.
-    "single_turn": ["PRESET=toy,single_turn", "DIALOGUES=256", "MINI_BATCH=128"],
+    # both arms make the same number of updates out of the same budget. Its only attempt need not vary for later ones.
+    "single_turn": ["PRESET=toy,single_turn", "DIALOGUES=256", "MINI_BATCH=128", "KL_COEF=0.05"],
 }
 MODELS = {"multi_attempt": "multi-attempt RL", "single_turn": "single-turn RL", "warm_start": "warm start"}
 RESAMPLED = ("single_turn", "warm_start")  # models whose resampling control is shown

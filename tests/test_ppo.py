@@ -740,8 +740,12 @@ def test_two_ranks_learn_what_one_learns(runs, toy, straight):
 
 
 def test_replicas_learn_what_shards_learn(runs, toy, straight):
-    """Two ranks, each with all of the weights (HSDP with one rank a shard group)."""
-    assert_same_up_to_rounding(straight, train(runs, "replicas", toy, "SHARD_RANKS=1", processes=2))
+    """Four ranks, two of which share the weights while the other two have a replica (HSDP)."""
+    assert_same_up_to_rounding(straight, train(runs, "replicas", toy, "SHARD_RANKS=2", processes=4))
+
+
+def test_offloaded_weights_learn_what_others_learn(runs, toy, straight):
+    assert_same_up_to_rounding(straight, train(runs, "offloaded", toy, "OFFLOAD=1", processes=2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -810,6 +814,25 @@ def test_bad_runs_stop_before_work(runs, toy, straight):
     assert "nearest is LAMBDA" in says("LAMDA=0.5")
     assert "must be a multiple of MINI_BATCH = 7" in says("MINI_BATCH=7")
     assert metrics_of(runs, "straight") == straight
+    assert "no such problem file" in says("RUN=new", "TRAIN_DATA=missing.jsonl")
+    assert not (runs / "runs/new").exists()
+    assert "no-model" in says("RUN=new", "MODEL=no-model")
+    assert "no-model" in says("RUN=new", "MODEL=no-model", "LAMBDA=0.5")  # not "other constants": no step was made
+    shutil.copytree(runs / "runs/straight", runs / "runs/renewed", ignore=shutil.ignore_patterns("checkpoints", "policy"))
+    config = runs / "runs/renewed/config.json"
+    config.write_text(config.read_text().replace('TRAIN_DATA": "', 'TRAIN_DATA": "0'))
+    assert "SHA-256 of TRAIN_DATA: 0" in says("RUN=renewed")
+
+
+def test_a_full_disk_under_a_log(tmp_path):
+    """What a log has whole stays; half a row is dropped when the run goes on."""
+    with pytest.raises(SystemExit, match="/dev/full could not be written .*the run goes on from its last checkpoint"):
+        ppo.append(Path("/dev/full"), [{"step": 1}])
+    ppo.append(tmp_path / "log", [{"step": 1}, {"step": 2}])
+    with (tmp_path / "log").open("a") as log:
+        log.write('{"step": 3, "rew')
+    ppo.keep_until(tmp_path / "log", 3)
+    assert (tmp_path / "log").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_the_plan_says_what_does_not_fit(toy, ranks, monkeypatch):
