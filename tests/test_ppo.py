@@ -818,15 +818,15 @@ def test_bad_runs_stop_before_work(runs, toy, straight):
     assert not (runs / "runs/new").exists()
     assert "no-model" in says("RUN=new", "MODEL=no-model")
     assert "no-model" in says("RUN=new", "MODEL=no-model", "LAMBDA=0.5")  # not "other constants": no step was made
-    shutil.copytree(runs / "runs/straight", runs / "runs/renewed", ignore=shutil.ignore_patterns("checkpoints", "policy"))
     config = runs / "runs/renewed/config.json"
+    shutil.copytree(runs / "runs/straight", config.parent, ignore=shutil.ignore_patterns("checkpoints", "policy"))
     config.write_text(config.read_text().replace('TRAIN_DATA": "', 'TRAIN_DATA": "0'))
     assert "SHA-256 of TRAIN_DATA: 0" in says("RUN=renewed")
 
 
 def test_a_full_disk_under_a_log(tmp_path):
     """What a log has whole stays; half a row is dropped when the run goes on."""
-    with pytest.raises(SystemExit, match="/dev/full could not be written .*the run goes on from its last checkpoint"):
+    with pytest.raises(SystemExit, match=r"/dev/full could not be written .*the run goes on from its last checkpoint"):
         ppo.append(Path("/dev/full"), [{"step": 1}])
     ppo.append(tmp_path / "log", [{"step": 1}, {"step": 2}])
     with (tmp_path / "log").open("a") as log:
