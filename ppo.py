@@ -1160,7 +1160,8 @@ class Tracker:
         elif TRACK == "wandb":
             import wandb
 
-            wandb.init(project="multi-attempt", name=RUN, id=RUN.replace("/", "-"), resume="allow", config=constants)
+            name = {"name": RUN, "id": RUN.replace("/", "-"), "resume": "allow"}
+            wandb.init(project="multi-attempt", dir=folder, config=constants, **name)
 
     def log(self, metrics: dict[str, float], bar: tqdm) -> None:
         append(self.path, [metrics])
