@@ -940,7 +940,12 @@ def load(folder: Path, learner: Learner) -> tuple[int, int]:
 
 
 def gather_state(learner: Learner) -> dict[str, Any]:
+    """Models and optimisers as the checkpoint has them."""
+    idle = [optimizer for _, _, optimizer in learner.trained() if not optimizer.state]
     states = {name: get_state_dict(model, optimizer) for name, model, optimizer in learner.trained()}
+    for optimizer in idle:  # torch has made it one step of nothing, to have moments to speak of; that was none
+        for moments in optimizer.state.values():
+            moments["step"].zero_()
     return {name: {"model": weights, "optimizer": moments} for name, (weights, moments) in states.items()}
 
 

@@ -526,6 +526,24 @@ def test_the_critic_warms_up_alone(toy, ranks, monkeypatch):
     assert not torch.equal(learner.critic.head.weight.full_tensor(), value_head)
 
 
+def test_a_checkpoint_before_the_first_step_changes_nothing(toy, ranks, monkeypatch):
+    """During CRITIC_WARMUP the actor's optimiser has no moments yet; to save it must not count as a step of Adam's."""
+    constants(monkeypatch)
+    folder = str(toy / "warm_start")
+
+    def weights(saved: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        learner = learner_of(ppo.Actor(folder, 280), ppo.Critic(folder), None, 1e-3, 1e-3)
+        if saved:
+            ppo.gather_state(learner)
+        batch = ppo.my_batch(two_dialogues())
+        ppo.prepare(batch, learner)
+        ppo.update(batch, learner, True, Path("."))
+        return [p.full_tensor().clone() for p in learner.actor.parameters()]
+
+    assert all(map(torch.equal, weights(saved=False), weights(saved=True)))
+
+
 def test_a_gradient_that_is_not_finite_is_skipped(toy, ranks, monkeypatch, tmp_path):
     constants(monkeypatch)
     folder = str(toy / "warm_start")
