@@ -140,9 +140,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "MINI_BATCH": 64,
         "EPOCHS": 2,
         "ROW_TOKENS": 128,
-        # First answers are held near the warm start's, as in SCoRe's stage I: only where they vary are second answers
-        # learnt that depend on what failed, and the first attempt does not pay for the others. The entropy bonus helps
-        # them to vary, but it pays for junk behind the box, too, where anything may be said; the KL must cost more.
+        # First answers are held near the warm start's, as in SCoRe's stage I, so that the first attempt does not pay
+        # for the others. The entropy bonus keeps answers varied, but it pays for junk around the box, too, where
+        # anything may be said; the KL must cost more.
         "KL_COEF": (0.2, 0.02),
         "ENTROPY_COEF": 0.01,
         "ACTOR_LR": 1e-3,
@@ -158,7 +158,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollout.LEAVE_OUT_LONG": True,
     },
     "single_turn": {"rollout.MAX_ATTEMPTS": 1},
-    "multi_turn": SCORE | {"rollout.REWARD": "per_attempt"},  # the plain method that SCoRe improves on (eq. 1)
+    # the plain method that SCoRe improves on (eq. 1)
+    "multi_turn": SCORE | {"rollout.REWARD": "per_attempt", "KL_COEF": (0.01,)},
     "score_stage1": SCORE | {"rollout.REWARD": "score_stage1", "KL_COEF": (0.1, 0.01)},  # beta2, beta1 of table 8
     # MODEL=<the first stage's policy> REFERENCE=<what the first stage started from>
     "score_stage2": SCORE | {"rollout.REWARD": "score_stage2", "KL_COEF": (0.01,)},
@@ -845,12 +846,16 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 
 
 # The run's folder -----------------------------------------------------------------------------------------------------
+def config_of(constants: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds: every constant of the stages that train, and which problems there were."""
+    sha256 = hashlib.sha256(Path(constants["ppo.TRAIN_DATA"]).read_bytes()).hexdigest()
+    return json.loads(json.dumps(constants | {"SHA-256 of TRAIN_DATA": sha256}))
+
+
 def open_run(folder: Path, constants: dict[str, Any]) -> None:
     """Create runs/RUN with its config.json. Raises SystemExit if a run there has begun with other constants or other
     problems; constants that have to do with the hardware may differ."""
-    config = folder / "config.json"
-    sha256 = hashlib.sha256(Path(TRAIN_DATA).read_bytes()).hexdigest()
-    constants = json.loads(json.dumps(constants | {"SHA-256 of TRAIN_DATA": sha256}))
+    config, constants = folder / "config.json", config_of(constants)
     if (folder / "metrics.jsonl").is_file():
         there = json.loads(config.read_text(encoding="utf-8"))
         names = sorted((there.keys() | constants.keys()) - HARDWARE)

@@ -40,7 +40,7 @@ CHECKSUMS = "checksums.jsonl"
 
 
 class Source(NamedTuple):
-    """A dataset on the hub: columns as rollout.COLUMNS names them, and the one that holds the answer."""
+    """A dataset on the hub: columns as data.problems.COLUMNS names them, and the one that holds the answer."""
 
     name: str  # owner/name
     rows: int  # what all parts together must have

@@ -76,11 +76,11 @@ INTERMEDIATE: int = 192  # width of the MLP
 CONTEXT: int = 4096  # any problem file fits
 
 # The warm start
-WARM_STEPS: int = 1000  # about 75 seconds in one thread
+WARM_STEPS: int = 1000  # about a minute on two cores
 MUON_UNTIL: float = 0.25  # share of the steps in which Muon, not AdamW, moves the layers' matrices
 MATRIX_LR: float = 2e-2  # peak, of Muon: with AdamW from the start, one seed in three stays on a plateau
-WARM_LR: float = 4e-3  # peak, of AdamW on all else; both go up over WARM_UP steps and down by a cosine to 5 %
-WARM_UP: int = 40  # steps
+WARM_LR: float = 4e-3  # peak, of AdamW: on all else, and later on the matrices, too
+WARM_UP: int = 40  # steps in which learning rates go up; then they go down by a cosine to 5 % of the peak
 SINGLE_ROWS: int = 128  # single turns in a batch
 DIALOGUE_ROWS: int = 64  # dialogues in a batch
 DIALOGUE_SHARE: float = 0.6  # share of batches that are dialogues
@@ -212,8 +212,8 @@ def draw_answers(rng: random.Random, readable: list[int], unreadable: int, count
 
     They are called so whether they are or not: the history says nothing about the answer, and that what has failed
     should be avoided is for PPO to find out. Half of the authors stand by their answer. In a corpus where nobody does,
-    greedy answers repeat just the same, but PPO then learns a fixed order of answers instead of reading which failed.
-    The blind answers make the history vary.
+    greedy answers repeat just the same, but PPO then learnt a fixed order of answers instead of reading which failed
+    (it is not enough that some do: see warm_start). The blind answers make the history vary.
     """
     chances = posterior(readable, unreadable)
     answers: list[tuple[int, bool]] = []

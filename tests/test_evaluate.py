@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import evaluate
+import ppo
 import rollout
 from data import demo, report, toy
 from data.report import Curve
@@ -689,12 +690,14 @@ def trainings(tmp_path, monkeypatch):
     """How to make demo.Trainings whose ppo.py is STUB; the model says what becomes of it."""
     monkeypatch.chdir(tmp_path)
     Path("ppo.py").write_text(STUB)
-    config = demo.constants_of(["MODEL=fine", "RUN=NAME", "TOKEN_BUDGET=100"])
-    Path("config.json").write_text(json.dumps(config))
+    Path("problems.jsonl").write_text("{}")
+    config = demo.constants_of(["MODEL=fine", "RUN=NAME", "TOKEN_BUDGET=100", "TRAIN_DATA=problems.jsonl"])
+    Path("config.json").write_text(json.dumps(ppo.config_of(config)))
 
     def make(name: str, model: str, after: str = "") -> demo.Training:
         before = Path("runs/demo", after) if after else None
-        return demo.Training(name, Path("runs/demo", name), [f"MODEL={model}", "TOKEN_BUDGET=100"], before)
+        arguments = [f"MODEL={model}", "TOKEN_BUDGET=100", "TRAIN_DATA=problems.jsonl"]
+        return demo.Training(name, Path("runs/demo", name), arguments, before)
 
     return make
 
@@ -707,7 +710,7 @@ def test_trainings_run_side_by_side_and_in_order(trainings, capsys):
     written = {run.log: run.log.stat().st_mtime_ns for run in runs}
     demo.train(runs[::2])  # finished with the constants that they would have: not started again
     assert all(log.stat().st_mtime_ns == written[log] for log in written)
-    Path("runs/demo/first/config.json").write_text("{}")
+    Path("problems.jsonl").write_text("{ }")
     with pytest.raises(SystemExit, match="first did not get to its end"):  # other constants: ppo.py has its say
         demo.train(runs[:1])
 
