@@ -114,8 +114,8 @@ def train(runs: Sequence[Training], later: int = 0) -> None:
     waiting, tokens = [], 0
     for run in runs:  # what is wrong with any of them comes out before there is work done
         constants, config = constants_of(run.arguments), run.folder / "config.json"
-        made = json.loads(config.read_text(encoding="utf-8")) if (run.folder / "policy").is_dir() else None
-        if made != ppo.config_of(constants):
+        ended = (run.folder / "policy").is_dir()
+        if not ended or json.loads(config.read_text(encoding="utf-8")) != ppo.config_of(constants):
             waiting.append(run)
             tokens += constants["ppo.TOKEN_BUDGET"]
     slots: dict[int, tuple[Training, subprocess.Popen, tqdm]] = {}
