@@ -236,9 +236,9 @@ def group_advantages(
             peers[group, k] += [] if value is None else [value]
 
     def advantage(value: float | None, others: list[float]) -> float:
-        n = len(others)
-        if value is None or n == 1 or not (ahead := value - statistics.fmean(others)):
+        if value is None or min(others) == max(others):  # not by the mean, which may be off by a rounding
             return 0.0
+        n, ahead = len(others), value - statistics.fmean(others)
         return {"rloo": ahead * n / (n - 1), "grpo": ahead / statistics.pstdev(others)}.get(method, ahead)
 
     rows = zip(group_of, returns, strict=True)
@@ -284,6 +284,7 @@ def value_loss(
     1.62
     """
     action = mask > 0
+    values, old_values, returns = (torch.where(action, x, 0.0) for x in (values, old_values, returns))
     clipped_values = old_values + (values - old_values).clamp(-clip, clip)
     error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
     loss = 0.5 * torch.where(action, torch.maximum(error, clipped_error), 0.0).sum()
@@ -806,7 +807,8 @@ def update(batch: Batch, learner: Learner, train_actor: bool, dump: Path) -> dic
 def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], dump: Path) -> None:
     """Write down the mini-batch behind a gradient that is not finite; its optimiser step is not taken."""
     learner.skipped += 1
-    path = dump.with_name(f"{dump.name}-{learner.skipped}-rank-{dist.get_rank()}.pt")
+    number = 1 + sum(1 for _ in dump.parent.glob(f"{dump.name}-*-rank-{dist.get_rank()}.pt"))
+    path = dump.with_name(f"{dump.name}-{number}-rank-{dist.get_rank()}.pt")
     tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in ("mini_batches",)}
     torch.save({name: value[rows.start : rows.stop] for name, value in tensors.items()}, path)
     print(f"gradient not finite ({norms}): step skipped, its mini-batch is in {path}")
@@ -817,7 +819,7 @@ def skip(batch: Batch, rows: range, learner: Learner, norms: dict[str, float], d
 
 
 def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
-    """Means over all dialogues of a step, or over the policy's attempts; accuracy_at_k: right within k attempts, if k
+    """Means over all dialogues of a step, or over the policy's attempts; accuracy_at_k: Dialogue.solved_within(k), if k
     were granted, in dialogues that the policy began."""
     attempts = [a for d in dialogues for a in d.attempts if a.own]
     begun = [d for d in dialogues if all(a.own for a in d.attempts)]
@@ -829,10 +831,10 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     within = {}
     for k in range(1, rollout.MAX_ATTEMPTS + 1):
         if granted := [d for d in begun if d.max_attempts >= k]:
-            within[f"accuracy_at_{k}"] = statistics.fmean((d.solved_at or math.inf) <= k for d in granted)
+            within[f"accuracy_at_{k}"] = statistics.fmean(d.solved_within(k) for d in granted)
     return {
         "reward": sum(a.reward for a in attempts) / len(dialogues),
-        "accuracy": sum(d.solved_at is not None for d in begun) / max(1, len(begun)),
+        "accuracy": sum(d.solved_within(d.max_attempts) for d in begun) / max(1, len(begun)),
         "attempts_used": len(attempts) / len(dialogues),
         "tokens": sum(len(d.ids) for d in dialogues),
         "generated": generated,
@@ -967,9 +969,10 @@ def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
         partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
         for left in (partial, old):  # by a run that was killed while it exported
             shutil.rmtree(left, ignore_errors=True)
-        actor.lm.config.dtype = getattr(torch, COMPUTE_DTYPE)
         with writing(partial):
             actor.lm.save_pretrained(partial, state_dict=weights)
+            actor.lm.config.dtype = getattr(torch, COMPUTE_DTYPE)  # save_pretrained has put down that of the shards
+            actor.lm.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if folder.is_dir():
             folder.rename(old)
@@ -1032,6 +1035,9 @@ def by_token(batch: Batch, row: int, chat: Chat, step: int) -> dict[str, Any]:
 def check_constants() -> None:
     """Raises SystemExit where numbers do not fit each other, before anything costs time."""
     rollout.check_constants()
+    for name in ("STEPS", "DIALOGUES", "MINI_BATCH", "EPOCHS", "LOGITS_CHUNK", "SAVE_EVERY", "KEEP_CHECKPOINTS"):
+        if globals()[name] < 1:
+            raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
     world, shared = dist.get_world_size(), rollout.TENSOR_PARALLEL
     for name, number, of, unit in (
         ("DIALOGUES", DIALOGUES, "MINI_BATCH", MINI_BATCH),
@@ -1042,9 +1048,6 @@ def check_constants() -> None:
     ):
         if number % unit:
             raise SystemExit(f"{name} = {number} must be a multiple of {of} = {unit}")
-    for name in ("SAVE_EVERY", "KEEP_CHECKPOINTS", "MINI_BATCH", "EPOCHS"):
-        if globals()[name] < 1:
-            raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
     if not 0 <= WARMUP < 1:
         raise SystemExit(f"WARMUP={WARMUP}: must be a share of the training, at least 0 and less than 1")
     if ESTIMATOR not in ("gae", "rloo", "grpo", "dr_grpo", "reinforce"):
@@ -1077,13 +1080,14 @@ def split_problems(problems: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
 
 
 def dev_accuracies(engine: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dict[str, float]:
-    """Greedy accuracy within 1..MAX_ATTEMPTS attempts of dialogues that grant as many. All ranks must call it."""
+    """Greedy accuracy (Dialogue.solved_within) at 1..MAX_ATTEMPTS attempts of dialogues that grant as many. All ranks
+    must call it."""
     groups = dist.get_world_size() // rollout.TENSOR_PARALLEL
     mine = dev[dist.get_rank() // rollout.TENSOR_PARALLEL :: groups]
     dialogues = [rollout.new_dialogue(chat, p, rollout.MAX_ATTEMPTS) for p in mine]
     rollout.play(engine, chat, dialogues, [0] * len(dialogues), 0.0, "dev" if dist.get_rank() == 0 else None)
     ks = range(1, rollout.MAX_ATTEMPTS + 1)
-    solved = all_sum(*(sum((d.solved_at or math.inf) <= k for d in dialogues) for k in ks))
+    solved = all_sum(*(sum(d.solved_within(k) for d in dialogues) for k in ks))
     times = rollout.TENSOR_PARALLEL * len(dev)  # ranks that share an engine have all played the same
     return {f"dev_accuracy_at_{k}": n / times for k, n in zip(ks, solved.tolist(), strict=True)}
 

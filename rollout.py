@@ -129,6 +129,11 @@ class Dialogue:
         """Number (from 1) of the attempt that was right; None if none was."""
         return next((k for k, a in enumerate(self.attempts, 1) if a.status == "correct"), None)
 
+    def solved_within(self, k: int) -> bool:
+        """Right by attempt k; where nobody says stop, right at attempt k (SCoRe's Acc@t)."""
+        right = [attempt.status == "correct" for attempt in self.attempts[:k]]
+        return any(right[k - 1 :] if FEEDBACK == "intrinsic" else right)
+
     @property
     def out_of_context(self) -> bool:
         """Whether CONTEXT ended it before its last attempt."""
@@ -599,7 +604,7 @@ def play(
     start = time.perf_counter()
     while True:
         for index in ended:
-            solved += dialogues[index].solved_at is not None
+            solved += dialogues[index].solved_within(dialogues[index].max_attempts)
             bar.update()
             on_end(index)
         speed = tokens / (time.perf_counter() - start)
@@ -664,10 +669,12 @@ def attempt_rewards(statuses: Sequence[str], method: str) -> list[float]:
 
 
 def assign_rewards(dialogue: Dialogue) -> None:
-    """Give each attempt its reward by REWARD; one that is not the policy's own goes without."""
+    """Give each attempt its reward by REWARD; one that is not the policy's own goes without, and in SCoRe's stage I one
+    behind which the context was full: it would be paid for being the last, and that attempt must not be the first."""
     rewards = attempt_rewards([attempt.status for attempt in dialogue.attempts], REWARD)
+    pays = REWARD != "score_stage1" or not dialogue.out_of_context
     for attempt, reward in zip(dialogue.attempts, rewards, strict=True):
-        attempt.reward = reward * attempt.own
+        attempt.reward = reward * attempt.own * pays
 
 
 def token_rewards(dialogue: Dialogue) -> list[float]:

@@ -76,6 +76,12 @@ class DrawnLengths(Engine):
         super().__init__(*arguments, **options)
         self.never |= dict.fromkeys(self.stop_ids, -100.0)
         self.attempt: dict[int, int] = {}
+        self.generated = 0  # tokens, by whoever's wish
+
+    def step(self) -> list[tuple[int, list[int], list[float], bool]]:
+        ended = super().step()
+        self.generated += sum(len(ids) for _, ids, _, _ in ended)
+        return ended
 
     def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
         attempt = self.attempt[key] = self.attempt.get(key, -1) + 1
@@ -111,12 +117,15 @@ def new_dialogues(chat: Chat) -> list[Dialogue]:
 
 def ours(engine: DrawnLengths, chat: Chat, hanging: float = 0.0) -> tuple[float, int]:
     engine.attempt.clear()
+    engine.generated = 0
     submit, grader.submit = grader.submit, DrawnVerdicts(engine, hanging)
     dialogues = new_dialogues(chat)
     start = time.perf_counter()
     rollout.play(engine, chat, dialogues, list(range(DIALOGUES)), 1.0)
     seconds, grader.submit = time.perf_counter() - start, submit
-    return seconds, sum(sum(d.mask) for d in dialogues)
+    actions = sum(sum(d.mask) for d in dialogues)
+    print(f"{engine.generated - actions} tokens generated in vain")
+    return seconds, actions
 
 
 def reference(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:

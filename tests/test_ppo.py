@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo
 import rollout
+from data import demo
 from rollout import Attempt, Dialogue
 from tests.conftest import ROOT, alone
 
@@ -98,6 +99,13 @@ def test_value_loss_by_cases():
 def test_k3_is_an_unbiased_estimate_of_the_kl():
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     assert (p * ppo.kl_k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+
+
+def test_nothing_behind_the_mask_reaches_the_values():
+    values, nan = torch.tensor([0.0, math.nan], requires_grad=True), math.nan
+    old, returns, mask = torch.tensor([0.0, nan]), torch.tensor([1.0, nan]), torch.tensor([1.0, 0.0])
+    ppo.value_loss(values, old, returns, mask, clip=0.2)[0].backward()
+    assert values.grad.tolist() == [-1.0, 0.0]
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
@@ -317,6 +325,7 @@ def test_one_training_step_by_hand(toy, ranks, monkeypatch, options):
     assert metrics["value_loss"] == pytest.approx(critic_loss.item(), rel=1e-4)
     assert metrics["kl_k3"] == pytest.approx(k3.mean().item(), rel=1e-4)
     assert metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    assert metrics["kl_k1"] == pytest.approx((logprobs - ref_logprobs).mean().item(), rel=1e-4)
     for got, want, old, grads in (
         (actor1, expected, actor0, gradients),
         (critic1, critic_expected, critic0, critic_gradients),
@@ -327,6 +336,62 @@ def test_one_training_step_by_hand(toy, ranks, monkeypatch, options):
             sure = grads[n].abs() > 1e-5
             assert torch.allclose(got[n][sure], w[sure], atol=2e-6), n
             assert (got[n] - old[n]).abs().max() <= 2.001e-3
+
+
+def test_a_rank_with_fewer_micro_batches_adds_nothing(toy, ranks, monkeypatch):
+    """Another rank has three more: this one repeats its last, which moves nothing and is counted nowhere."""
+    constants(monkeypatch, MAX_TOKENS_PER_MICRO_BATCH=8, ROW_TOKENS=8)
+    folder, reduce = str(toy / "warm_start"), torch.distributed.all_reduce
+    _, by_itself, metrics = one_step(folder, 280, two_dialogues(), 1e-3, 2e-3)
+
+    def beside_a_longer_rank(tensor, op=ppo.dist.ReduceOp.SUM, **options):
+        tensor += 3 * (op == ppo.dist.ReduceOp.MAX)
+        return reduce(tensor, op, **options)
+
+    monkeypatch.setattr(ppo.dist, "all_reduce", beside_a_longer_rank)
+    _, beside, found = one_step(folder, 280, two_dialogues(), 1e-3, 2e-3)
+    assert found == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    for a, b in zip(by_itself, beside, strict=True):
+        assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+
+
+def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, monkeypatch):
+    constants(monkeypatch, LOGITS_CHUNK=2)
+    actor, inner, chunks, kept = ppo.Actor(str(toy / "warm_start"), 280), ppo.token_logprobs, [], []
+    micro = ppo.make_micro_batch(ppo.make_batch([two_dialogues() * 2]), [[0, 1], [2, 3]])
+    monkeypatch.setattr(ppo, "token_logprobs", lambda h, t, head: chunks.append(len(h)) or inner(h, t, head))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        actor(micro)
+    width = actor.lm.lm_head.weight.shape[1]
+    assert chunks == [2] * 6  # of twelve actions
+    assert all(280 not in shape or shape[-1] == width for shape in kept)  # the head itself, no logits
+
+
+@pytest.mark.parametrize(
+    ("changes", "critic", "reference"),
+    [
+        ({}, True, True),
+        ({"KL_COEF": (0.0, 0.0)}, True, False),
+        ({"KL_COEF": (0.0,), "KL_IN_REWARD": 0.1}, True, True),
+        ({"ESTIMATOR": "rloo"}, False, True),
+    ],
+)
+def test_only_what_is_needed_is_built(toy, ranks, monkeypatch, changes, critic, reference):
+    constants(monkeypatch, MODEL=str(toy / "warm_start"), REFERENCE="", **changes)
+    learner = ppo.Learner.load(280)
+    assert (learner.critic is not None, learner.reference is not None) == (critic, reference)
+    assert learner.optimizers.keys() == ({"actor", "critic"} if critic else {"actor"})
+
+
+def test_the_reference_is_the_one_named(toy, ranks, monkeypatch, tmp_path):
+    moved = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
+    with torch.no_grad():
+        moved.model.norm.weight += 1
+    moved.save_pretrained(tmp_path / "moved")
+    constants(monkeypatch, MODEL=str(tmp_path / "moved"), REFERENCE=str(toy / "warm_start"))
+    learner = ppo.Learner.load(280)
+    actor, reference = (part.lm.model.norm.weight.full_tensor() for part in (learner.actor, learner.reference))
+    assert torch.allclose(actor, reference + 1)
 
 
 @pytest.mark.parametrize("changes", [{"MAX_TOKENS_PER_MICRO_BATCH": 1}, {"ROW_TOKENS": 1}, {"LOGITS_CHUNK": 100}])
@@ -444,6 +509,12 @@ def test_dialogues_that_begin_with_an_attempt_of_someone_else(toy, engine, monke
 def test_a_shared_reward_teaches_nothing(method):
     """The same return for every sample says nothing about any of them."""
     assert ppo.group_advantages([[0.7, 0.1]] * 4, [0] * 4, method) == [[0.0, 0.0]] * 4
+
+
+@pytest.mark.parametrize("size", [3, 6, 12])
+def test_equal_returns_whose_mean_is_not_exact_teach_nothing(size):
+    for method in ("rloo", "grpo", "dr_grpo", "reinforce"):
+        assert ppo.group_advantages([[0.8, -0.4]] * size, [0] * size, method) == [[0.0, 0.0]] * size
 
 
 def test_in_stage_one_the_first_attempt_feels_the_kl_alone(toy, ranks, monkeypatch):
@@ -570,6 +641,94 @@ def test_a_gradient_that_is_not_finite_is_skipped(toy, ranks, monkeypatch, tmp_p
         step(spoilt=True)
 
 
+# What is played and counted -------------------------------------------------------------------------------------------
+def test_metrics_of_a_rollout_by_hand(monkeypatch):
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
+    a = dialogue([([1, 2], False), ([3], True), ([4], False), ([5, 6], True)], ["wrong", "correct"])
+    b = dialogue([([1], False), ([3, 4], True), ([5], False), ([6], True)], ["no_answer", "wrong"])
+    c = dialogue([([1], False), ([2], True)], ["timeout"])
+    b.max_attempts, b.attempts[0].ending, b.attempts[1].ending, c.attempts[0].ending = 3, "length", "context", "box"
+    for d in (a, b, c):
+        rollout.assign_rewards(d)
+    assert ppo.rollout_metrics([a, b, c]) == pytest.approx({
+        "reward": 0.0, "accuracy": 1 / 3, "attempts_used": 5 / 3, "tokens": 13, "generated": 7, "attempt_length": 1.4,
+        "began_offline": 0.0, "out_of_context": 1 / 3,
+        "ending_stop": 0.4, "ending_length": 0.2, "ending_context": 0.2, "ending_box": 0.2,
+        "status_correct": 0.2, "status_wrong": 0.4, "status_no_answer": 0.2, "status_timeout": 0.2,
+        "accuracy_at_1": 0.0, "accuracy_at_2": 0.5, "accuracy_at_3": 0.0,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(("feedback", "at_2"), [("verified", 1.0), ("intrinsic", 0.0)])
+def test_a_spoilt_answer_is_no_success_where_nobody_says_stop(ranks, monkeypatch, feedback, at_2):
+    monkeypatch.setattr(rollout, "FEEDBACK", feedback)
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 2)
+    spoilt = dialogue([([1], False), ([2], True), ([3], False), ([4], True)], ["correct", "wrong"])
+    monkeypatch.setattr(rollout, "new_dialogue", lambda *_: spoilt)
+    monkeypatch.setattr(rollout, "play", lambda *_, **__: None)
+    assert ppo.dev_accuracies(None, None, [{}]) == {"dev_accuracy_at_1": 1.0, "dev_accuracy_at_2": at_2}
+    found = ppo.rollout_metrics([spoilt])
+    assert (found["accuracy_at_1"], found["accuracy_at_2"], found["accuracy"]) == (1.0, at_2, at_2)
+
+
+def test_the_dev_split_asks_nothing_that_is_trained_on(monkeypatch):
+    monkeypatch.setattr(ppo, "DEV_PROBLEMS", 6)
+    problems = [{"id": str(i), "question": f"What is ${i % 20}+1$" + "?" * (i // 20), "answer": "1"} for i in range(40)]
+    trained, dev = ppo.split_problems(problems)
+    asked = {ppo.question_key(p["question"]) for p in dev}
+    assert len(dev) == 6 and len(trained) == 40 - 2 * len(asked)
+    assert not asked & {ppo.question_key(p["question"]) for p in trained}
+    assert ppo.split_problems(problems) == (trained, dev)
+    monkeypatch.setattr(ppo, "SEED", ppo.SEED + 1)
+    assert ppo.split_problems(problems)[1] != dev
+
+
+def test_ranks_that_share_an_engine_play_together_and_train_apart(toy, monkeypatch):
+    chat = rollout.Chat(AutoTokenizer.from_pretrained(toy / "warm_start"))
+    problems = rollout.load_problems(toy / "test.jsonl")
+    constants(monkeypatch, DIALOGUES=16)
+
+    def step(world: int, shared: int) -> list[list[int]]:
+        played, kept = [], []
+        monkeypatch.setattr(rollout, "TENSOR_PARALLEL", shared)
+        monkeypatch.setattr(rollout, "play", lambda engine, chat, ds, seeds, *_: played.append(seeds))
+        monkeypatch.setattr(ppo.dist, "get_world_size", lambda: world)
+        for rank in range(world):
+            monkeypatch.setattr(ppo.dist, "get_rank", lambda rank=rank: rank)
+            kept.append(ppo.play_step(None, chat, problems, {}, 3))
+        assert all(played[r] == played[r - r % shared] for r in range(world))
+        return [d.ids for turn in zip(*kept, strict=True) for d in turn]
+
+    assert step(2, 1) == step(2, 2) == step(4, 2) == step(1, 1)
+
+
+def test_the_newest_checkpoints_and_the_best_stay(ranks, monkeypatch, tmp_path):
+    monkeypatch.setattr(ppo, "KEEP_CHECKPOINTS", 2)
+    for step in range(1, 6):
+        (tmp_path / f"checkpoints/step-{step:06d}.partial").mkdir(parents=True)
+        written = ppo.Future()
+        written.set_result(None)
+        ppo.publish(tmp_path, step, written, best=2)
+    assert checkpoints_of(tmp_path) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_paper_is_the_papers():
+    told = {
+        "MODEL": "Qwen/Qwen2.5-Math-1.5B", "SEED": 42, "STEPS": 1280, "DIALOGUES": 1024, "MINI_BATCH": 128, "EPOCHS": 1,
+        "ACTOR_LR": 5e-7, "CRITIC_LR": 1e-5, "MIN_LR": 0.1, "WARMUP": 0.03, "BETAS": [0.9, 0.95], "WEIGHT_DECAY": 0.0,
+        "GRAD_CLIP": 1.0, "GAMMA": 1.0, "LAMBDA": 0.99, "CLIP": 0.2, "VALUE_CLIP": 0.2, "KL_COEF": [0.01],
+        "KL_IN_REWARD": 0.0, "WHITEN": True, "ESTIMATOR": "gae", "ATTEMPT_GAMMA": 1.0, "CRITIC_WARMUP": 0,
+        "ENTROPY_COEF": 0.0, "TRUNCATE_IS": 0.0, "COMPUTE_DTYPE": "bfloat16",
+    }  # fmt: skip
+    paper = demo.constants_of(["PRESET=paper"])
+    assert {name: paper[f"ppo.{name}"] for name in told} == told
+    played = {
+        "MIN_ATTEMPTS": 1, "MAX_ATTEMPTS": 5, "SAMPLES_PER_PROMPT": 1, "REWARD": "outcome", "REWARD_CORRECT": 1.0,
+        "REWARD_WRONG": -0.5, "REWARD_NO_ANSWER": -1.0, "ATTEMPT_DISCOUNT": 1.0,
+    }  # fmt: skip
+    assert {name: paper[f"rollout.{name}"] for name in played} == played
+
+
 # Schedule and data order ----------------------------------------------------------------------------------------------
 def test_learning_rate(monkeypatch):
     monkeypatch.setattr(ppo, "WARMUP", 0.1)
@@ -669,6 +828,23 @@ def test_checkpoints_written_behind_the_steps(runs, toy, straight):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_a_run_that_is_killed_while_it_writes_behind_a_step(runs, toy, straight):
+    program = (
+        "import os, signal, ppo\n"
+        "inner = ppo.dcp.async_save\n"
+        "def killed(*arguments, **options):\n"
+        "    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"  # behind the writing of a file
+        "    return inner(*arguments, **options)\n"
+        "ppo.dcp.async_save = killed\n"
+        "ppo.main()\n"
+    )
+    arguments = command("cut", toy, "ASYNC_SAVE=1")
+    done = subprocess.run([arguments[0], "-c", program, *arguments[2:]], cwd=runs, env=alone(), capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not checkpoints_of(runs / "runs/cut") and list((runs / "runs/cut/checkpoints").glob("*.partial"))
+    assert train(runs, "cut", toy, "ASYNC_SAVE=1") == straight
+
+
 def test_a_preempted_run_saves_and_goes_on(runs, toy, straight):
     """SIGTERM: the step is finished and saved, the exit is a good one, and the run goes on as if nothing had been."""
     process = subprocess.Popen(command("preempted", toy), cwd=runs, env=alone(), stdout=subprocess.PIPE, text=True)
@@ -717,8 +893,8 @@ def test_bad_checkpoints_and_full_disks(runs, toy, straight, tmp_path):
     for shard_file in (run / "checkpoints/step-000004").glob("*.distcp"):
         shard_file.write_bytes(shard_file.read_bytes()[:1000])
 
-    def fails(program: str = "import ppo; ppo.main()") -> str:
-        arguments = command("straight", toy)
+    def fails(program: str = "import ppo; ppo.main()", *changes: str) -> str:
+        arguments = command("straight", toy, *changes)
         done = subprocess.run(
             [arguments[0], "-c", program, *arguments[2:]], cwd=tmp_path, env=alone(), capture_output=True, text=True
         )
@@ -728,15 +904,24 @@ def test_bad_checkpoints_and_full_disks(runs, toy, straight, tmp_path):
     said = fails()
     assert "step-000004 is damaged or of another model" in said and "resumes from step-000002" in said
     shutil.rmtree(run / "checkpoints/step-000004")
-    said = fails(
+    ppo.dcp.save(
+        {"weights": torch.ones(3)}, checkpoint_id=run / "checkpoints/step-000004", no_dist=True
+    )  # a foreign one
+    assert "step-000004 is damaged or of another model" in fails()
+    shutil.rmtree(run / "checkpoints/step-000004")
+    program = (
         "import resource, ppo\n"
         "save = ppo.dcp.save\n"
         "def full(*arguments, **options):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "    save(*arguments, **options)\n"
+        "    return save(*arguments, **options)\n"
         "ppo.dcp.save = full\n"
         "ppo.main()\n"
     )
+    said = fails(program)
+    assert "could not be written" in said and "goes on from step-000002" in said, said[-3000:]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    said = fails(program.replace("dcp.save", "dcp.async_save"), "ASYNC_SAVE=1")
     assert "could not be written" in said and "goes on from step-000002" in said, said[-3000:]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
     assert_same_up_to_rounding(straight, train(tmp_path, "straight", toy, processes=2))
@@ -752,7 +937,9 @@ def assert_same_up_to_rounding(one: list[dict], other: list[dict]) -> None:
 
 
 def test_two_ranks_learn_what_one_learns(runs, toy, straight):
-    assert_same_up_to_rounding(straight, train(runs, "two", toy, processes=2))
+    """In as many micro-batches as there are dialogues, of which one rank may have more than the other."""
+    small = ["MAX_TOKENS_PER_MICRO_BATCH=1", "ROW_TOKENS=1"]
+    assert_same_up_to_rounding(straight, train(runs, "two", toy, *small, processes=2))
     a, b = weights(runs, "straight"), weights(runs, "two")
     assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
 
@@ -764,6 +951,14 @@ def test_replicas_learn_what_shards_learn(runs, toy, straight):
 
 def test_offloaded_weights_learn_what_others_learn(runs, toy, straight):
     assert_same_up_to_rounding(straight, train(runs, "offloaded", toy, "OFFLOAD=1", processes=2))
+
+
+def test_the_papers_preset_in_small(runs, toy):
+    """bfloat16 in engine and trainer, recomputed activations, saves behind the steps, no seeds for attempts."""
+    steps = train(runs, "paper", toy, "PRESET=paper", "MAX_ATTEMPT_TOKENS=64", "ACTOR_LR=1e-3", "WARMUP=0")
+    assert len(steps) == 4 and steps[-1]["kl_k3"] > 0
+    assert all(0 < step["sampler_mismatch"] < ppo.MAX_MISMATCH for step in steps)
+    assert AutoModelForCausalLM.from_pretrained(runs / "runs/paper/policy").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -873,6 +1068,7 @@ def test_models_whose_attention_is_another_are_refused(toy, ranks, tmp_path):
     ("name", "value", "message"),
     [
         ("SAVE_EVERY", 0, "SAVE_EVERY=0: must be at least 1"),
+        ("MINI_BATCH", 0, "MINI_BATCH=0: must be at least 1"),
         ("KEEP_CHECKPOINTS", 0, "KEEP_CHECKPOINTS=0: must be at least 1"),
         ("WARMUP", 1.0, "WARMUP=1.0: must be a share"),
         ("ESTIMATOR", "vtrace", "ESTIMATOR=vtrace: must be"),

@@ -348,7 +348,12 @@ def test_hard_verdicts_do_not_hold_up_the_others(chat, monkeypatch):
     """A verdict that stays in the grader's pool costs its own dialogue's time; all others are through before."""
     import concurrent.futures
 
-    slow, order = concurrent.futures.Future(), []
+    class Slow(concurrent.futures.Future):
+        def result(self, timeout=None):
+            assert self.done(), "the loop waits for a hard verdict"
+            return super().result(timeout)
+
+    slow, order = Slow(), []
     right = grader.Verdict("2", True, "correct")
 
     def submit(response, gold, tolerance):
@@ -369,6 +374,73 @@ def test_hard_verdicts_do_not_hold_up_the_others(chat, monkeypatch):
     assert sorted(ended) == [0, 1, 2, 3] and all(d.solved_at == 1 for d in dialogues)
 
 
+def test_stage_one_pays_no_first_attempt_that_the_context_made_the_last(chat, monkeypatch):
+    for name, value in {"FEEDBACK": "intrinsic", "PROMPT": "single_turn", "REWARD": "score_stage1"}.items():
+        monkeypatch.setattr(rollout, name, value)
+    monkeypatch.setattr(rollout, "CONTEXT", len(chat.prompt(PROBLEM["question"], 2)) + 12)
+    d = scripted_dialogue(chat, ["\\boxed{2}" + END], attempts=2)
+    assert d.out_of_context and [a.reward for a in d.attempts] == [0.0]
+
+
+def test_score_with_three_attempts(monkeypatch):
+    """The bonus compares each attempt with the one before it."""
+    for name, value in {"REWARD_WRONG": 0.0, "SCORE_ALPHA": 10.0}.items():
+        monkeypatch.setattr(rollout, name, value)
+    assert rollout.attempt_rewards(["wrong", "correct", "correct"], "score_stage2") == [0.0, 11.0, 1.0]
+    assert rollout.attempt_rewards(["correct", "wrong", "wrong"], "score_stage2") == [1.0, -10.0, 0.0]
+    assert rollout.attempt_rewards(["correct", "wrong", "correct"], "score_stage1") == [0.0, 0.0, 1.0]
+
+
+def test_an_end_of_turn_that_no_file_of_the_model_names_ends_an_attempt(toy, chat):
+    """As in base models: config and tokenizer end at <|endoftext|>, a turn at <|im_end|>."""
+    tokenizer, given = AutoTokenizer.from_pretrained(toy / "warm_start"), []
+    tokenizer.eos_token = "<|endoftext|>"
+    assert Chat(tokenizer).end_of_turn == chat.end_of_turn
+    engine = rollout.Engine.__new__(rollout.Engine)
+    engine.stop_ids, engine.never = {tokenizer.eos_token_id}, {}
+    engine.engine = types.SimpleNamespace(add_request=lambda key, prompt, params: given.append(params))
+    engine.submit(0, [1, 2], 5, 1.0, 0, {chat.end_of_turn})
+    assert set(given[0].stop_token_ids) == {tokenizer.eos_token_id, chat.end_of_turn}
+
+
+class FakeLLM:
+    """Writes down what it is asked for: a GPU's engine sleeps, and no CPU's does."""
+
+    def __init__(self, stale=(), clean=True):
+        self.calls, self.stale, self.clean = [], list(stale), clean
+
+    def wake_up(self, tags):
+        self.calls.append(("wake", *tags))
+
+    def sleep(self, level):
+        self.calls.append(("sleep", level))
+
+    def collective_rpc(self, name, kwargs):
+        self.calls.append((name, len(list(kwargs["weights_iterator"]))))
+
+    def reset_prefix_cache(self):
+        self.calls.append("forget")
+        return self.clean
+
+    def apply_model(self, function):
+        compares = getattr(function, "func", None) is rollout.stale_weights
+        self.calls.append("compare" if compares else "repack")
+        return [self.stale if compares else None]
+
+
+def test_the_order_of_a_transfer_on_a_gpu():
+    engine = rollout.Engine.__new__(rollout.Engine)
+    engine.cuda, engine.llm = True, FakeLLM()
+    engine.sleep(), engine.load_weights([("norm", torch.ones(3))])
+    order = [("reload_weights", 1), "repack", "compare", "forget"]
+    assert engine.llm.calls == [("sleep", 2), ("wake", "weights"), *order, ("wake", "kv_cache")]
+    for fake, message in ((FakeLLM(["norm"]), "does not hold"), (FakeLLM(clean=False), "kept its prefix cache")):
+        engine.llm = fake
+        with pytest.raises(RuntimeError, match=message):
+            engine.load_weights([("norm", torch.ones(3))])
+        assert ("wake", "kv_cache") not in fake.calls
+
+
 def test_attempts_are_drawn_uniformly(monkeypatch):
     monkeypatch.setattr(rollout, "MIN_ATTEMPTS", 2)
     draws = [rollout.draw_attempts(0, step, i) for step in range(20) for i in range(200)]
@@ -376,6 +448,7 @@ def test_attempts_are_drawn_uniformly(monkeypatch):
     for n in (2, 3, 4, 5):  # 1000 expected, standard deviation 27
         assert 880 < draws.count(n) < 1120
     assert draws == [rollout.draw_attempts(0, step, i) for step in range(20) for i in range(200)]
+    assert draws != [rollout.draw_attempts(1, step, i) for step in range(20) for i in range(200)]
 
 
 def test_samples_of_a_problem_share_n(monkeypatch):
