@@ -294,9 +294,8 @@ def warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     # Muon gets every seed off the plateau. What PPO makes of a model that Muon has trained to its end is often a fixed
     # order of answers, which does not read what has failed; of one that AdamW has trained on it was not on any seed.
-    muon = torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=0.01)
-    adamw = [torch.optim.AdamW(part, lr=WARM_LR, betas=(0.9, 0.98), weight_decay=0.01) for part in (matrices, others)]
-    schedule = [torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate) for optimizer in (muon, *adamw)]
+    muon = torch.optim.Muon(matrices, weight_decay=0.01)
+    adamw = [torch.optim.AdamW(part, betas=(0.9, 0.98), weight_decay=0.01) for part in (matrices, others)]
     rng = random.Random(f"{seed} warm")
     for step in tqdm(range(WARM_STEPS), desc="warm start", unit="step"):
         sharpness = SHARPNESS[step >= SHARP_UNTIL * WARM_STEPS]
@@ -305,9 +304,10 @@ def warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for_matrices = muon if step < MUON_UNTIL * WARM_STEPS else adamw[0]
-        for part in (for_matrices, adamw[1], *schedule):
-            part.step()
+        first = (muon, MATRIX_LR) if step < MUON_UNTIL * WARM_STEPS else (adamw[0], WARM_LR)
+        for optimizer, peak in (first, (adamw[1], WARM_LR)):
+            optimizer.param_groups[0]["lr"] = peak * learning_rate(step)
+            optimizer.step()
         model.zero_grad()
     return model.eval()
 
