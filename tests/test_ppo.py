@@ -1021,8 +1021,8 @@ def test_bad_runs_stop_before_work(runs, toy, straight):
     assert metrics_of(runs, "straight") == straight
     assert "no such problem file" in says("RUN=new", "TRAIN_DATA=missing.jsonl")
     assert not (runs / "runs/new").exists()
-    assert "no-model" in says("RUN=new", "MODEL=no-model")
-    assert "no-model" in says("RUN=new", "MODEL=no-model", "LAMBDA=0.5")  # not "other constants": no step was made
+    assert "no-model" in says("RUN=new", "MODEL=/no-model")
+    assert "no-model" in says("RUN=new", "MODEL=/no-model", "LAMBDA=0.5")  # not "other constants": no step was made
     config = runs / "runs/renewed/config.json"  # a run with other problems
     shutil.copytree(runs / "runs/straight", config.parent, ignore=shutil.ignore_patterns("checkpoints", "policy"))
     config.write_text(config.read_text().replace('TRAIN_DATA": "', 'TRAIN_DATA": "0'))
