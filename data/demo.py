@@ -393,6 +393,12 @@ def meaning(results: dict[str, Any]) -> str:
     resampled = results["control"]["warm_start"]["accuracy"][-1]
     multi, single, warm = (curve[name] for name in MODELS)
     ideal, most = results["ideal"]["accuracy"], rollout.MAX_ATTEMPTS
+    made = {arm: constants_of(arguments) for arm, arguments in ARMS.items()}
+    settings = [
+        f"{MODELS[arm]} has KL weights of {', '.join(map(str, c['ppo.KL_COEF']))} by attempt and "
+        f"{c['ppo.DIALOGUES']} dialogues a step"
+        for arm, c in made.items()
+    ]
 
     def points(difference: float) -> str:
         return f"{100 * difference:+.1f} points"
@@ -409,9 +415,8 @@ def meaning(results: dict[str, Any]) -> str:
         f"What this does not show: {toy.STAND_BY_SHARE:.0%} of the authors whom the warm start imitates stand by an "
         "answer that was called incorrect, and no author learns from it. So flat curves are partly built in, and so is "
         "the skill of finding the answer that has failed; RL turns its use around, from repeating to avoiding. "
-        "The arms differ in more than N: so that neither pays for the other's settings, the single-turn arm has a KL "
-        "weight of 0.05 and twice as many dialogues a step, the multi-attempt arm 0.2 on first attempts and 0.02 "
-        f"behind them. At one attempt multi-attempt RL is {points(multi[0] - single[0])} from "
+        f"The arms differ in more than N, so that neither pays for the other's settings: {'; '.join(settings)}. "
+        f"At one attempt multi-attempt RL is {points(multi[0] - single[0])} from "
         f"single-turn RL and {points(multi[0] - warm[0])} from the warm start. {most} independent samples of "
         f"the warm start, without any feedback, reach {resampled:.2f}; multi-attempt RL is "
         f"{points(multi[-1] - resampled)} from there. The best possible reader is at {ideal[0]:.2f} with one attempt "

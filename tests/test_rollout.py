@@ -403,6 +403,15 @@ def test_an_end_of_turn_that_no_file_of_the_model_names_ends_an_attempt(toy, cha
     assert set(given[0].stop_token_ids) == {tokenizer.eos_token_id, chat.end_of_turn}
 
 
+def test_sums_of_bits_tell_tensors_apart_and_know_equal_ones():
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1, 2, 3, 4, 8, 9):
+            whole = torch.arange(1.0, size + 2).to(dtype)
+            tensor = whole[1:]  # begins at no whole word
+            assert rollout.bit_sum(tensor) == rollout.bit_sum(tensor.clone())
+            assert rollout.bit_sum(tensor) != rollout.bit_sum(whole[:-1])
+
+
 class FakeLLM:
     """Writes down what it is asked for: a GPU's engine sleeps, and no CPU's does."""
 
