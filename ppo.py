@@ -47,7 +47,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import grader
 import rollout
@@ -114,7 +114,8 @@ DRY_RUN: bool = False  # 1: say what would happen, and stop
 HARDWARE = {  # a run may be resumed with others of these: they change where and how fast, and rounding, but no formula
     *("ppo." + name for name in ("MAX_TOKENS_PER_MICRO_BATCH", "ROW_TOKENS", "LOGITS_CHUNK", "GRADIENT_CHECKPOINTING")),
     *("ppo." + name for name in ("SHARD_RANKS", "OFFLOAD", "PEAK_TFLOPS", "ASYNC_SAVE", "KEEP_CHECKPOINTS", "TRACK")),
-    *("rollout." + name for name in ("GPU_MEMORY", "CPU_CACHE_MIB", "MAX_SEQUENCES", "TENSOR_PARALLEL")),
+    *("rollout." + name for name in ("GPU_MEMORY", "CPU_CACHE_MIB", "CPU_PACK_MIB")),
+    *("rollout." + name for name in ("MAX_SEQUENCES", "TENSOR_PARALLEL")),
 }
 SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, each paid for itself
     "rollout.MIN_ATTEMPTS": 2,
@@ -1129,7 +1130,7 @@ def plan(tokens: int, problems: int, dev: int) -> str:
         engine = rollout.GPU_MEMORY * room
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
-        engine = rollout.CPU_CACHE_MIB / 1024 + weights * item / gib
+        engine = rollout.CPU_CACHE_MIB / 1024 + 2 * weights * item / gib  # as they are, and packed
     trainer = sharded * (not OFFLOAD) / gib
     asleep = torch.cuda.is_available()  # the engine, while the trainer works; on a CPU it keeps its memory
     updating, playing = trainer + engine * (not asleep) + (whole + passes) / gib, trainer + engine
@@ -1194,7 +1195,7 @@ class Tracker:
 def train(folder: Path, constants: dict[str, Any], problems: list[dict[str, Any]]) -> None:
     lead = dist.get_rank() == 0
     torch.manual_seed(SEED)
-    chat = Chat(AutoTokenizer.from_pretrained(MODEL))
+    chat = Chat(rollout.load_tokenizer(MODEL))
     problems, dev = split_problems(rollout.check_lengths(chat, problems, TRAIN_DATA))
     offline = rollout.load_offline(problems, Path(TRAIN_DATA).stem)
     if lead:

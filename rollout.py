@@ -15,7 +15,6 @@ import bisect
 import concurrent.futures
 import dataclasses
 import difflib
-import functools
 import gc
 import hashlib
 import json
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import grader
-from data.problems import load_problems
+from data.problems import find_rows, load_problems
 
 # The task -------------------------------------------------------------------------------------------------------------
 MIN_ATTEMPTS: int = 1  # attempts; smallest N of a training dialogue (paper 1, SCoRe 2)
@@ -65,6 +64,7 @@ MAX_SEQUENCES: int = 256  # sequences decoded at once by one engine; more is fas
 TENSOR_PARALLEL: int = 1  # ranks that share one engine; 1 is fastest for models that fit into one GPU
 GPU_MEMORY: float = 0.5  # share of a GPU's memory that the engine may take; the trainer lives in the rest (paper 0.5)
 CPU_CACHE_MIB: int = 512  # MiB of KV cache of the CPU engine
+CPU_PACK_MIB: int = 2  # MiB; larger matrices are packed for the CPU engine: faster products, slower weight transfers
 # The command line of this file ----------------------------------------------------------------------------------------
 MODEL: str = "data/toy/warm_start"  # folder or hub name
 PROBLEMS: str = "data/toy/test.jsonl"  # problems to play
@@ -228,7 +228,7 @@ def check_lengths(chat: "Chat", problems: list[dict[str, Any]], path: str) -> li
     if len(fit) < len(problems):
         kept = {p["id"] for p in fit}
         long = [p["id"] for p in problems if p["id"] not in kept]
-        named = ", ".join(long[:5]) + (" ..." if len(long) > 5 else "")
+        named = ", ".join(find_rows(path, long[:5])) + (" ..." if len(long) > 5 else "")
         what = f"{path}: {len(long)} of {len(problems)} questions fill the context of {CONTEXT} tokens: {named}"
         if not LEAVE_OUT_LONG or not fit:
             raise SystemExit(f"{what}; shorten or remove them, raise CONTEXT, or train without them: LEAVE_OUT_LONG=1")
@@ -238,6 +238,16 @@ def check_lengths(chat: "Chat", problems: list[dict[str, Any]], path: str) -> li
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or of a model of the hub. Raises SystemExit if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().split("\n")[0]
+        cure = "; `make data` makes the toy's" if model == "data/toy/warm_start" else ""
+        raise SystemExit(f"MODEL={model}: no folder with a model, and none that the hub gives ({why}){cure}") from error
+
+
 class Chat:
     """Turns of a dialogue as token ids, through the chat template of the model's own tokenizer.
 
@@ -314,8 +324,11 @@ class Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import torch
         import vllm
+        from vllm.model_executor.layers import utils
 
         self.cuda = torch.cuda.is_available()
+        if not self.cuda:
+            utils.dispatch_cpu_unquantized_gemm = pack_large_only(utils.dispatch_cpu_unquantized_gemm)
         where = {"gpu_memory_utilization": GPU_MEMORY} if self.cuda else {"kv_cache_memory_bytes": CPU_CACHE_MIB << 20}
         random_state = torch.get_rng_state()  # vLLM seeds the whole process; the trainer's stream is not its business
         self.llm = vllm.LLM(
@@ -340,6 +353,11 @@ class Engine:
         )
         torch.set_rng_state(random_state)
         self.engine = self.llm.llm_engine
+        self.model = self.llm.apply_model(lambda model: model)[0]  # the engine is in this process, and so is its model
+        plain = torch.nn.functional.linear
+        self.packed = [m for m in self.model.modules() if getattr(m, "cpu_linear", plain) is not plain]
+        self.places: dict[str, list[tuple]] = {}  # what a transfer copies where; see learn_places
+        self.transfers = 0
         self.tokenizer = self.llm.get_tokenizer()
         config = self.engine.model_config
         ends = [config.hf_config.eos_token_id, self.tokenizer.eos_token_id]
@@ -398,18 +416,18 @@ class Engine:
 
         Raises RuntimeError if the engine does not hold them afterwards.
         """
-        sent: dict[str, Any] = {}
-
-        def stream() -> Iterable[tuple[str, Any]]:
-            for name, tensor in named_tensors:
-                sent[name] = (tensor.shape, bit_sum(tensor))
-                yield name, tensor
+        import torch
 
         if self.cuda:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
-        self.llm.apply_model(repack_tied_head)
-        stale = self.llm.apply_model(functools.partial(stale_weights, sent=sent))[0]
+        with torch.no_grad():
+            if self.places:
+                stale = copy_weights(self.model, self.places, named_tensors, self.transfers)
+            else:
+                self.places, stale = learn_places(self.model, named_tensors)
+        self.transfers += 1
+        for layer in self.packed:
+            layer.quant_method.process_weights_after_loading(layer)
         if stale:
             raise RuntimeError(
                 f"the engine does not hold the trainer's weights behind a transfer ({', '.join(stale[:3])} ...): "
@@ -432,18 +450,96 @@ class Engine:
         import torch
 
         self.engine.engine_core.shutdown()
-        del self.llm, self.engine
+        del self.llm, self.engine, self.model, self.packed, self.places
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
 
-def repack_tied_head(model: Any) -> None:
-    """The CPU engine computes logits from a packed copy of lm_head, and reload_weights leaves the copy of a tied
-    one as it was: without this the engine would go on sampling with the old output layer."""
-    head = getattr(model, "lm_head", None)
-    if head is not None and head.weight.device.type == "cpu" and model.config.tie_word_embeddings:
-        head.quant_method.process_weights_after_loading(head)
+def pack_large_only(pack: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's choice of a layer's product on a CPU, but for large matrices only, and without taking their weights away.
+    oneDNN multiplies by large packed ones twice as fast, by small ones no faster; to pack them, at each transfer, takes
+    about ten times as long as to copy them."""
+    import torch
+
+    def choose(layer: Any, remove_weight: bool = False) -> None:
+        if layer.weight.nbytes > CPU_PACK_MIB << 20:
+            pack(layer, remove_weight=False)
+        else:
+            layer.cpu_linear = torch.nn.functional.linear
+
+    return choose
+
+
+def learn_places(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> tuple[dict[str, list[tuple]], list[str]]:
+    """Let vLLM's own loader fill the model, and learn from it what goes where. The loader takes some
+    fifty microseconds of Python to find each tensor's place; who knows the places has only to copy.
+
+    Returns name of a tensor -> the parts of the engine's memory that it fills, each with the cut of the tensor that
+    goes there (None: all of it); and the names of the parameters that no tensor was copied to. Raises RuntimeError if
+    the loader does more with a tensor than to cut and to copy it.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    parameters = {address(parameter): name for name, parameter in model.named_parameters()}
+    sent: dict[int, tuple[str, Any]] = {}  # address -> name and tensor, of the one that is being loaded
+    places: dict[str, list[tuple]] = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function is torch.ops.aten.copy_.default and address(arguments[0]) in parameters:
+                part, source = arguments[:2]
+                if address(source) not in sent:
+                    name = parameters[address(part)]
+                    raise RuntimeError(f"vLLM makes something of the trainer's weights before it copies them to {name}")
+                name, whole = sent[address(source)]
+                places[name].append((part, None if source.shape == whole.shape else same_cut(source, whole)))
+            return function(*arguments, **(options or {}))
+
+    def stream() -> Iterable[tuple[str, Any]]:
+        for name, tensor in named_tensors:
+            sent.clear()
+            sent[address(tensor)] = name, tensor
+            places[name] = []
+            yield name, tensor
+
+    with Watch():
+        model.load_weights(stream())
+    filled = {address(part) for parts in places.values() for part, _ in parts}
+    return places, [name for place, name in parameters.items() if place not in filled]
+
+
+def same_cut(source: Any, whole: Any) -> Callable[[Any], Any]:
+    """What cuts of another tensor the part that `source` is of `whole`."""
+    size, stride, offset = source.size(), source.stride(), source.storage_offset() - whole.storage_offset()
+    return lambda tensor: tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+
+def copy_weights(
+    model: Any, places: dict[str, list[tuple]], named_tensors: Iterable[tuple[str, Any]], transfers: int
+) -> list[str]:
+    """Copy each tensor to its places. Returns the names of those that the engine does not hold afterwards: that did not
+    come, whose place is not the model's memory any more, or, of an eighth of them (another at each transfer), whose
+    bits are not there."""
+    checked = set(list(places)[transfers % 8 :: 8])
+    left, sent = set(places), []
+    for name, tensor in named_tensors:
+        for part, cut in places[name]:
+            source = cut(tensor) if cut else tensor
+            part.copy_(source)
+            if name in checked:
+                sent.append((name, part, bit_sum(source.to(part.dtype))))
+        left.discard(name)
+    memory = {address(parameter) for parameter in model.parameters()}
+    left |= {name for name, parts in places.items() if any(address(part) not in memory for part, _ in parts)}
+    left |= {name for name, part, bits in sent if bit_sum(part) != bits}
+    return sorted(left)
+
+
+def address(tensor: Any) -> int:
+    """Where the memory begins of which a tensor is a part."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def bit_sum(tensor: Any) -> Any:
@@ -454,13 +550,6 @@ def bit_sum(tensor: Any) -> Any:
     flat = tensor.contiguous().flatten()
     flat = flat.clone() if flat.data_ptr() % 8 else flat
     return flat.view(torch.int16 if flat.nbytes % 8 else torch.int64).sum()
-
-
-def stale_weights(model: Any, sent: dict[str, Any]) -> list[str]:
-    """Names of the engine's parameters that are not what was sent. Comparable are those that it keeps under the
-    trainer's name and in its shape (norms, embedding, and what it neither fuses, splits nor packs)."""
-    kept = {n: p for n, p in model.named_parameters() if n in sent and p.shape == sent[n][0]}
-    return [n for n, p in kept.items() if int(bit_sum(p)) != int(sent[n][1])] if kept else ["not one parameter"]
 
 
 # The attempt loop -----------------------------------------------------------------------------------------------------
@@ -702,7 +791,7 @@ def show(chat: Chat, dialogue: Dialogue) -> str:
 def main() -> None:
     override_constants(sys.argv[1:], {"rollout": sys.modules[__name__], "grader": grader})
     check_constants()
-    chat = Chat(AutoTokenizer.from_pretrained(MODEL))
+    chat = Chat(load_tokenizer(MODEL))
     problems = check_lengths(chat, load_problems(PROBLEMS)[:DIALOGUES], PROBLEMS)
     engine = Engine(MODEL, seed=SEED)
     dialogues = [new_dialogue(chat, p, draw_attempts(SEED, 0, i)) for i, p in enumerate(problems)]

@@ -2,6 +2,7 @@
 
     python tests/bench_rollout.py                  # a random model of 4 M parameters, 512 dialogues; some minutes
     python tests/bench_rollout.py MODEL=folder DIALOGUES=2048 DTYPE=bfloat16
+    python tests/bench_rollout.py DIALOGUES=0 LAYERS=16          # the weight transfer alone
 
 The workload: N drawn from 1..5, attempts of 16 to 512 tokens (log-uniform: a long tail), a quarter of them right.
 Lengths and verdicts are drawn in advance, so that every scheme does the same work; what is said is random.
@@ -25,7 +26,7 @@ from rollout import Chat, Dialogue, Engine, random_number
 
 MODEL: str = ""  # folder or hub name; "" = a random one
 DTYPE: str = "float32"
-DIALOGUES: int = 512
+DIALOGUES: int = 512  # 0: the weight transfer alone
 SHORTEST: int = 16  # tokens of an attempt
 LONGEST: int = 512
 RIGHT: float = 0.25  # share of right attempts
@@ -215,37 +216,42 @@ def transfer(engine: DrawnLengths, model: str) -> tuple[float, float, float]:
     return *best, sum(w.nbytes for w in weights.values()) / 1e6
 
 
+def compare_schemes(engine: DrawnLengths, chat: Chat) -> None:
+    bare_engine(engine, chat)  # the first call in a process is slower
+    assert grader.submit_answer(HANG, "x < 1").result().status == "timeout"  # starts the grader's workers, too
+    lengths = [attempt_length(i, k) for i in range(DIALOGUES) for k in range(attempts_of(i))]
+    print(f"{DIALOGUES} dialogues, {len(lengths)} attempts, {sum(lengths):,} tokens to generate")
+    seconds: dict[str, float] = {}
+
+    def measure(name: str, scheme, *arguments: Any) -> None:
+        took, tokens = zip(*(scheme(engine, chat, *arguments) for _ in range(REPEATS)), strict=True)
+        seconds[name] = min(took)
+        rate = f"{DIALOGUES / min(took):7.1f} dialogues/s {tokens[0] / min(took):9,.0f} tokens/s"
+        print(f"{name:34} {min(took):6.1f} s {rate}", flush=True)
+
+    measure("reference's scheme", reference)
+    measure("the loop", ours)
+    measure("llm.generate, same tokens", bare_engine)
+    measure("... and prompts with their history", bare_engine, True)
+    measure(f"the loop, {HANGING:.0%} of verdicts hang", ours, HANGING)
+    rollout.SEED_ATTEMPTS = False
+    measure("the loop, no seed per attempt", ours)
+    loop = seconds["the loop"]
+    for name, taken in seconds.items():
+        print(f"the loop is {taken / loop:5.2f} x as fast as: {name}")
+
+
 def main() -> None:
     rollout.override_constants(sys.argv[1:], {"bench": sys.modules[__name__], "rollout": rollout, "grader": grader})
     with tempfile.TemporaryDirectory() as folder:
         model = MODEL or random_model(folder)
         engine = DrawnLengths(model, dtype=DTYPE)
         chat = Chat(engine.tokenizer)
-        bare_engine(engine, chat)  # the first call in a process is slower
-        assert grader.submit_answer(HANG, "x < 1").result().status == "timeout"  # starts the grader's workers, too
-        lengths = [attempt_length(i, k) for i in range(DIALOGUES) for k in range(attempts_of(i))]
-        print(f"{DIALOGUES} dialogues, {len(lengths)} attempts, {sum(lengths):,} tokens to generate")
-        seconds: dict[str, float] = {}
-
-        def measure(name: str, scheme, *arguments: Any) -> None:
-            took, tokens = zip(*(scheme(engine, chat, *arguments) for _ in range(REPEATS)), strict=True)
-            seconds[name] = min(took)
-            rate = f"{DIALOGUES / min(took):7.1f} dialogues/s {tokens[0] / min(took):9,.0f} tokens/s"
-            print(f"{name:34} {min(took):6.1f} s {rate}", flush=True)
-
-        measure("reference's scheme", reference)
-        measure("the loop", ours)
-        measure("llm.generate, same tokens", bare_engine)
-        measure("... and prompts with their history", bare_engine, True)
-        measure(f"the loop, {HANGING:.0%} of verdicts hang", ours, HANGING)
-        rollout.SEED_ATTEMPTS = False
-        measure("the loop, no seed per attempt", ours)
-        loop = seconds["the loop"]
-        for name, taken in seconds.items():
-            print(f"the loop is {taken / loop:5.2f} x as fast as: {name}")
+        if DIALOGUES:
+            compare_schemes(engine, chat)
         took, copied, size = transfer(engine, model)
-        times = f"{1e3 * took:.1f} ms for {size:.0f} MB, copying them {1e3 * copied:.1f} ms"
-        print(f"weight transfer: {times}: {took / copied:.1f} x")
+        times = f"{1e3 * took:.2f} ms for {size:.0f} MB, copying them {1e3 * copied:.2f} ms"
+        print(f"weight transfer: {times}: {took / copied:.2f} x")
         engine.shutdown()
 
 

@@ -412,11 +412,78 @@ def test_sums_of_bits_tell_tensors_apart_and_know_equal_ones():
             assert rollout.bit_sum(tensor) != rollout.bit_sum(whole[:-1])
 
 
+class FusedModel(torch.nn.Module):
+    """An engine's model: two tensors fused into one parameter, half the columns of a third, a padded fourth in another
+    precision; its loader is as vLLM's are."""
+
+    def __init__(self, calls=None):
+        super().__init__()
+        shapes = {"fused": (5, 4), "columns": (3, 2), "padded": (8, 4)}
+        for name, shape in shapes.items():
+            dtype = torch.bfloat16 if name == "padded" else torch.float32
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+        self.calls = [] if calls is None else calls
+
+    def load_weights(self, weights):
+        self.calls.append("load")
+        for name, tensor in weights:
+            if name == "columns":
+                self.columns.data.copy_(tensor.narrow(1, 2, 2))
+            elif name == "embedding":
+                self.padded[:6].data.copy_(tensor)
+                self.padded[6:].data.fill_(0)
+            else:
+                self.fused.data.narrow(0, *{"q": (0, 3), "k": (3, 2)}[name]).copy_(tensor)
+
+
+def fused_weights(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embedding": (6, 4), "q": (3, 4), "k": (2, 4), "columns": (3, 4)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_a_transfer_copies_to_where_the_loader_did():
+    """Fused, cut, padded and cast: behind the second transfer all is as the loader alone would have made it."""
+    copied, loaded = FusedModel(), FusedModel()
+    places, left = rollout.learn_places(copied, fused_weights(1).items())
+    assert copied.calls == ["load"] and not left
+    assert [len(places[name]) for name in ("q", "k", "columns", "embedding")] == [1, 1, 1, 1]
+    for transfer in range(1, 10):
+        weights = fused_weights(transfer + 1)
+        # Of another layout in memory than those that were learnt from: a part of a larger tensor.
+        shifted = {n: torch.cat([torch.ones(7), w.flatten()])[7:].view(w.shape) for n, w in weights.items()}
+        assert rollout.copy_weights(copied, places, shifted.items(), transfer) == []
+        loaded.load_weights(weights.items())
+        for mine, theirs in zip(copied.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    assert copied.calls == ["load"]
+
+
+def test_what_a_transfer_does_not_reach_is_named():
+    model = FusedModel()
+    weights = fused_weights(1)
+    assert rollout.learn_places(model, list(weights.items())[:3])[1] == ["columns"]
+    places, _ = rollout.learn_places(model, weights.items())
+    assert rollout.copy_weights(model, places, list(weights.items())[1:], 1) == ["embedding"]  # it did not come
+    model.fused.data = model.fused.data.clone()  # the engine computes with other memory now
+    assert rollout.copy_weights(model, places, weights.items(), 1) == ["k", "q"]
+
+    def spoilt():
+        yield from weights.items()
+        model.columns += 1  # what was copied does not stay
+
+    places, _ = rollout.learn_places(model, weights.items())
+    assert [rollout.copy_weights(model, places, spoilt(), t) for t in range(8)].count(["columns"]) == 1  # of each eight
+    model.load_weights = lambda named: [model.columns.copy_(2 * t.narrow(1, 2, 2)) for n, t in named if n == "columns"]
+    with pytest.raises(RuntimeError, match="makes something of the trainer's weights before it copies them to columns"):
+        rollout.learn_places(model, weights.items())
+
+
 class FakeLLM:
     """Writes down what it is asked for: a GPU's engine sleeps, and no CPU's does."""
 
-    def __init__(self, stale=(), clean=True):
-        self.calls, self.stale, self.clean = [], list(stale), clean
+    def __init__(self, clean=True):
+        self.calls, self.clean = [], clean
 
     def wake_up(self, tags):
         self.calls.append(("wake", *tags))
@@ -424,30 +491,27 @@ class FakeLLM:
     def sleep(self, level):
         self.calls.append(("sleep", level))
 
-    def collective_rpc(self, name, kwargs):
-        self.calls.append((name, len(list(kwargs["weights_iterator"]))))
-
     def reset_prefix_cache(self):
         self.calls.append("forget")
         return self.clean
 
-    def apply_model(self, function):
-        compares = getattr(function, "func", None) is rollout.stale_weights
-        self.calls.append("compare" if compares else "repack")
-        return [self.stale if compares else None]
-
 
 def test_the_order_of_a_transfer_on_a_gpu():
     engine = rollout.Engine.__new__(rollout.Engine)
-    engine.cuda, engine.llm = True, FakeLLM()
-    engine.sleep(), engine.load_weights([("norm", torch.ones(3))])
-    order = [("reload_weights", 1), "repack", "compare", "forget"]
-    assert engine.llm.calls == [("sleep", 2), ("wake", "weights"), *order, ("wake", "kv_cache")]
-    for fake, message in ((FakeLLM(["norm"]), "does not hold"), (FakeLLM(clean=False), "kept its prefix cache")):
-        engine.llm = fake
-        with pytest.raises(RuntimeError, match=message):
-            engine.load_weights([("norm", torch.ones(3))])
-        assert ("wake", "kv_cache") not in fake.calls
+    engine.cuda, engine.packed, engine.places, engine.transfers = True, [], {}, 0
+    engine.llm = FakeLLM()
+    engine.model = FusedModel(engine.llm.calls)
+    engine.sleep(), engine.load_weights(fused_weights(1).items())
+    wake, ready = ("wake", "weights"), ("wake", "kv_cache")
+    assert engine.llm.calls == [("sleep", 2), wake, "load", "forget", ready]
+    engine.sleep(), engine.load_weights(fused_weights(2).items())
+    assert engine.llm.calls[5:] == [("sleep", 2), wake, "forget", ready]
+    with pytest.raises(RuntimeError, match=r"does not hold.*\(q"):
+        engine.load_weights({n: w for n, w in fused_weights(3).items() if n != "q"}.items())
+    engine.llm.clean = False
+    with pytest.raises(RuntimeError, match="kept its prefix cache"):
+        engine.load_weights(fused_weights(2).items())
+    assert engine.llm.calls[9:] == [wake, wake, "forget"]
 
 
 def test_attempts_are_drawn_uniformly(monkeypatch):
@@ -609,7 +673,9 @@ def test_two_ranks_share_an_engine(toy, engine, tmp_path):
         "rollout.TENSOR_PARALLEL, (model, problems, out) = 2, sys.argv[1:]\n"
         "ppo.start_ranks()\n"
         "engine = rollout.Engine(model); chat = rollout.Chat(engine.tokenizer)\n"
-        "engine.load_weights(AutoModelForCausalLM.from_pretrained(model).named_parameters())\n"
+        "lm = AutoModelForCausalLM.from_pretrained(model)\n"
+        "engine.load_weights((name, w + 0.1) for name, w in lm.named_parameters())\n"
+        "engine.load_weights(lm.named_parameters())\n"
         "ds = [rollout.new_dialogue(chat, p, 3) for p in rollout.load_problems(problems)[:12]]\n"
         "rollout.play(engine, chat, ds, list(range(12)), 1.0)\n"
         "json.dump([d.ids for d in ds], open(f'{out}/{os.environ[\"RANK\"]}', 'w'))\n"
@@ -626,17 +692,58 @@ def test_two_ranks_share_an_engine(toy, engine, tmp_path):
         assert json.loads((tmp_path / rank).read_text()) == [d.ids for d in dialogues]
 
 
-def test_a_stale_engine_is_found_out(toy, engine, monkeypatch):
-    """An engine that does not take the weights is named before it samples anything."""
-    model = AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32)
-    weights = dict(model.named_parameters())
+def test_a_stale_engine_is_found_out(toy, engine):
+    """An engine that computes with other memory than a transfer fills is named before it samples anything."""
+    weights = dict(AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32).named_parameters())
     engine.load_weights(weights.items())
-    changed = {name: w + 0.01 if name.endswith("layers.1.input_layernorm.weight") else w for name, w in weights.items()}
-    monkeypatch.setattr(engine.llm, "collective_rpc", lambda *_, kwargs: list(kwargs["weights_iterator"]))
-    with pytest.raises(RuntimeError, match=r"does not hold.*layers\.1\.input_layernorm"):
-        engine.load_weights(changed.items())
-    monkeypatch.undo()
+    assert sum(part.numel() for parts in engine.places.values() for part, _ in parts) >= sum(
+        w.numel() for w in weights.values()
+    )
+    down = engine.model.model.layers[1].mlp.down_proj.weight
+    there, down.data = down.data, down.data.clone()
+    with pytest.raises(RuntimeError, match=r"does not hold.*layers\.1\.mlp\.down_proj"):
+        engine.load_weights(weights.items())
+    down.data = there
     engine.load_weights(weights.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_large_matrices_are_packed_again_behind_each_transfer(toy, tmp_path, tied):
+    """As if all were large: three models one after the other through one engine, each confirmed by transformers."""
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32)
+    if not tied:
+        lm.config.tie_word_embeddings = False
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach() * 1.5)
+    lm.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(toy / "warm_start").save_pretrained(tmp_path / "model")
+    program = (
+        "import sys, torch, rollout\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "rollout.CPU_PACK_MIB, (model, problems) = 0, sys.argv[1:]\n"
+        "engine = rollout.Engine(model)\n"
+        "assert len(engine.packed) >= 2 * 4\n"  # four matrices in each of at least two layers
+        "chat = rollout.Chat(engine.tokenizer)\n"
+        "lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).requires_grad_(False)\n"
+        "for factor in (1.0, 0.9, 1.2):\n"
+        "    for w in lm.parameters():\n"
+        "        w *= factor\n"
+        "    engine.load_weights(lm.named_parameters())\n"
+        "    ds = [rollout.new_dialogue(chat, p, 2) for p in rollout.load_problems(problems)[:4]]\n"
+        "    rollout.play(engine, chat, ds, list(range(4)), 1.0)\n"
+        "    for d in ds:\n"
+        "        lp = lm(torch.tensor([d.ids])).logits.log_softmax(-1)[0]\n"
+        "        for t, m in enumerate(d.mask):\n"
+        "            assert not m or abs(lp[t - 1, d.ids[t]].item() - d.logprobs[t]) < 1e-4\n"
+        "engine.shutdown()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model"), str(toy / "test.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    with pytest.raises(SystemExit, match=r"MODEL=.*absent/model: no folder with a model"):
+        rollout.load_tokenizer(str(tmp_path / "absent/model"))
 
 
 def test_more_prompts_than_one_forward_pass_takes(toy, engine):
@@ -770,17 +877,17 @@ def test_problem_text_survives(tmp_path):
     assert rollout.load_problems(tmp_path / "p.jsonl") == [problem]
 
 
-def test_questions_longer_than_the_context(chat, monkeypatch, capsys):
-    problems = [PROBLEM, PROBLEM | {"id": "long one", "question": "why? " * 5000}]
-    with pytest.raises(
-        SystemExit, match=r"my.jsonl: 1 of 2 questions fill the context of 4096 tokens: long one; shorten"
-    ):
-        rollout.check_lengths(chat, problems, "my.jsonl")
+def test_questions_longer_than_the_context(chat, monkeypatch, capsys, tmp_path):
+    path, problems = tmp_path / "my.jsonl", [PROBLEM, PROBLEM | {"id": "long one", "question": "why? " * 5000}]
+    path.write_text("\n\n".join(json.dumps(problem) for problem in problems))
+    named = r"my.jsonl: 1 of 2 questions fill the context of 4096 tokens: line 3 \(long one\); shorten"
+    with pytest.raises(SystemExit, match=named):
+        rollout.check_lengths(chat, problems, path)
     monkeypatch.setattr(rollout, "LEAVE_OUT_LONG", True)
-    assert rollout.check_lengths(chat, problems, "my.jsonl") == [PROBLEM]
-    assert "long one; left out" in capsys.readouterr().out
+    assert rollout.check_lengths(chat, problems, path) == [PROBLEM]
+    assert "line 3 (long one); left out" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1 of 1 questions"):
-        rollout.check_lengths(chat, problems[1:], "my.jsonl")
+        rollout.check_lengths(chat, problems[1:], path)
 
 
 @pytest.mark.parametrize(
