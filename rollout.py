@@ -532,7 +532,7 @@ def copy_weights(
                 sent.append((name, part, bit_sum(source.to(part.dtype))))
         left.discard(name)
     memory = {address(parameter) for parameter in model.parameters()}
-    left |= {name for name, parts in places.items() if any(address(part) not in memory for part, _ in parts)}
+    left |= {name for name, parts in places.items() for part, _ in parts if address(part) not in memory}
     left |= {name for name, part, bits in sent if bit_sum(part) != bits}
     return sorted(left)
 

@@ -198,12 +198,12 @@ def bare_engine(engine: DrawnLengths, chat: Chat, histories: bool = False) -> tu
 
 
 def transfer(engine: DrawnLengths, model: str) -> tuple[float, float, float]:
-    """-> seconds of a weight transfer, of copying the same bytes, and their size in MB; the best of five each."""
+    """-> seconds of a weight transfer, of copying the same bytes, and their size in MB; the best of twenty each."""
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, DTYPE)).to("cuda" if engine.cuda else "cpu")
     weights = {name: w.detach() for name, w in lm.named_parameters()}
     copies = {name: torch.empty_like(w) for name, w in weights.items()}
     best = [math.inf, math.inf]
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         engine.load_weights(weights.items())
         best[0] = min(best[0], time.perf_counter() - start)
