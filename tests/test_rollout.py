@@ -506,6 +506,7 @@ def test_the_order_of_a_transfer_on_a_gpu():
     assert engine.llm.calls == [("sleep", 2), wake, "load", "forget", ready]
     engine.sleep(), engine.load_weights(fused_weights(2).items())
     assert engine.llm.calls[5:] == [("sleep", 2), wake, "forget", ready]
+    assert engine.transfers == 2  # so each compares other tensors' bits
     with pytest.raises(RuntimeError, match=r"does not hold.*\(q"):
         engine.load_weights({n: w for n, w in fused_weights(3).items() if n != "q"}.items())
     engine.llm.clean = False
