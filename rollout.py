@@ -45,7 +45,7 @@ SYSTEM_TURNS: bool = True  # 0: instructions and verdicts are user turns, for ch
 MAX_ATTEMPT_TOKENS: int = 3000  # tokens; an attempt is cut there (paper: 3000 over all attempts together)
 CONTEXT: int = 4096  # tokens; prompt and all attempts of a dialogue together (paper 4024)
 LEAVE_OUT_LONG: bool = False  # 1: training leaves out, and names, questions that fill the context; 0: it does not start
-STOP_AT: str = "end_of_turn"  # or "first_box": the rest of an attempt is cut off (nearly the reference's rule)
+STOP_AT: str = "end_of_turn"  # or "first_box": what was sampled behind it is thrown away (nearly the reference's rule)
 # Rewards; the values are those of the paper's code, SCoRe's are 1, 0 and 0 --------------------------------------------
 REWARD: str = "outcome"  # "outcome" (paper), "per_attempt", "score_stage1" or "score_stage2": see assign_rewards
 REWARD_CORRECT: float = 1.0  # of a right answer
@@ -195,9 +195,15 @@ def check_constants() -> None:
         raise SystemExit(f"OFFLINE_SHARE={OFFLINE_SHARE}: must be a share, from 0 to 1")
     if OFFLINE_ATTEMPTS and (REWARD == "outcome" or MAX_ATTEMPTS == 1):
         raise SystemExit("OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more, and a REWARD that pays attempts one by one")
-    for name in ("MAX_ATTEMPT_TOKENS", "CONTEXT", "SAMPLES_PER_PROMPT", "MAX_SEQUENCES", "TENSOR_PARALLEL"):
+    at_least_1 = ("MAX_ATTEMPT_TOKENS", "CONTEXT", "SAMPLES_PER_PROMPT", "MAX_SEQUENCES", "TENSOR_PARALLEL")
+    for name in (*at_least_1, "CPU_CACHE_MIB", "DIALOGUES"):
         if globals()[name] < 1:
             raise SystemExit(f"{name}={globals()[name]}: must be at least 1")
+    for name in ("TEMPERATURE", "CPU_PACK_MIB"):
+        if globals()[name] < 0:
+            raise SystemExit(f"{name}={globals()[name]}: must not be negative")
+    if not 0 < GPU_MEMORY < 1:
+        raise SystemExit(f"GPU_MEMORY={GPU_MEMORY}: must be a share between 0 and 1")
 
 
 def parse_value(name: str, value: Any, default: Any, any_length: bool = False) -> Any:
@@ -421,18 +427,19 @@ class Engine:
         if self.cuda:
             self.llm.wake_up(tags=["weights"])
         with torch.no_grad():
-            if self.places:
+            if self.transfers:
                 stale = copy_weights(self.model, self.places, named_tensors, self.transfers)
             else:
                 self.places, stale = learn_places(self.model, named_tensors)
-        self.transfers += 1
         for layer in self.packed:
             layer.quant_method.process_weights_after_loading(layer)
         if stale:
+            named = ", ".join(stale[:3]) + " ..." * (len(stale) > 3)
             raise RuntimeError(
-                f"the engine does not hold the trainer's weights behind a transfer ({', '.join(stale[:3])} ...): "
+                f"the engine does not hold the trainer's weights behind a transfer ({named}): "
                 "it would sample from another policy than the one that is trained"
             )
+        self.transfers += 1
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
                 "the engine kept its prefix cache: attempts were still running while weights were loaded"
@@ -449,8 +456,9 @@ class Engine:
         """End the engine (and, as vLLM does it, the process group) and give all its memory back."""
         import torch
 
+        del self.model, self.packed, self.places  # before vLLM gives their memory back
         self.engine.engine_core.shutdown()
-        del self.llm, self.engine, self.model, self.packed, self.places
+        del self.llm, self.engine
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -458,12 +466,13 @@ class Engine:
 
 def pack_large_only(pack: Callable[..., None]) -> Callable[..., None]:
     """vLLM's choice of a layer's product on a CPU, but for large matrices only, and without taking their weights away.
-    oneDNN multiplies by large packed ones twice as fast, by small ones no faster; to pack them, at each transfer, takes
-    about ten times as long as to copy them."""
+    oneDNN multiplies by large packed ones twice as fast as torch by plain ones, and by small ones no faster; to pack
+    them, at each transfer, takes six times as long as to copy them."""
     import torch
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     def choose(layer: Any, remove_weight: bool = False) -> None:
-        if layer.weight.nbytes > CPU_PACK_MIB << 20:
+        if layer.weight.nbytes > CPU_PACK_MIB << 20 and type(layer) is not VocabParallelEmbedding:  # that is no product
             pack(layer, remove_weight=False)
         else:
             layer.cpu_linear = torch.nn.functional.linear
@@ -472,47 +481,61 @@ def pack_large_only(pack: Callable[..., None]) -> Callable[..., None]:
 
 
 def learn_places(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> tuple[dict[str, list[tuple]], list[str]]:
-    """Let vLLM's own loader fill the model, and learn from it what goes where. The loader takes some
-    fifty microseconds of Python to find each tensor's place; who knows the places has only to copy.
+    """Let vLLM's own loader fill the model, and learn from it what goes where. The loader takes some fifty microseconds
+    of Python to find each tensor's place; who knows the places has only to copy.
 
     Returns name of a tensor -> the parts of the engine's memory that it fills, each with the cut of the tensor that
-    goes there (None: all of it); and the names of the parameters that no tensor was copied to. Raises RuntimeError if
-    the loader does more with a tensor than to cut and to copy it.
+    goes there (None: all of it); and the names of tensors whose bits are not there afterwards, and of parameters that
+    were not filled. Raises RuntimeError if the engine keeps weights in a form of its own.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    forms = {type(m.quant_method).__name__ for m in model.modules() if getattr(m, "quant_method", None) is not None}
+    forms |= {type(m).__name__ for m in model.modules() if hasattr(m, "W_UV")}  # multi-head latent attention
+    if forms := forms - {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}:
+        raise RuntimeError(f"vLLM makes something else of this model's weights ({', '.join(forms)}): not transferable")
     parameters = {address(parameter): name for name, parameter in model.named_parameters()}
-    sent: dict[int, tuple[str, Any]] = {}  # address -> name and tensor, of the one that is being loaded
+    loading: dict[int, tuple[str, Any]] = {}  # address -> name and tensor, of the one that is being loaded
     places: dict[str, list[tuple]] = {}
+    sums = []  # (name of a tensor, part that was filled, sum of the bits that went there)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             if function is torch.ops.aten.copy_.default and address(arguments[0]) in parameters:
                 part, source = arguments[:2]
-                if address(source) not in sent:
+                if address(source) not in loading:
                     name = parameters[address(part)]
                     raise RuntimeError(f"vLLM makes something of the trainer's weights before it copies them to {name}")
-                name, whole = sent[address(source)]
-                places[name].append((part, None if source.shape == whole.shape else same_cut(source, whole)))
+                name, whole = loading[address(source)]
+                places[name].append((part, same_cut(source, whole)))
+                sums.append((name, part, bit_sum(source.to(part.dtype))))
             return function(*arguments, **(options or {}))
 
     def stream() -> Iterable[tuple[str, Any]]:
         for name, tensor in named_tensors:
-            sent.clear()
-            sent[address(tensor)] = name, tensor
+            tensor = tensor.contiguous()
+            loading.clear()
+            loading[address(tensor)] = name, tensor
             places[name] = []
             yield name, tensor
+        loading.clear()
 
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
     with Watch():
         model.load_weights(stream())
-    filled = {address(part) for parts in places.values() for part, _ in parts}
-    return places, [name for place, name in parameters.items() if place not in filled]
+    left = {name for name, parts in places.items() if not parts}
+    left |= {name for name, part, bits in sums if bit_sum(part) != bits}
+    left |= {name for name, parameter in model.named_parameters() if parameter.isnan().any()}
+    return places, sorted(left)
 
 
-def same_cut(source: Any, whole: Any) -> Callable[[Any], Any]:
-    """What cuts of another tensor the part that `source` is of `whole`."""
+def same_cut(source: Any, whole: Any) -> Callable[[Any], Any] | None:
+    """What cuts of another contiguous tensor the part that `source` is of `whole`; None if that is all of it."""
     size, stride, offset = source.size(), source.stride(), source.storage_offset() - whole.storage_offset()
+    if (size, stride) == (whole.size(), whole.stride()):
+        return None
     return lambda tensor: tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
@@ -520,20 +543,23 @@ def copy_weights(
     model: Any, places: dict[str, list[tuple]], named_tensors: Iterable[tuple[str, Any]], transfers: int
 ) -> list[str]:
     """Copy each tensor to its places. Returns the names of those that the engine does not hold afterwards: that did not
-    come, whose place is not the model's memory any more, or, of an eighth of them (another at each transfer), whose
-    bits are not there."""
+    come, have no place, whose place is not the model's memory any more, or, of an eighth of them (another at each
+    transfer), whose bits are not there."""
     checked = set(list(places)[transfers % 8 :: 8])
-    left, sent = set(places), []
+    left, sums = set(places), []
     for name, tensor in named_tensors:
+        if name not in places:
+            return [name]
+        tensor = tensor.contiguous()
         for part, cut in places[name]:
             source = cut(tensor) if cut else tensor
             part.copy_(source)
             if name in checked:
-                sent.append((name, part, bit_sum(source.to(part.dtype))))
+                sums.append((name, part, bit_sum(source.to(part.dtype))))
         left.discard(name)
     memory = {address(parameter) for parameter in model.parameters()}
     left |= {name for name, parts in places.items() for part, _ in parts if address(part) not in memory}
-    left |= {name for name, part, bits in sent if bit_sum(part) != bits}
+    left |= {name for name, part, bits in sums if bit_sum(part) != bits}
     return sorted(left)
 
 

@@ -77,12 +77,15 @@ class DrawnLengths(Engine):
         super().__init__(*arguments, **options)
         self.never |= dict.fromkeys(self.stop_ids, -100.0)
         self.attempt: dict[int, int] = {}
-        self.generated = 0  # tokens, by whoever's wish
+        self.generated = 0  # tokens that were sampled, whatever became of them
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        take = scheduler.update_from_output
 
-    def step(self) -> list[tuple[int, list[int], list[float], bool]]:
-        ended = super().step()
-        self.generated += sum(len(ids) for _, ids, _, _ in ended)
-        return ended
+        def count(scheduled: Any, output: Any) -> Any:
+            self.generated += sum(map(len, output.sampled_token_ids))
+            return take(scheduled, output)
+
+        scheduler.update_from_output = count
 
     def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
         attempt = self.attempt[key] = self.attempt.get(key, -1) + 1

@@ -1,6 +1,7 @@
 """rollout.py: prompts to the letter, the attempt loop on a scripted and on the real engine, rewards, constants."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,19 @@ RETRY = (
 )
 
 
-def test_dialogue_is_the_papers_to_the_letter(chat):
+QWEN_MATH = (  # what Qwen2.5-Math's own template makes of turns of text: it adds a system turn where there is none
+    "{% set default = 'Please reason step by step, and put your final answer within \\\\boxed{}.' %}"
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n' + default + '<|im_end|>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", ["", QWEN_MATH])
+def test_dialogue_is_the_papers_to_the_letter(toy, template):
+    tokenizer = AutoTokenizer.from_pretrained(toy / "warm_start")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    chat = Chat(tokenizer)
     d = scripted_dialogue(chat, ["\\boxed{3}" + END, "\\boxed{4}" + END, "\\boxed{2}" + END], attempts=3)
     text = chat.tokenizer.decode(d.ids)
     assert text == (
@@ -103,12 +116,31 @@ def test_single_turn_prompt_and_repeated_question(chat, monkeypatch):
     )
     monkeypatch.setattr(rollout, "PROMPT", "multi_attempt")
     monkeypatch.setattr(rollout, "REPEAT_QUESTION", True)
-    assert "You have 3 attempts to answer the question.<|im_end|>" in chat.tokenizer.decode(chat.prompt("Q", 3))
+    assert chat.tokenizer.decode(chat.prompt("Q", 3)) == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. "
+        "You have 3 attempts to answer the question.<|im_end|>\n"
+        "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert chat.tokenizer.decode(chat.feedback("Q", 2)) == (
         "\n<|im_start|>system\nYour answer is incorrect. Try an alternative. "
         "You have 2 attempts to answer the question."
         "<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_progress_says_what_is_done(chat, monkeypatch):
+    said = []
+
+    class Bar(rollout.tqdm):
+        def set_postfix_str(self, text, refresh=True):
+            said.append(f"{self.n} of {self.total}: {text}")
+
+    monkeypatch.setattr(rollout, "tqdm", Bar)
+    dialogues = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(3)]
+    answers = [["\\boxed{2}" + END], ["\\boxed{3}" + END, "\\boxed{2}" + END], ["\\boxed{3}" + END] * 2]
+    rollout.play(Scripted(chat, answers), chat, dialogues, [0, 1, 2], 1.0, "step 1")
+    assert re.fullmatch(r"0 of 3: 0 attempts, [\d,]+ tokens/s, solved 0\.00", said[0])
+    assert re.fullmatch(r"3 of 3: 5 attempts, [\d,]+ tokens/s, solved 0\.67", said[-1])
 
 
 @pytest.mark.parametrize(
@@ -414,11 +446,11 @@ def test_sums_of_bits_tell_tensors_apart_and_know_equal_ones():
 
 class FusedModel(torch.nn.Module):
     """An engine's model: two tensors fused into one parameter, half the columns of a third, a padded fourth in another
-    precision; its loader is as vLLM's are."""
+    precision, a transposed fifth; its loader is as vLLM's are."""
 
     def __init__(self, calls=None):
         super().__init__()
-        shapes = {"fused": (5, 4), "columns": (3, 2), "padded": (8, 4)}
+        shapes = {"fused": (5, 4), "columns": (3, 2), "padded": (8, 4), "turned": (3, 3)}
         for name, shape in shapes.items():
             dtype = torch.bfloat16 if name == "padded" else torch.float32
             self.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
@@ -429,6 +461,8 @@ class FusedModel(torch.nn.Module):
         for name, tensor in weights:
             if name == "columns":
                 self.columns.data.copy_(tensor.narrow(1, 2, 2))
+            elif name == "square":
+                self.turned.data.copy_(tensor.t())
             elif name == "embedding":
                 self.padded[:6].data.copy_(tensor)
                 self.padded[6:].data.fill_(0)
@@ -438,7 +472,7 @@ class FusedModel(torch.nn.Module):
 
 def fused_weights(seed):
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"embedding": (6, 4), "q": (3, 4), "k": (2, 4), "columns": (3, 4)}
+    shapes = {"embedding": (6, 4), "q": (3, 4), "k": (2, 4), "columns": (3, 4), "square": (3, 3)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -447,11 +481,12 @@ def test_a_transfer_copies_to_where_the_loader_did():
     copied, loaded = FusedModel(), FusedModel()
     places, left = rollout.learn_places(copied, fused_weights(1).items())
     assert copied.calls == ["load"] and not left
-    assert [len(places[name]) for name in ("q", "k", "columns", "embedding")] == [1, 1, 1, 1]
+    assert [len(places[name]) for name in ("q", "k", "columns", "embedding", "square")] == [1] * 5
     for transfer in range(1, 10):
         weights = fused_weights(transfer + 1)
-        # Of another layout in memory than those that were learnt from: a part of a larger tensor.
+        # Of another layout in memory than those that were learnt from: a part of a larger tensor, or columns first.
         shifted = {n: torch.cat([torch.ones(7), w.flatten()])[7:].view(w.shape) for n, w in weights.items()}
+        shifted["columns"] = weights["columns"].t().contiguous().t()
         assert rollout.copy_weights(copied, places, shifted.items(), transfer) == []
         loaded.load_weights(weights.items())
         for mine, theirs in zip(copied.parameters(), loaded.parameters(), strict=True):
@@ -459,12 +494,13 @@ def test_a_transfer_copies_to_where_the_loader_did():
     assert copied.calls == ["load"]
 
 
-def test_what_a_transfer_does_not_reach_is_named():
-    model = FusedModel()
-    weights = fused_weights(1)
-    assert rollout.learn_places(model, list(weights.items())[:3])[1] == ["columns"]
+def test_what_a_transfer_does_not_reach_is_named(monkeypatch):
+    model, weights = FusedModel(), fused_weights(1)
+    without = [{n: w for n, w in weights.items() if n != name}.items() for name in ("columns", "k", "embedding")]
+    assert [rollout.learn_places(model, some)[1] for some in without] == [["columns"], ["fused"], ["padded"]]
     places, _ = rollout.learn_places(model, weights.items())
-    assert rollout.copy_weights(model, places, list(weights.items())[1:], 1) == ["embedding"]  # it did not come
+    assert rollout.copy_weights(model, places, without[2], 1) == ["embedding"]  # it did not come
+    assert rollout.copy_weights(model, places, [("bias", torch.ones(3))], 1) == ["bias"]  # it has no place
     model.fused.data = model.fused.data.clone()  # the engine computes with other memory now
     assert rollout.copy_weights(model, places, weights.items(), 1) == ["k", "q"]
 
@@ -472,10 +508,17 @@ def test_what_a_transfer_does_not_reach_is_named():
         yield from weights.items()
         model.columns += 1  # what was copied does not stay
 
+    assert rollout.learn_places(model, spoilt())[1] == ["columns"]
     places, _ = rollout.learn_places(model, weights.items())
     assert [rollout.copy_weights(model, places, spoilt(), t) for t in range(8)].count(["columns"]) == 1  # of each eight
-    model.load_weights = lambda named: [model.columns.copy_(2 * t.narrow(1, 2, 2)) for n, t in named if n == "columns"]
+    load = model.load_weights
+    monkeypatch.setattr(model, "load_weights", lambda named: load((n, w) for n, w in named if n != "q"))
+    assert rollout.learn_places(model, weights.items())[1] == ["fused", "q"]  # the loader leaves it out
+    monkeypatch.setattr(model, "load_weights", lambda named: [model.columns.copy_(2 * w[:, 2:]) for _, w in named])
     with pytest.raises(RuntimeError, match="makes something of the trainer's weights before it copies them to columns"):
+        rollout.learn_places(model, [("columns", weights["columns"])])
+    model.quant_method = types.SimpleNamespace()
+    with pytest.raises(RuntimeError, match=r"something else of this model's weights \(SimpleNamespace\)"):
         rollout.learn_places(model, weights.items())
 
 
@@ -900,6 +943,9 @@ def test_questions_longer_than_the_context(chat, monkeypatch, capsys, tmp_path):
         ("REWARD", "score", "REWARD=score: must be one of outcome, per_attempt, score_stage1, score_stage2"),
         ("FEEDBACK", "oracle", "FEEDBACK=oracle: must be one of verified, intrinsic"),
         ("OFFLINE_SHARE", 1.5, "OFFLINE_SHARE=1.5: must be a share"),
+        ("GPU_MEMORY", 3.0, "GPU_MEMORY=3.0: must be a share"),
+        ("DIALOGUES", -1, "DIALOGUES=-1: must be at least 1"),
+        ("TEMPERATURE", -1.0, "TEMPERATURE=-1.0: must not be negative"),
         ("OFFLINE_ATTEMPTS", "x.jsonl", "OFFLINE_ATTEMPTS needs"),  # with the paper's one reward a dialogue
     ],
 )
