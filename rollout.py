@@ -360,6 +360,7 @@ class Engine:
         torch.set_rng_state(random_state)
         self.engine = self.llm.llm_engine
         self.model = self.llm.apply_model(lambda model: model)[0]  # the engine is in this process, and so is its model
+        self.holders = [module for module in self.model.modules() if module._parameters]
         plain = torch.nn.functional.linear
         self.packed = [m for m in self.model.modules() if getattr(m, "cpu_linear", plain) is not plain]
         self.places: dict[str, list[tuple]] = {}  # what a transfer copies where; see learn_places
@@ -428,7 +429,7 @@ class Engine:
             self.llm.wake_up(tags=["weights"])
         with torch.no_grad():
             if self.transfers:
-                stale = copy_weights(self.model, self.places, named_tensors, self.transfers)
+                stale = copy_weights(self.holders, self.places, named_tensors, self.transfers)
             else:
                 self.places, stale = learn_places(self.model, named_tensors)
         for layer in self.packed:
@@ -456,7 +457,7 @@ class Engine:
         """End the engine (and, as vLLM does it, the process group) and give all its memory back."""
         import torch
 
-        del self.model, self.packed, self.places  # before vLLM gives their memory back
+        del self.model, self.holders, self.packed, self.places  # before vLLM gives their memory back
         self.engine.engine_core.shutdown()
         del self.llm, self.engine
         gc.collect()
@@ -540,12 +541,15 @@ def same_cut(source: Any, whole: Any) -> Callable[[Any], Any] | None:
 
 
 def copy_weights(
-    model: Any, places: dict[str, list[tuple]], named_tensors: Iterable[tuple[str, Any]], transfers: int
+    holders: list[Any], places: dict[str, list[tuple]], named_tensors: Iterable[tuple[str, Any]], transfers: int
 ) -> list[str]:
     """Copy each tensor to its places. Returns the names of those that the engine does not hold afterwards: that did not
-    come, have no place, whose place is not the model's memory any more, or, of an eighth of them (another at each
-    transfer), whose bits are not there."""
-    checked = set(list(places)[transfers % 8 :: 8])
+    come, have no place, whose place is not the model's memory any more, or, of every sixteenth (others at each
+    transfer), whose bits are not there.
+
+    holders: the modules of the engine's model that have parameters. transfers: how many there were before.
+    """
+    checked = set(list(places)[transfers % 16 :: 16])
     left, sums = set(places), []
     for name, tensor in named_tensors:
         if name not in places:
@@ -557,7 +561,7 @@ def copy_weights(
             if name in checked:
                 sums.append((name, part, bit_sum(source.to(part.dtype))))
         left.discard(name)
-    memory = {address(parameter) for parameter in model.parameters()}
+    memory = {address(p) for module in holders for p in module._parameters.values() if p is not None}
     left |= {name for name, parts in places.items() for part, _ in parts if address(part) not in memory}
     left |= {name for name, part, bits in sums if bit_sum(part) != bits}
     return sorted(left)

@@ -487,7 +487,7 @@ def test_a_transfer_copies_to_where_the_loader_did():
         # Of another layout in memory than those that were learnt from: a part of a larger tensor, or columns first.
         shifted = {n: torch.cat([torch.ones(7), w.flatten()])[7:].view(w.shape) for n, w in weights.items()}
         shifted["columns"] = weights["columns"].t().contiguous().t()
-        assert rollout.copy_weights(copied, places, shifted.items(), transfer) == []
+        assert rollout.copy_weights([copied], places, shifted.items(), transfer) == []
         loaded.load_weights(weights.items())
         for mine, theirs in zip(copied.parameters(), loaded.parameters(), strict=True):
             assert torch.equal(mine, theirs)
@@ -499,10 +499,10 @@ def test_what_a_transfer_does_not_reach_is_named(monkeypatch):
     without = [{n: w for n, w in weights.items() if n != name}.items() for name in ("columns", "k", "embedding")]
     assert [rollout.learn_places(model, some)[1] for some in without] == [["columns"], ["fused"], ["padded"]]
     places, _ = rollout.learn_places(model, weights.items())
-    assert rollout.copy_weights(model, places, without[2], 1) == ["embedding"]  # it did not come
-    assert rollout.copy_weights(model, places, [("bias", torch.ones(3))], 1) == ["bias"]  # it has no place
+    assert rollout.copy_weights([model], places, without[2], 1) == ["embedding"]  # it did not come
+    assert rollout.copy_weights([model], places, [("bias", torch.ones(3))], 1) == ["bias"]  # it has no place
     model.fused.data = model.fused.data.clone()  # the engine computes with other memory now
-    assert rollout.copy_weights(model, places, weights.items(), 1) == ["k", "q"]
+    assert rollout.copy_weights([model], places, weights.items(), 1) == ["k", "q"]
 
     def spoilt():
         yield from weights.items()
@@ -510,7 +510,7 @@ def test_what_a_transfer_does_not_reach_is_named(monkeypatch):
 
     assert rollout.learn_places(model, spoilt())[1] == ["columns"]
     places, _ = rollout.learn_places(model, weights.items())
-    assert [rollout.copy_weights(model, places, spoilt(), t) for t in range(8)].count(["columns"]) == 1  # of each eight
+    assert [rollout.copy_weights([model], places, spoilt(), t) for t in range(16)].count(["columns"]) == 1  # of each 16
     load = model.load_weights
     monkeypatch.setattr(model, "load_weights", lambda named: load((n, w) for n, w in named if n != "q"))
     assert rollout.learn_places(model, weights.items())[1] == ["fused", "q"]  # the loader leaves it out
@@ -544,6 +544,7 @@ def test_the_order_of_a_transfer_on_a_gpu():
     engine.cuda, engine.packed, engine.places, engine.transfers = True, [], {}, 0
     engine.llm = FakeLLM()
     engine.model = FusedModel(engine.llm.calls)
+    engine.holders = [engine.model]
     engine.sleep(), engine.load_weights(fused_weights(1).items())
     wake, ready = ("wake", "weights"), ("wake", "kv_cache")
     assert engine.llm.calls == [("sleep", 2), wake, "load", "forget", ready]
