@@ -1,83 +1,166 @@
-def override_constants(
-    arguments: Sequence[str], stages: dict[str, ModuleType], presets: dict[str, dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """Set constants from NAME=value arguments and return every constant of every stage as it now is, for config.json.
+"""The constants of the stages: what a command line and presets change, and what a run keeps of them.
 
-    stages: name -> module, the running script first. NAME is looked for in that order; "rollout.NAME" names the stage.
-    PRESET=a,b applies the named groups of `presets` first, in order, then the arguments. A value has the type of the
-    constant it replaces. Raises SystemExit, with the nearest name, for a name or a value that does not fit.
+A constant is an annotated UPPER_CASE name at the top of a module, such as `STEPS: int = 1280` or
+`REWARD: Literal["outcome", "per_attempt"] = "outcome"`. The file's value runs unless a preset or NAME=value changes it.
+`modules` is everywhere {name: module}, the running script first; "rollout.SEED" names a module's constant in full.
+"""
+
+import difflib
+import hashlib
+import json
+import subprocess
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from plumbing.files import write_atomically
+
+Modules = dict[str, ModuleType]
+Presets = dict[str, dict[str, Any]]
+
+
+class Change(NamedTuple):
+    """What a constant becomes, and who says so: "preset toy" or "command line"."""
+
+    value: Any
+    by: str
+
+
+def list_constants(modules: Modules) -> Iterator[tuple[str, str, Any]]:
+    """(module's name, constant's name, annotation) of every constant."""
+    for module_name, module in modules.items():
+        for name, annotation in module.__annotations__.items():
+            if name.isupper():
+                yield module_name, name, annotation
+
+
+def parse_changes(arguments: Sequence[str], modules: Modules, presets: Presets | None = None) -> dict[str, Change]:
+    """NAME=value arguments, after the presets that PRESET names, as {"module.NAME": Change}. Nothing is changed yet.
+
+    A bare NAME is the constant of the first module that has it. Presets apply in order, then the arguments. Raises
+    SystemExit, with the nearest name, for a name that does not exist or a value that does not fit.
     """
+    presets = presets or {}
+    annotations = {f"{module}.{name}": annotation for module, name, annotation in list_constants(modules)}
+    full_names = {name: name for name in annotations}
+    for full_name in annotations:
+        full_names.setdefault(full_name.rpartition(".")[2], full_name)
+    changes: dict[str, Change] = {}
 
-    def set_constant(name: str, value: Any) -> None:
-        stage, _, bare = name.rpartition(".")
-        owners = [s for s in stages if stage in ("", s) and bare.isupper() and bare in stages[s].__annotations__]
-        if not owners:
-            known = [n for s in stages for c in stages[s].__annotations__ if c.isupper() for n in (c, f"{s}.{c}")]
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise SystemExit(f"{name}: no such constant; the nearest is {near[0]}")
-        owner = stages[owners[0]]
-        any_length = ... in typing.get_args(owner.__annotations__[bare])  # tuple[float, ...]
-        setattr(owner, bare, parse_value(name, value, getattr(owner, bare), any_length))
+    def change(name: str, value: Any, by: str) -> None:
+        if name not in full_names:
+            nearest = difflib.get_close_matches(name, full_names, n=1, cutoff=0)[0]
+            raise SystemExit(f"{name}: no such constant; the nearest is {nearest}")
+        full_name = full_names[name]
+        changes[full_name] = Change(parse_value(name, value, annotations[full_name]), by)
 
-    pairs = {}
+    pairs: dict[str, str] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals:
             raise SystemExit(f"{argument}: expected NAME=value")
         pairs[name] = value
-    first = next(iter(stages.values()))
-    for preset in filter(None, pairs.get("PRESET", getattr(first, "PRESET", "")).split(",")):
-        if preset not in (presets or {}):
-            raise SystemExit(f"PRESET={preset}: no such preset; there are {', '.join(presets or {})}")
+    script = next(iter(modules.values()))
+    for preset in filter(None, pairs.get("PRESET", getattr(script, "PRESET", "")).split(",")):
+        if preset not in presets:
+            raise SystemExit(f"PRESET={preset}: no such preset; there are {', '.join(presets)}")
         for name, value in presets[preset].items():
-            set_constant(name, value)
-    for name, value in pairs.items():
-        set_constant(name, value)
-    return {
-        f"{stage}.{name}": getattr(module, name)
-        for stage, module in stages.items()
-        for name in module.__annotations__
-        if name.isupper()
-    }
+            change(name, value, f"preset {preset}")
+    for name, text in pairs.items():
+        change(name, text, "command line")
+    return changes
 
 
-def parse_value(name: str, value: Any, default: Any, any_length: bool = False) -> Any:
-    """`value` (text from the command line, or a preset's value) as the type of `default`; a tuple is as long, too,
-    unless any_length.
+def parse_value(name: str, value: Any, annotation: Any) -> Any:
+    """`value`, the text of a command line or a preset's own value, as what the annotation asks for.
 
-    >>> parse_value("SEED", "3", 0), parse_value("WHITEN", "0", True), parse_value("BETAS", "0.9,0.99", (0.9, 0.95))
+    >>> parse_value("SEED", "3", int), parse_value("WHITEN", "0", bool), parse_value("BETAS", ".9,.99", tuple[float, float])
     (3, False, (0.9, 0.99))
+    >>> parse_value("KL_COEF", "0.1,0.01,0", tuple[float, ...]), parse_value("REWARD", "outcome", Literal["outcome"])
+    ((0.1, 0.01, 0.0), 'outcome')
     """
-    kind = type(default)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    expected = annotation.__name__ if isinstance(annotation, type) and not origin else str(annotation)
     try:
-        if kind is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[str(value).lower()]
-        if kind is tuple:
+        if origin is Literal:
+            expected = " or ".join(repr(choice) for choice in arguments)
+            return {str(choice): choice for choice in arguments}[str(value)]
+        if origin is tuple:
             parts = value.split(",") if isinstance(value, str) else value
-            defaults = default[:1] * len(parts) if any_length else default
-            return tuple(parse_value(name, v, d) for v, d in zip(parts, defaults, strict=True))
-        return kind(value)
+            kinds = [arguments[0]] * len(parts) if arguments[1:] == (...,) else arguments
+            return tuple(parse_value(name, part, kind) for part, kind in zip(parts, kinds, strict=True))
+        if annotation is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[str(value).lower()]
+        return annotation(value)
     except (KeyError, ValueError) as error:
-        raise SystemExit(f"{name}={value}: expected a value like {default!r} ({kind.__name__})") from error
+        raise SystemExit(f"{name}={value}: expected {expected}") from error
 
 
-def config_of(constants: dict[str, Any]) -> dict[str, Any]:
-    """What config.json holds: every constant of the stages that train, and which problems there were."""
-    sha256 = hashlib.sha256(Path(constants["ppo.TRAIN_DATA"]).read_bytes()).hexdigest()
-    return json.loads(json.dumps(constants | {"SHA-256 of TRAIN_DATA": sha256}))
+def snapshot(modules: Modules) -> dict[str, Any]:
+    """{"module.NAME": value} of every constant as it is now."""
+    return {f"{module}.{name}": getattr(modules[module], name) for module, name, _ in list_constants(modules)}
 
 
-def open_run(folder: Path, constants: dict[str, Any]) -> None:
-    """Create runs/RUN with its config.json. Raises SystemExit if a run there has begun with other constants or other
-    problems; constants that have to do with the hardware may differ."""
-    config, constants = folder / "config.json", config_of(constants)
-    if (folder / "metrics.jsonl").is_file():
-        there = json.loads(config.read_text(encoding="utf-8"))
-        names = sorted((there.keys() | constants.keys()) - HARDWARE)
-        differ = [k for k in names if there.get(k) != constants.get(k)]
-        if differ:
-            lines = "\n".join(f"  {k}: {there.get(k)} there, {constants.get(k)} now" for k in differ)
-            raise SystemExit(f"{folder} is a run with other constants; take another RUN or delete it:\n{lines}")
-    elif dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config, json.dumps(constants, indent=1))
+def set_constants(arguments: Sequence[str], modules: Modules, presets: Presets | None = None) -> str:
+    """Apply parse_changes() -> lines that say which constants are not what their file says, and who changed them.
+
+    Raises SystemExit as parse_changes does, and where a file itself has a value that its annotation does not allow.
+    """
+    for module, name, annotation in list_constants(modules):
+        parse_value(f"{module}.{name}", getattr(modules[module], name), annotation)
+    changes, in_files = parse_changes(arguments, modules, presets), snapshot(modules)
+    for full_name, change in changes.items():
+        module, _, name = full_name.partition(".")
+        setattr(modules[module], name, change.value)
+    lines = [
+        f"{full_name} = {change.value!r} ({change.by}; the file says {in_files[full_name]!r})"
+        for full_name, change in changes.items()
+        if change.value != in_files[full_name]
+    ]
+    return "\n".join(lines)
+
+
+# What a run keeps: config.json ----------------------------------------------------------------------------------------
+def code_version() -> str:
+    """The commit of the code that runs, "..., edited" if files differ from it; "unknown" outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (", edited" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def make_config(values: dict[str, Any], data: Path) -> dict[str, Any]:
+    """What config.json holds: all constants, which commit and which file of problems they ran with."""
+    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
+    return json.loads(json.dumps({"code": code_version(), "SHA-256 of the problems": sha256} | values))
+
+
+def check_config(path: Path, config: dict[str, Any], free: Sequence[str]) -> None:
+    """Compare a run's config.json with the constants that it would go on with. Raises SystemExit, with the difference,
+    if they decide on something else; those of the modules `free` only say where and how fast, and may change. Other
+    code is no reason to refuse: it is said."""
+    then = json.loads(path.read_text(encoding="utf-8"))
+    differ = [
+        f"  {name}: {then.get(name)} there, {config.get(name)} now"
+        for name in then | config
+        if name != "code" and name.partition(".")[0] not in free and then.get(name) != config.get(name)
+    ]
+    if differ:
+        raise SystemExit(f"{path.parent} is a run with other constants; take another RUN or delete it:\n" + "\n".join(differ))
+    if then["code"] != config["code"]:
+        print(f"{path.parent} began with code {then['code']}, this is {config['code']}: its numbers may differ from here on")
+
+
+def start_config(path: Path, config: dict[str, Any]) -> None:
+    """Write a run's first config.json."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(config, indent=1))
+
+
