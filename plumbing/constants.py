@@ -76,10 +76,10 @@ def parse_changes(arguments: Sequence[str], modules: Modules, presets: Presets |
 def parse_value(name: str, value: Any, annotation: Any) -> Any:
     """`value`, the text of a command line or a preset's own value, as what the annotation asks for.
 
-    >>> parse_value("SEED", "3", int), parse_value("WHITEN", "0", bool), parse_value("BETAS", ".9,.99", tuple[float, float])
-    (3, False, (0.9, 0.99))
-    >>> parse_value("KL_COEF", "0.1,0.01,0", tuple[float, ...]), parse_value("REWARD", "outcome", Literal["outcome"])
-    ((0.1, 0.01, 0.0), 'outcome')
+    >>> parse_value("SEED", "3", int), parse_value("WHITEN", "0", bool), parse_value("REWARD", "a", Literal["a", "b"])
+    (3, False, 'a')
+    >>> parse_value("BETAS", ".9,.99", tuple[float, float]), parse_value("KL_COEF", "0.1,0.01,0", tuple[float, ...])
+    ((0.9, 0.99), (0.1, 0.01, 0.0))
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     expected = annotation.__name__ if isinstance(annotation, type) and not origin else str(annotation)
@@ -153,14 +153,16 @@ def check_config(path: Path, config: dict[str, Any], free: Sequence[str]) -> Non
         if name != "code" and name.partition(".")[0] not in free and then.get(name) != config.get(name)
     ]
     if differ:
-        raise SystemExit(f"{path.parent} is a run with other constants; take another RUN or delete it:\n" + "\n".join(differ))
+        raise SystemExit(
+            f"{path.parent} is a run with other constants; take another RUN or delete it:\n" + "\n".join(differ)
+        )
     if then["code"] != config["code"]:
-        print(f"{path.parent} began with code {then['code']}, this is {config['code']}: its numbers may differ from here on")
+        print(
+            f"{path.parent} began with code {then['code']}, this is {config['code']}: numbers may differ from here on"
+        )
 
 
 def start_config(path: Path, config: dict[str, Any]) -> None:
     """Write a run's first config.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(config, indent=1))
-
-

@@ -1,33 +1,59 @@
-class Engine:
-    """vLLM in this process. Under torchrun TENSOR_PARALLEL ranks share one; all ranks must make theirs together."""
+"""vLLM in the trainer's process: every call of it that the program makes. One engine for each rank.
 
-    def __init__(self, model: str, dtype: str = "float32", seed: int = 0):
+A model that does not fit into one GPU needs tensor parallelism, which this file leaves out: serve it by a framework
+that separates generation from training, such as OpenRLHF or verl.
+"""
+
+import gc
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+MAX_SEQUENCES: int = 256  # sequences decoded at once; more is faster until the KV cache is full
+GPU_MEMORY: float = 0.5  # share of a GPU's memory that the engine may take; the trainer uses the rest (paper 0.5)
+CPU_CACHE_MIB: int = 512  # MiB of KV cache of an engine on a CPU
+
+
+class Sample(NamedTuple):
+    """An attempt that has ended."""
+
+    key: int  # as given to submit()
+    ids: list[int]  # the sampled token ids
+    logprobs: list[float]  # of each of them, under the distribution that was sampled from
+    stopped: bool  # whether the policy ended it (else a limit did)
+
+
+class Engine:
+    """A queue of attempts. All ranks make their engines together.
+
+    model: folder or hub name. context: tokens that a sequence may have. sleeps: whether it will give its memory to a
+    trainer between rollouts (GPUs only; one such engine for each process).
+    """
+
+    def __init__(self, model: str, context: int, dtype: str = "float32", seed: int = 0, sleeps: bool = False):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine core in this process: no copies, no pickling
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import torch
         import vllm
-        from vllm.model_executor.layers import utils
 
         self.cuda = torch.cuda.is_available()
-        if not self.cuda:
-            utils.dispatch_cpu_unquantized_gemm = pack_large_only(utils.dispatch_cpu_unquantized_gemm)
+        self.sleeps = sleeps and self.cuda
         where = {"gpu_memory_utilization": GPU_MEMORY} if self.cuda else {"kv_cache_memory_bytes": CPU_CACHE_MIB << 20}
-        random_state = torch.get_rng_state()  # vLLM seeds the whole process; the trainer's stream is not its business
+        random_state = torch.get_rng_state()  # vLLM seeds the whole process; the trainer's stream must not change
         self.llm = vllm.LLM(
             model=model,
             dtype=dtype,
             seed=seed,
-            tensor_parallel_size=TENSOR_PARALLEL,
-            max_model_len=CONTEXT,
+            max_model_len=context,
             max_num_seqs=MAX_SEQUENCES,
-            max_num_batched_tokens=max(8192, CONTEXT),
+            max_num_batched_tokens=max(8192, context),
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-            generation_config="vllm",  # a model's own sampling defaults must not leak into training
+            generation_config="vllm",  # a model's own sampling defaults must not enter training
             enable_prefix_caching=True,  # a retry finds its whole history in the cache
             # Not on a CPU: its runner cannot rewind the generator of a request whose prompt a full step cuts in two.
             enable_chunked_prefill=self.cuda,
             enforce_eager=not self.cuda,
-            enable_sleep_mode=self.cuda,
+            enable_sleep_mode=self.sleeps,
             distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -35,31 +61,28 @@ class Engine:
         )
         torch.set_rng_state(random_state)
         self.engine = self.llm.llm_engine
-        self.model = self.llm.apply_model(lambda model: model)[0]  # the engine is in this process, and so is its model
-        self.holders = [module for module in self.model.modules() if module._parameters]
-        plain = torch.nn.functional.linear
-        self.packed = [m for m in self.model.modules() if getattr(m, "cpu_linear", plain) is not plain]
-        self.places: dict[str, list[tuple]] = {}  # what a transfer copies where; see learn_places
-        self.transfers = 0
         self.tokenizer = self.llm.get_tokenizer()
         config = self.engine.model_config
         ends = [config.hf_config.eos_token_id, self.tokenizer.eos_token_id]
         ends.append(config.try_get_generation_config().get("eos_token_id"))
         self.stop_ids = {i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])}
         # Rows of a padded vocabulary are no tokens: never sample them (Qwen2.5: 151,936 rows, 151,665 tokens).
-        self.never = dict.fromkeys(range(len(self.tokenizer), config.get_vocab_size()), -100.0)
+        self.padding_bias = dict.fromkeys(range(len(self.tokenizer), config.get_vocab_size()), -100.0)
 
-    def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
-        """Queue one attempt: continue `ids` until a stop id or max_tokens. Temperature 0 is greedy."""
+    def submit(
+        self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int | None, stop_id: int
+    ) -> None:
+        """Queue one attempt: continue `ids` until a stop id or max_tokens. Temperature 0 is greedy. seed: of this
+        attempt's own random stream; None to draw from the engine's (reseed)."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
             temperature=temperature,
-            seed=seed if SEED_ATTEMPTS and temperature > 0 else None,
+            seed=seed if temperature > 0 else None,
             max_tokens=max_tokens,
-            stop_token_ids=sorted(stop | self.stop_ids),
-            logit_bias=self.never or None,
+            stop_token_ids=sorted(self.stop_ids | {stop_id}),
+            logit_bias=self.padding_bias or None,
             logprobs=0,  # the sampled token's log-probability, no alternatives
             flat_logprobs=True,
             detokenize=False,
@@ -68,74 +91,79 @@ class Engine:
         )
         self.engine.add_request(str(key), {"prompt_token_ids": ids}, params)
 
-    def step(self) -> list[tuple[int, list[int], list[float], bool]]:
-        """One forward pass over what runs -> (key, sampled ids, their logprobs, stopped?) of each that ended."""
-        ended = [(int(request.request_id), request.outputs[0]) for request in self.engine.step() if request.finished]
-        return [(k, list(out.token_ids), out.logprobs.logprobs, out.finish_reason == "stop") for k, out in ended]
-
-    def reseed(self, seed: int) -> None:
-        """Start the stream from which attempts without a seed of their own are sampled."""
-        import numpy
-        import torch
-
-        torch.manual_seed(seed)
-        numpy.random.seed(seed)  # from which vLLM's newer runner for GPUs seeds them
-
-    def agree(self, verdicts: dict[int, grader.Verdict]) -> dict[int, grader.Verdict]:
-        """Ranks that share an engine must queue the same attempts in the same step: the first one's verdicts count."""
-        if TENSOR_PARALLEL == 1:
-            return verdicts
-        from vllm.distributed import get_tp_group
-
-        return get_tp_group().broadcast_object(verdicts, src=0)
-
     @property
     def busy(self) -> bool:
         return self.engine.has_unfinished_requests()
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
-        """Replace the engine's weights by the trainer's, streamed one whole tensor at a time. The one place that knows
-        the order: wake the weights, load them, forget what was cached under the old ones, wake the cache.
+    def step(self) -> list[Sample]:
+        """One forward pass over everything that runs -> the attempts that ended in it."""
+        samples = []
+        for request in self.engine.step():
+            if request.finished:
+                out = request.outputs[0]
+                stopped = out.finish_reason == "stop"
+                samples.append(Sample(int(request.request_id), list(out.token_ids), out.logprobs.logprobs, stopped))
+        return samples
 
-        Raises RuntimeError if the engine does not hold them afterwards.
-        """
+    def reseed(self, seed: int) -> None:
+        """Restart the random stream of attempts that have no seed of their own."""
+        import numpy
         import torch
 
-        if self.cuda:
+        torch.manual_seed(seed)
+        numpy.random.seed(seed)  # from which vLLM's newer runner for GPUs seeds such attempts
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
+        """Replace the engine's weights by the trainer's, one whole tensor at a time, under their Hugging Face names.
+
+        This is the one place that knows the order: wake the weights, load them, drop what was cached under the old
+        ones, wake the cache. Raises RuntimeError, naming parameters that no tensor filled, if weights did not arrive.
+        (On a CPU vLLM keeps matrices packed out of reach; there ppo.py's MAX_MISMATCH finds those that are stale.)
+        """
+        if self.sleeps:
             self.llm.wake_up(tags=["weights"])
-        with torch.no_grad():
-            if self.transfers:
-                stale = copy_weights(self.holders, self.places, named_tensors, self.transfers)
-            else:
-                self.places, stale = learn_places(self.model, named_tensors)
-        for layer in self.packed:
-            layer.quant_method.process_weights_after_loading(layer)
-        if stale:
-            named = ", ".join(stale[:3]) + " ..." * (len(stale) > 3)
-            raise RuntimeError(
-                f"the engine does not hold the trainer's weights behind a transfer ({named}): "
-                "it would sample from another policy than the one that is trained"
-            )
-        self.transfers += 1
+        self.llm.apply_model(fill_with_nan)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        self.llm.apply_model(repack_tied_head)
+        if missing := self.llm.apply_model(find_nan)[0]:
+            named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise RuntimeError(f"weights that did not reach the engine, or are not finite: {named}")
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError(
-                "the engine kept its prefix cache: attempts were still running while weights were loaded"
-            )
-        if self.cuda:
+            raise RuntimeError("the engine kept its prefix cache: attempts were running while weights were loaded")
+        if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
 
     def sleep(self) -> None:
-        """Give the memory back to the trainer. The weights are dropped, not copied: load_weights must follow."""
-        if self.cuda:
+        """Give the memory to the trainer. The weights are dropped, not copied: load_weights must follow."""
+        if self.sleeps:
             self.llm.sleep(level=2)
 
     def shutdown(self) -> None:
-        """End the engine (and, as vLLM does it, the process group) and give all its memory back."""
+        """End the engine and free its memory. vLLM ends the process group of torch.distributed with it."""
         import torch
 
-        del self.model, self.holders, self.packed, self.places  # before vLLM gives their memory back
         self.engine.engine_core.shutdown()
         del self.llm, self.engine
+        if self.cuda:
+            torch._dynamo.reset()  # compiled code holds references to the engine (vLLM issue 21073)
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+# Run by apply_model on the engine's own model -------------------------------------------------------------------------
+def fill_with_nan(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+
+
+def find_nan(model: Any) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+
+
+def repack_tied_head(model: Any) -> None:
+    """On a CPU logits come from a packed copy of lm_head. Where lm_head is tied to the embedding, reload_weights leaves
+    that copy as it was, and the engine would go on sampling with the old output layer."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and head.weight.device.type == "cpu" and model.config.tie_word_embeddings:
+        head.quant_method.process_weights_after_loading(head)
