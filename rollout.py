@@ -23,24 +23,24 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 import grader
 from data.problems import load_problems
 from plumbing import engine as engine_module
 from plumbing.chat import Chat, load_tokenizer
-from plumbing.constants import set_constants
+from plumbing.constants import Count, Share, require, set_constants
 from plumbing.engine import Engine
 from plumbing.files import read_jsonl
 
+from tqdm import tqdm
+
 # The task -------------------------------------------------------------------------------------------------------------
-MIN_ATTEMPTS: int = 1  # attempts; smallest N of a training dialogue (paper 1, SCoRe 2)
-MAX_ATTEMPTS: int = 5  # attempts; largest N of a training dialogue, K of an evaluation (paper 5, SCoRe 2)
+MIN_ATTEMPTS: Count = 1  # attempts; smallest N of a training dialogue (paper 1, SCoRe 2)
+MAX_ATTEMPTS: Count = 5  # attempts; largest N of a training dialogue, K of an evaluation (paper 5, SCoRe 2)
 PROMPT: Literal["multi_attempt", "single_turn"] = "multi_attempt"  # single_turn does not state N (the paper's baseline)
 FEEDBACK: Literal["verified", "intrinsic"] = "verified"  # told when wrong, stop when right; or never told (SCoRe)
 SYSTEM_TURNS: bool = True  # 0: instructions and verdicts are user turns, for chat templates without system turns
-MAX_ATTEMPT_TOKENS: int = 3000  # tokens; an attempt is cut there (paper: 3000 over all attempts together)
-CONTEXT: int = 4096  # tokens; prompt and all attempts of a dialogue together (paper 4024)
+MAX_ATTEMPT_TOKENS: Count = 3000  # tokens; an attempt is cut there (paper: 3000 over all attempts together)
+CONTEXT: Count = 4096  # tokens; prompt and all attempts of a dialogue together (paper 4024)
 
 # Rewards: those of the paper's code; SCoRe pays 1, 0 and 0 ------------------------------------------------------------
 REWARD: Literal["outcome", "per_attempt", "score_stage1", "score_stage2"] = "outcome"  # see attempt_rewards
@@ -52,16 +52,18 @@ SCORE_ALPHA: float = 10.0  # weight of the progress bonus of "score_stage2" (SCo
 
 # First attempts of another policy (SCoRe, section 5.3) ----------------------------------------------------------------
 OFFLINE_ATTEMPTS: str = ""  # a dialogues-*.jsonl of evaluate.py whose first attempts begin some dialogues; "" = none
-OFFLINE_SHARE: float = 0.5  # share of the dialogues with N > 1 that begin so, where there is one (not in the papers)
+OFFLINE_SHARE: Share = 0.5  # share of the dialogues with N > 1 that begin so, where there is one (not in the papers)
 
 # Sampling -------------------------------------------------------------------------------------------------------------
-SAMPLES_PER_PROMPT: int = 1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
+SAMPLES_PER_PROMPT: Count = (
+    1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
+)
 SEED_ATTEMPTS: bool = True  # a seed for each attempt, so that no sample depends on what else is in the queue
 
 if __name__ == "__main__":  # constants of `python rollout.py` alone; the other stages have their own
     MODEL: str = "data/toy/warm_start"  # folder or hub name
     PROBLEMS: str = "data/toy/test.jsonl"  # problems to play
-    DIALOGUES: int = 4  # how many to play and print
+    DIALOGUES: Count = 4  # how many to play and print
     TEMPERATURE: float = 1.0  # of sampling; 0 is greedy
     SEED: int = 0  # of N and of sampling
 
@@ -103,15 +105,11 @@ class Dialogue:
     logprobs: list[float] = dataclasses.field(default_factory=list)  # the sampler's, of each action; 0 elsewhere
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
 
-    def append_environment(self, ids: Sequence[int]) -> None:
+    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
+        """Add environment ids or, with their log-probabilities, actions."""
         self.ids += ids
-        self.mask += [0] * len(ids)
-        self.logprobs += [0.0] * len(ids)
-
-    def append_actions(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        self.ids += ids
-        self.mask += [1] * len(ids)
-        self.logprobs += logprobs
+        self.mask += [0 if logprobs is None else 1] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
     @property
     def attempts_left(self) -> int:
@@ -164,7 +162,7 @@ def encode_feedback(chat: Chat, attempts_left: int) -> list[int]:
 
 def new_dialogue(chat: Chat, problem: dict[str, Any], max_attempts: int) -> Dialogue:
     dialogue = Dialogue(problem, max_attempts)
-    dialogue.append_environment(encode_prompt(chat, problem["question"], max_attempts))
+    dialogue.append(encode_prompt(chat, problem["question"], max_attempts))
     return dialogue
 
 
@@ -189,7 +187,7 @@ def place_attempt(chat: Chat, dialogue: Dialogue, text: str, answer: str | None,
     start = len(dialogue.ids)
     if dialogue.attempts_left < 2 or start + len(ids) + len(feedback) >= CONTEXT:
         return False
-    dialogue.append_environment(ids + feedback)
+    dialogue.append(ids + feedback)
     dialogue.attempts.append(Attempt(start, start + len(ids), answer, status, "stop", own=False))
     return True
 
@@ -239,7 +237,7 @@ def submit_attempt(engine: Engine, chat: Chat, index: int, dialogue: Dialogue, s
 def grade_attempt(chat: Chat, dialogue: Dialogue, ids: list[int], logprobs: list[float], stopped: bool) -> Future:
     """Append a sampled attempt -> the verdict on it, which may take a moment."""
     start = len(dialogue.ids)
-    dialogue.append_actions(ids, logprobs)
+    dialogue.append(ids, logprobs)
     limit = "context" if len(dialogue.ids) >= CONTEXT else "length"
     dialogue.attempts.append(Attempt(start, len(dialogue.ids), None, "no_answer", "stop" if stopped else limit))
     response = chat.decode(ids, skip_special_tokens=True)
@@ -257,7 +255,7 @@ def give_feedback(chat: Chat, dialogue: Dialogue, verdict: grader.Verdict) -> bo
         feedback = [chat.end_of_turn, *feedback]
     if len(dialogue.ids) + len(feedback) >= CONTEXT:
         return False
-    dialogue.append_environment(feedback)
+    dialogue.append(feedback)
     return True
 
 
@@ -380,7 +378,7 @@ def token_rewards(dialogue: Dialogue) -> list[float]:
 
 # What a rollout is measured by ----------------------------------------------------------------------------------------
 def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
-    """Means over all dialogues of a step, or over the policy's own attempts. accuracy_at_k is solved_within(k), over the
+    """Means over all dialogues of a step, or over the policy's own attempts. accuracy_at_k is solved_within(k) over
     dialogues that grant k attempts and that the policy began itself."""
     attempts = [a for d in dialogues for a in d.attempts if a.own]
     begun = [d for d in dialogues if all(a.own for a in d.attempts)]
@@ -408,12 +406,10 @@ def rollout_metrics(dialogues: Sequence[Dialogue]) -> dict[str, float]:
 # python rollout.py ----------------------------------------------------------------------------------------------------
 def check_constants() -> None:
     """Raises SystemExit where constants do not fit each other."""
-    if not 1 <= MIN_ATTEMPTS <= MAX_ATTEMPTS:
-        raise SystemExit(f"1 <= MIN_ATTEMPTS={MIN_ATTEMPTS} <= MAX_ATTEMPTS={MAX_ATTEMPTS} must hold")
-    if min(MAX_ATTEMPT_TOKENS, CONTEXT, SAMPLES_PER_PROMPT, engine_module.MAX_SEQUENCES) < 1:
-        raise SystemExit("MAX_ATTEMPT_TOKENS, CONTEXT, SAMPLES_PER_PROMPT and MAX_SEQUENCES must be at least 1")
-    if OFFLINE_ATTEMPTS and (REWARD == "outcome" or MAX_ATTEMPTS == 1):
-        raise SystemExit("OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more, and a REWARD that pays attempts one by one")
+    require(MIN_ATTEMPTS <= MAX_ATTEMPTS, f"MIN_ATTEMPTS={MIN_ATTEMPTS} is more than MAX_ATTEMPTS={MAX_ATTEMPTS}")
+    if OFFLINE_ATTEMPTS:
+        require(MAX_ATTEMPTS > 1, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more")
+        require(REWARD != "outcome", "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one")
 
 
 def show(chat: Chat, dialogue: Dialogue) -> str:

@@ -4,8 +4,10 @@ JSONL, Parquet or CSV, under the usual names of the columns. A "tolerance" of a 
 """
 
 import csv
+import functools
 import json
 import math
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,3 +128,26 @@ def question_key(question: str) -> str:
     False
     """
     return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(question_words(question)))
+
+
+def split_dev(
+    problems: list[dict[str, Any]], count: int, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """-> (train, dev): `count` problems drawn by seed, and the others less what asks the same as one of those."""
+    if len(problems) <= count:
+        raise SystemExit(f"DEV_PROBLEMS={count} leaves none of the {len(problems)} problems to train on")
+    dev = random.Random(f"dev-{seed}").sample(problems, count)
+    asked = {question_key(p["question"]) for p in dev}
+    return [p for p in problems if question_key(p["question"]) not in asked], dev
+
+
+def problem_at(problems: list[dict[str, Any]], visit: int, seed: int) -> dict[str, Any]:
+    """The problem of a run's visit-th dialogue: pass after pass over all problems, each in an order of its own. It
+    depends on seed and visit alone: to resume, the step is all that one has to know."""
+    epoch, index = divmod(visit, len(problems))
+    return problems[shuffle_indices(seed, epoch, len(problems))[index]]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffle_indices(seed: int, epoch: int, count: int) -> list[int]:
+    return random.Random(f"{seed}-{epoch}").sample(range(count), count)

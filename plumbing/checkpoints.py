@@ -1,106 +1,129 @@
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoints/step-??????"))
+"""Checkpoints of a run, from which it resumes to the same numbers, and the policy as a Hugging Face folder.
+
+Nothing is half-written: each is written beside its place, then renamed. A full disk leaves what was there whole.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plumbing.constants import Count
+from plumbing.files import read_jsonl
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+KEEP_CHECKPOINTS: Count = 2  # the newest so many stay, and the best on the dev split (paper 2)
+
+
+class Part(NamedTuple):
+    """A model that is trained, and its optimiser."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 @contextlib.contextmanager
-def writing(partial: Path) -> Iterator[None]:
-    """Turns a disk that is full into a clear end, which leaves nothing half-written and all checkpoints whole."""
+def clear_errors(path: Path) -> Iterator[None]:
+    """Turns a write that fails (a full disk) into one line that says what to do."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        there = [path.name for path in checkpoints(partial.parent.parent) + checkpoints(partial.parent)]
-        behind = f"from {there[-1]}" if there else "at its beginning"
-        raise SystemExit(f"{partial} could not be written ({last_line(error)}); the run goes on {behind}") from error
+        raise SystemExit(
+            f"{path} could not be written ({last_line(error)}); the run resumes from its last checkpoint"
+        ) from error
 
 
-def save(folder: Path, step: int, generated: int, learner: Learner) -> Future:
-    """Write checkpoints/step-000100.partial: models and optimisers, sharded, and the step -> done when it is written,
-    with ASYNC_SAVE while the run goes on. All ranks must call it, and publish() behind it."""
-    partial = folder / "checkpoints" / f"step-{step:06d}.partial"
+def last_line(error: BaseException) -> str:
+    """torch wraps an error in many lines, of which the last names it."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1].strip()[:200]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Those of a run that are complete, oldest first."""
+    return sorted(folder.glob("checkpoints/step-??????"))
+
+
+def collect_state(parts: Iterable[Part]) -> dict[str, Any]:
+    """Models and optimisers as a checkpoint has them."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    state = {}
+    for name, model, optimizer in parts:
+        is_new = not optimizer.state
+        weights, moments = get_state_dict(model, optimizer)
+        if is_new:  # get_state_dict has made an empty step, so that there are moments; it must not count as one
+            for value in optimizer.state.values():
+                value["step"].zero_()
+        state[name] = {"model": weights, "optimizer": moments}
+    return state
+
+
+def save(folder: Path, step: int, generated: int, parts: Iterable[Part], best: int) -> None:
+    """Write checkpoints/step-000100, sharded, with the step and the generated tokens so far. The newest
+    KEEP_CHECKPOINTS and that of step `best` stay. All ranks must call it."""
+    import torch.distributed.checkpoint as dcp
+
+    name = folder / "checkpoints" / f"step-{step:06d}"
+    partial = name.with_suffix(".partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
     dist.barrier()
-    state = {"parts": gather_state(learner), "step": step, "generated": generated}
-    written: Future = Future()
-    with writing(partial):
-        if ASYNC_SAVE:
-            return dcp.async_save(state, checkpoint_id=partial, process_group=saving_group())
-        written.set_result(dcp.save(state, checkpoint_id=partial))
-    return written
-
-
-@functools.cache
-def saving_group() -> dist.ProcessGroup:
-    """Ranks that write behind a step talk among themselves: in the trainer's group they would cut into its talk."""
-    return dist.new_group(backend="gloo")
-
-
-def publish(folder: Path, step: int, written: Future, best: int) -> None:
-    """Wait for a checkpoint and give it its name. The newest KEEP_CHECKPOINTS and that of step `best` stay. All ranks
-    must call it. A failure leaves the checkpoints before it whole."""
-    name = folder / "checkpoints" / f"step-{step:06d}"
-    partial = name.with_name(name.name + ".partial")
-    with writing(partial):
-        written.result()
-    dist.barrier()
+    with clear_errors(partial):
+        dcp.save({"parts": collect_state(parts), "step": step, "generated": generated}, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(name)
-        for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+        for old in list_checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             if old.name != f"step-{best:06d}":
                 shutil.rmtree(old)
     dist.barrier()
 
 
-def load(folder: Path, learner: Learner) -> tuple[int, int]:
+def load(folder: Path, parts: list[Part]) -> tuple[int, int]:
     """The newest checkpoint into models and optimisers -> (step, generated tokens); (0, 0) where there is none.
 
-    Raises SystemExit, naming the checkpoint and the one before it, if it cannot be read.
+    Raises SystemExit, naming the checkpoint, if it cannot be read.
     """
-    *older, newest = [None, *checkpoints(folder)]
-    if newest is None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    there = list_checkpoints(folder)
+    if not there:
         return 0, 0
-    state = {"parts": gather_state(learner), "step": 0, "generated": 0}
+    state = {"parts": collect_state(parts), "step": 0, "generated": 0}
     try:
-        dcp.load(state, checkpoint_id=newest)
+        dcp.load(state, checkpoint_id=there[-1])
     except (Exception, CheckpointException) as error:  # whatever a damaged or foreign file makes of its reader
-        before = f"it resumes from {older[-1].name}" if older and older[-1] else "it starts anew"
-        raise SystemExit(
-            f"{newest} is damaged or of another model ({last_line(error)}): delete it and start again; {before}"
-        ) from error
-    for name, model, optimizer in learner.trained():
+        cure = (
+            f"delete it and start again; the run then resumes from {there[-2].name}" if there[1:] else "delete the run"
+        )
+        raise SystemExit(f"{there[-1]} is damaged or of another model ({last_line(error)}): {cure}") from error
+    for name, model, optimizer in parts:
         weights, moments = state["parts"][name]["model"], state["parts"][name]["optimizer"]
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return state["step"], state["generated"]
 
 
-def gather_state(learner: Learner) -> dict[str, Any]:
-    """Models and optimisers as the checkpoint has them."""
-    idle = [optimizer for _, _, optimizer in learner.trained() if not optimizer.state]
-    states = {name: get_state_dict(model, optimizer) for name, model, optimizer in learner.trained()}
-    for optimizer in idle:  # torch has made it one step of nothing, to have moments to speak of; that was none
-        for moments in optimizer.state.values():
-            moments["step"].zero_()
-    return {name: {"model": weights, "optimizer": moments} for name, (weights, moments) in states.items()}
-
-
-def last_line(error: BaseException) -> str:
-    """The most telling line of an error that torch has wrapped in many."""
-    lines = [line.strip() for line in str(error).splitlines() if "Error" in line or "error" in line]
-    return (lines or [repr(error)])[-1][:200]
-
-
-def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
-    """The policy as a Hugging Face folder, which transformers and vLLM open as it is. All ranks must call it."""
-    weights = {name: tensor.cpu() for name, tensor in named_weights(actor)}
+def export(folder: Path, lm: nn.Module, weights: Iterable[tuple[str, Tensor]], tokenizer: Any) -> None:
+    """The policy as a Hugging Face folder, which transformers and vLLM open as it is. weights: by name, in the dtype to
+    store. All ranks must call it."""
+    whole = {name: tensor.cpu() for name, tensor in weights}
     if dist.get_rank() == 0:
         partial, old = (folder.with_name(folder.name + ending) for ending in (".partial", ".old"))
         for left in (partial, old):  # by a run that was killed while it exported
             shutil.rmtree(left, ignore_errors=True)
-        with writing(partial):
-            actor.lm.save_pretrained(partial, state_dict=weights)
-            actor.lm.config.dtype = getattr(torch, COMPUTE_DTYPE)  # save_pretrained has put down that of the shards
-            actor.lm.config.save_pretrained(partial)
+        with clear_errors(partial):
+            lm.save_pretrained(partial, state_dict=whole)
+            lm.config.dtype = next(iter(whole.values())).dtype  # save_pretrained has noted that of the shards
+            lm.config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if folder.is_dir():
             folder.rename(old)
@@ -109,11 +132,11 @@ def export(folder: Path, actor: Actor, tokenizer: Any) -> None:
     dist.barrier()
 
 
-def best_so_far(folder: Path, goal: str) -> tuple[int, float]:
-    """(step, value) of the highest metric `goal` in the log, the first of equals, by rank 0's copy of it; (0, -1) where
-    there is none."""
-    rows = [row for row in read_records(folder / "metrics.jsonl") if goal in row]
-    found = [max(((row[goal], -row["step"]) for row in rows), default=(-1.0, 0))]
+def best_so_far(folder: Path, metric: str) -> tuple[int, float]:
+    """(step, value) of the highest metric in the log, the first of equals; (0, -1) where there is none. Rank 0's log
+    decides for all ranks."""
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if metric in row]
+    best = max(rows, key=lambda row: (row[metric], -row["step"]), default={metric: -1.0, "step": 0})
+    found = [(best["step"], best[metric])]
     dist.broadcast_object_list(found, src=0)
-    value, step = found[0]
-    return -step, value
+    return found[0]

@@ -8,15 +8,18 @@ A constant is an annotated UPPER_CASE name at the top of a module, such as `STEP
 import difflib
 import hashlib
 import json
+import math
 import subprocess
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from plumbing.files import write_atomically
 
+Count = Annotated[int, (1, math.inf)]  # annotations of constants may state their bounds
+Share = Annotated[float, (0, 1)]
 Modules = dict[str, ModuleType]
 Presets = dict[str, dict[str, Any]]
 
@@ -91,6 +94,12 @@ def parse_value(name: str, value: Any, annotation: Any) -> Any:
             parts = value.split(",") if isinstance(value, str) else value
             kinds = [arguments[0]] * len(parts) if arguments[1:] == (...,) else arguments
             return tuple(parse_value(name, part, kind) for part, kind in zip(parts, kinds, strict=True))
+        if origin is Annotated:
+            number, (low, high) = arguments[0](value), arguments[1]
+            expected = f"a number from {low} to {high}"
+            if not low <= number <= high:
+                raise ValueError(number)
+            return number
         if annotation is bool:
             return {"0": False, "1": True, "false": False, "true": True}[str(value).lower()]
         return annotation(value)
@@ -136,33 +145,28 @@ def code_version() -> str:
         return "unknown"
 
 
-def make_config(values: dict[str, Any], data: Path) -> dict[str, Any]:
-    """What config.json holds: all constants, which commit and which file of problems they ran with."""
-    sha256 = hashlib.sha256(data.read_bytes()).hexdigest()
-    return json.loads(json.dumps({"code": code_version(), "SHA-256 of the problems": sha256} | values))
-
-
-def check_config(path: Path, config: dict[str, Any], free: Sequence[str]) -> None:
-    """Compare a run's config.json with the constants that it would go on with. Raises SystemExit, with the difference,
-    if they decide on something else; those of the modules `free` only say where and how fast, and may change. Other
-    code is no reason to refuse: it is said."""
+def open_run(folder: Path, values: dict[str, Any], problems: Path, free: Iterable[str], is_lead: bool) -> None:
+    """Begin a run: write its config.json, with all constants, the commit, and which file of problems they ran with. Or
+    resume one: raises SystemExit, with the difference, if it began with constants or problems that decide on something
+    else. Those of the modules `free` only say where and how fast, and may change; other code is only reported."""
+    path = folder / "config.json"
+    sha256 = hashlib.sha256(problems.read_bytes()).hexdigest()
+    now = json.loads(json.dumps({"code": code_version(), "SHA-256 of the problems": sha256} | values))
+    if not (folder / "metrics.jsonl").is_file():  # no step has been made
+        if is_lead:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(now, indent=1))
+        return
     then = json.loads(path.read_text(encoding="utf-8"))
-    differ = [
-        f"  {name}: {then.get(name)} there, {config.get(name)} now"
-        for name in then | config
-        if name != "code" and name.partition(".")[0] not in free and then.get(name) != config.get(name)
-    ]
-    if differ:
-        raise SystemExit(
-            f"{path.parent} is a run with other constants; take another RUN or delete it:\n" + "\n".join(differ)
-        )
-    if then["code"] != config["code"]:
-        print(
-            f"{path.parent} began with code {then['code']}, this is {config['code']}: numbers may differ from here on"
-        )
+    deciding = [name for name in then | now if name != "code" and name.partition(".")[0] not in free]
+    lines = [f"  {n}: {then.get(n)} there, {now.get(n)} now" for n in deciding if then.get(n) != now.get(n)]
+    if lines:
+        raise SystemExit("\n".join([f"{folder} is a run with other constants; take another RUN or delete it:", *lines]))
+    if is_lead and then["code"] != now["code"]:
+        print(f"{folder} began with code {then['code']}, this is {now['code']}: its numbers may differ from here on")
 
 
-def start_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a run's first config.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(config, indent=1))
+def require(condition: Any, message: str) -> None:
+    """Raises SystemExit with the message where constants do not fit each other."""
+    if not condition:
+        raise SystemExit(message)

@@ -9,9 +9,11 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-MAX_SEQUENCES: int = 256  # sequences decoded at once; more is faster until the KV cache is full
-GPU_MEMORY: float = 0.5  # share of a GPU's memory that the engine may take; the trainer uses the rest (paper 0.5)
-CPU_CACHE_MIB: int = 512  # MiB of KV cache of an engine on a CPU
+from plumbing.constants import Count, Share
+
+MAX_SEQUENCES: Count = 256  # sequences decoded at once; more is faster until the KV cache is full
+GPU_MEMORY: Share = 0.5  # share of a GPU's memory that the engine may take; the trainer uses the rest (paper 0.5)
+CPU_CACHE_MIB: Count = 512  # MiB of KV cache of an engine on a CPU
 
 
 class Sample(NamedTuple):

@@ -1,104 +1,189 @@
-def model_flops(lm: nn.Module, tokens: int, lengths: Iterable[int], actions: int) -> float:
-    """Floating-point operations that a whole update needs, on all ranks together: 2 a weight and token for a forward
-    pass, 4 for a backward pass, attention likewise by the pairs that it looks at. What checkpointing computes again is
-    not counted. lm: the policy, or its shape; tokens: of the tokenizer."""
-    lengths, config = list(lengths), lm.config
-    weights = sum(p.numel() for p in lm.model.layers.parameters())
-    pairs = sum(n * n for n in lengths) / 2
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    body = 2 * weights * sum(lengths) + 4 * pairs * width * config.num_hidden_layers
-    head = 2 * actions * config.hidden_size * tokens
-    reference, critic = has_reference(), ESTIMATOR == "gae"
-    once = body * (1 + reference + critic) + head * (1 + reference)  # prepare(): no gradients
-    return once + EPOCHS * 3 * (body * (1 + critic) + head)
+"""What a run says of itself: metrics.jsonl, TensorBoard, a line on the terminal, the time of each phase, its plan."""
 
+import importlib.util
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-def plan(tokens: int, problems: int, dev: int) -> str:
-    """What will happen, for the terminal: batches, memory and the least time that the hardware allows."""
-    world, gib = dist.get_world_size(), 2**30
-    with torch.device("meta"):  # the shape, no weights
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
-    config, critic = lm.config, ESTIMATOR == "gae"
-    weights = sum(p.numel() for p in lm.parameters())
-    owners = SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    # Bytes a weight: itself, its gradient and Adam's two moments, 4 each; the reference has no more than itself. Whole
-    # on every rank are the gradients that add up over micro-batches.
-    sharded = weights * (16 * (1 + critic) + 4 * has_reference()) / owners
-    whole = weights * 4 * (1 + critic) * (owners > 1)
-    item = getattr(torch, COMPUTE_DTYPE).itemsize
-    kept = 1 if GRADIENT_CHECKPOINTING else 34  # activations of a layer, in hidden states (34: arXiv 2205.05198, eq. 2)
-    passes = MAX_TOKENS_PER_MICRO_BATCH * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
-    passes += 4 * LOGITS_CHUNK * tokens * 4 + 2 * config.vocab_size * config.hidden_size * item
-    if torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(device()).total_memory / gib
-        engine = rollout.GPU_MEMORY * room
-    else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
-        engine = rollout.CPU_CACHE_MIB / 1024 + 2 * weights * item / gib  # as they are, and packed
-    trainer = sharded * (not OFFLOAD) / gib
-    asleep = torch.cuda.is_available()  # the engine, while the trainer works; on a CPU it keeps its memory
-    updating, playing = trainer + engine * (not asleep) + (whole + passes) / gib, trainer + engine
-    cure = "; more ranks, a smaller micro-batch, OFFLOAD=1 or a smaller GPU_MEMORY would"
-    lines = [
-        f"{problems:,} problems to train on, {dev} to choose the checkpoint; {world} rank{'s' * (world > 1)}",
-        f"a rollout: {DIALOGUES // rollout.SAMPLES_PER_PROMPT} problems x {rollout.SAMPLES_PER_PROMPT} = {DIALOGUES} "
-        f"dialogues of up to {rollout.MAX_ATTEMPTS} attempts",
-        f"a step: {EPOCHS} x {DIALOGUES // MINI_BATCH} updates of {MINI_BATCH} dialogues, in micro-batches of at most "
-        f"{MAX_TOKENS_PER_MICRO_BATCH:,} tokens",
-        f"memory of a rank, estimated: {updating:.1f} GiB to train, {playing:.1f} to play, {trainer:.1f} of it weights "
-        f"and optimisers, of {room:.0f}: "
-        + ("fits" if max(updating, playing) < 0.95 * room else f"will NOT fit{cure}"),
-    ]
-    if torch.cuda.is_available():
-        longest = rollout.CONTEXT // 2  # a guess: half of the context
-        flops = model_flops(lm, tokens, [longest] * DIALOGUES, longest * DIALOGUES)
-        hours = STEPS * flops / (0.4 * PEAK_TFLOPS * 1e12 * world) / 3600
-        lines.append(
-            f"updates, projected at 40 % of {PEAK_TFLOPS:.0f} TFLOPS and {longest} tokens a dialogue: {hours:.1f} h"
-        )
-    return "\n".join(lines)
+from plumbing import engine, packing, ranks
+from plumbing.checkpoints import clear_errors
+from plumbing.files import append_jsonl, drop_rows_after
 
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-class Tracker:
-    """metrics.jsonl, TensorBoard or Weights & Biases, and a line on the terminal; rank 0's alone."""
+TRACK: Literal["", "tensorboard", "wandb"] = "tensorboard"  # where metrics go besides metrics.jsonl
+PEAK_TFLOPS: float = 989.0  # of a GPU in its compute dtype, which MFU is a share of (H100, H200: 989; A100: 312)
+DIALOGUES_LOGGED: int = 2  # dialogues of each step in dialogues.jsonl, and of each checkpoint in tokens.jsonl
 
-    def __init__(self, folder: Path, step: int, constants: dict[str, Any]):
-        self.path = folder / "metrics.jsonl"
-        self.writer = None
-        if TRACK == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-        elif TRACK == "wandb":
-            import wandb
-
-            name = {"name": RUN, "id": RUN.replace("/", "-"), "resume": "allow"}
-            wandb.init(project="multi-attempt", dir=folder, config=constants, **name)
-
-    def log(self, metrics: dict[str, float], bar: tqdm) -> None:
-        append(self.path, [metrics])
-        numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
-        if TRACK == "tensorboard":
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, metrics["step"])
-        elif TRACK == "wandb":
-            import wandb
-
-            wandb.log(numbers, step=metrics["step"])
-        cells = [f"{label} {numbers[name]:.4g}" for name, label in SHOWN.items() if name in numbers]
-        bar.write(f"step {metrics['step']} | " + " | ".join(cells))
+SHOWN = {  # metric -> its name on the terminal
+    "reward": "reward", "accuracy_at_1": "acc@1", "accuracy": "acc", "attempts_used": "attempts",
+    "attempt_length": "length", "entropy": "entropy", "kl_k3": "kl", "clipped": "clipped",
+    "explained_variance": "expl.var", "tokens_per_second": "tokens/s", "peak_memory_gib": "GiB",
+}  # fmt: skip
 
 
 class Clock:
-    """Seconds by phase since it was made."""
+    """Seconds by phase."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self.last = time.perf_counter()
 
-    def stop(self, phase: str) -> float:
+    def stop(self, phase: str) -> None:
+        """The time since the last stop belongs to `phase`."""
         now = time.perf_counter()
         self.seconds[phase] += now - self.last
         self.last = now
-        return self.seconds[phase]
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far; counting begins anew."""
+        taken, self.seconds = dict(self.seconds), Counter()
+        return taken
+
+
+class Log:
+    """metrics.jsonl, TensorBoard, Weights & Biases (which copies TensorBoard's), and the terminal; rank 0's alone."""
+
+    def __init__(self, folder: Path, name: str, step: int, progress: float):
+        """step: the last one that is done; progress: the share of the training that is done."""
+        self.folder = folder
+        self.writer = None
+        for file in ("metrics.jsonl", "dialogues.jsonl", "tokens.jsonl"):
+            drop_rows_after(folder / file, step)
+        if TRACK == "wandb":
+            if not importlib.util.find_spec("wandb"):
+                raise SystemExit("TRACK=wandb: Weights & Biases is not installed (pip install wandb)")
+            import wandb
+
+            run = {"name": name, "id": name.replace("/", "-"), "resume": "allow"}
+            wandb.init(project="multi-attempt", dir=folder, sync_tensorboard=True, **run)
+        if TRACK:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        shown = "{desc}: {percentage:.1f}%|{bar}| {elapsed}, {remaining} left"
+        self.bar = tqdm(total=1.0, initial=progress, desc=name, bar_format=shown)
+
+    def write(self, metrics: dict[str, float], progress: float) -> None:
+        # JSON has no NaN; a metric that is not finite is null.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.append("metrics.jsonl", [row])
+        for name, value in row.items():
+            if self.writer and value is not None and name != "step":
+                self.writer.add_scalar(name, value, metrics["step"])
+        cells = [f"{label} {row[name]:.4g}" for name, label in SHOWN.items() if row.get(name) is not None]
+        self.bar.write(f"step {metrics['step']} | " + " | ".join(cells))
+        self.bar.update(min(progress, 1.0) - self.bar.n)
+
+    def write_dialogues(self, batch: Any, tokenizer: Any, step: int, with_tokens: bool) -> None:
+        """Some of the step's dialogues as text, and, with_tokens, as tokens with their advantages, for the report."""
+        rows = range(min(DIALOGUES_LOGGED, len(batch.dialogues)))
+        texts = [describe_dialogue(batch.dialogues[row], step) for row in rows]
+        for row in rows:
+            texts[row]["text"] = tokenizer.decode(batch.dialogues[row].ids)
+        self.append("dialogues.jsonl", texts)
+        if with_tokens:
+            self.append("tokens.jsonl", [describe_tokens(batch, row, tokenizer, step) for row in rows])
+
+    def append(self, file: str, rows: Iterable[dict[str, Any]]) -> None:
+        with clear_errors(self.folder / file):
+            append_jsonl(self.folder / file, rows)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+
+def describe_dialogue(dialogue: Any, step: int) -> dict[str, Any]:
+    """A dialogue (rollout.Dialogue) as a row of a log."""
+    return {
+        "step": step,
+        "id": dialogue.problem["id"],
+        "gold": dialogue.problem["answer"],
+        "max_attempts": dialogue.max_attempts,
+        "attempts": [vars(attempt) for attempt in dialogue.attempts],
+    }
+
+
+def describe_tokens(batch: Any, row: int, tokenizer: Any, step: int) -> dict[str, Any]:
+    """A dialogue of the batch (ppo.Batch), token by token: what PPO reinforces, and where."""
+    dialogue = batch.dialogues[row]
+    described = describe_dialogue(dialogue, step)
+    described["tokens"] = [tokenizer.decode([token]) for token in dialogue.ids]
+    described["mask"] = dialogue.mask
+    for name in ("advantages", "values", "returns"):
+        column = getattr(batch, name)[row, : len(dialogue.ids)]  # (T,)
+        described[name] = [round(x, 4) for x in column.tolist()]
+    return described
+
+
+# What a run costs -----------------------------------------------------------------------------------------------------
+def update_flops(lm: Any, dialogues: Sequence[Any], critic: bool, reference: bool, epochs: int) -> float:
+    """Floating-point operations that a step's update needs, on all ranks together: 2 for each weight and token of a
+    forward pass, 4 of a backward pass, and attention by the pairs that it compares. What gradient checkpointing
+    computes again is not counted. lm: the policy or its shape; dialogues: rollout.Dialogue."""
+    config, lengths = lm.config, [len(dialogue.ids) for dialogue in dialogues]
+    actions = sum(sum(dialogue.mask) for dialogue in dialogues)
+    weights = sum(p.numel() for p in lm.model.layers.parameters())
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = sum(n * n for n in lengths) / 2
+    attention = 4 * pairs * config.num_attention_heads * head_size * config.num_hidden_layers
+    body = 2 * weights * sum(lengths) + attention
+    head = 2 * actions * config.hidden_size * config.vocab_size
+    forward_only = body * (1 + critic + reference) + head * (1 + reference)
+    return forward_only + epochs * 3 * (body * (1 + critic) + head)
+
+
+def speed_metrics(seconds: dict[str, float], tokens: float, flops: float) -> dict[str, float]:
+    """seconds: of each phase since the metrics before; tokens: of the step's dialogues; flops: of its update."""
+    metrics = {f"seconds_{phase}": value for phase, value in seconds.items()}
+    metrics["tokens_per_second"] = tokens / sum(seconds.values())
+    if torch.cuda.is_available():
+        trained = seconds["prepare"] + seconds["update"]
+        metrics["mfu"] = flops / trained / (PEAK_TFLOPS * 1e12 * dist.get_world_size())
+    return metrics | {"peak_memory_gib": ranks.peak_memory()}
+
+
+def memory_plan(model: str, compute_dtype: str, critic: bool, reference: bool) -> str:
+    """An estimate of the memory of a rank, for the terminal. It reads the model's shape and no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    config, gib = lm.config, 2**30
+    weights = sum(p.numel() for p in lm.parameters())
+    world, owners = dist.get_world_size(), ranks.shard_size()
+    # Bytes of each weight: itself, its gradient and Adam's two moments, 4 each; the reference has only itself. While
+    # gradients of several micro-batches add up, each rank holds them whole.
+    sharded = weights * (16 * (1 + critic) + 4 * reference) / owners
+    whole = weights * 4 * (1 + critic) if owners > 1 or ranks.OFFLOAD else 0
+    item = getattr(torch, compute_dtype).itemsize
+    kept = (
+        1 if ranks.GRADIENT_CHECKPOINTING else 34
+    )  # activations of a layer, in hidden states (arXiv 2205.05198, eq. 2)
+    states = packing.MAX_TOKENS_PER_MICRO_BATCH * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
+    passes = states + 16 * packing.LOGITS_CHUNK * config.vocab_size + 2 * config.vocab_size * config.hidden_size * item
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(ranks.device()).total_memory / gib
+        playing, asleep = engine.GPU_MEMORY * room, 0.0
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
+        playing = asleep = engine.CPU_CACHE_MIB / 1024 + 2 * weights * item / gib  # weights as they are, and packed
+    trainer = 0.0 if ranks.OFFLOAD and torch.cuda.is_available() else sharded / gib
+    most = max(trainer + playing, trainer + asleep + (whole + passes) / gib)
+    verdict = (
+        "fits"
+        if most < 0.95 * room
+        else ("does NOT fit; more ranks, a smaller MAX_TOKENS_PER_MICRO_BATCH or GPU_MEMORY, or OFFLOAD=1 would help")
+    )
+    return (
+        f"memory of a rank, estimated: {trainer:.1f} GiB of weights and optimisers, at most {most:.1f} of {room:.0f} "
+        f"GiB in all: {verdict}"
+    )

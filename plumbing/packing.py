@@ -1,98 +1,125 @@
-def pack(lengths: Sequence[int], row_tokens: int, batch_tokens: int) -> list[list[list[int]]]:
-    """Dialogues -> micro-batches of rows of dialogues, longest first, so that little is padded and nothing is cut.
+"""Dialogues -> micro-batches of a forward pass, equally many on every rank; and attention over them.
 
-    A row holds at most row_tokens tokens (or one longer dialogue), a micro-batch rows of about batch_tokens in all.
-    >>> pack([3, 9, 4, 5, 1], row_tokens=8, batch_tokens=16)
-    [[[1]], [[3, 0], [2, 4]]]
+On a GPU the dialogues of a micro-batch lie end to end in one row, and a kernel keeps attention inside each of them. On
+a CPU, where there is no such kernel, each has a row of its own; rows of about one length need little padding.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from plumbing.constants import Count
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_TOKENS_PER_MICRO_BATCH: Count = (
+    16384  # tokens, padding included, in one forward and backward pass; memory for speed
+)
+LOGITS_CHUNK: Count = 384  # actions whose (actions x vocabulary) float32 logits exist at one time
+
+
+def has_kernel(compute_dtype: str) -> bool:
+    """Whether attention is the kernel's: on a GPU, in a dtype that it takes."""
+    return torch.cuda.is_available() and compute_dtype != "float32"
+
+
+def share_among_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Dialogues of a mini-batch -> those of each rank, so that ranks have about equally many tokens: the longest first,
+    each to the rank that has fewest so far. Rank 0 trains on 9 + 1 tokens here, rank 1 on 5 + 4:
+
+    >>> share_among_ranks([4, 9, 1, 5], ranks=2)
+    [[1, 2], [3, 0]]
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = (r for r in range(len(rows)) if room[r] >= lengths[index])
-        if (row := next(fitting, None)) is None:
-            row = len(rows)
-            rows.append([])
-            room.append(row_tokens)
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    batches: list[list[list[int]]] = []
-    width = 0  # tokens of the widest row of the open micro-batch; its rows are padded to that
-    for row in rows:
-        length = sum(lengths[i] for i in row)
-        if not batches or max(width, length) * (len(batches[-1]) + 1) > batch_tokens:
-            batches.append([])
-            width = 0
-        batches[-1].append(row)
-        width = max(width, length)
-    return batches
+        rank = min(range(ranks), key=lambda r: (tokens[r], len(shares[r])))
+        shares[rank].append(index)
+        tokens[rank] += lengths[index]
+    return shares
+
+
+def group_by_length(indices: Iterable[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Dialogues, longest first, in groups whose padded size (longest x number) is at most max_tokens, or of one.
+
+    >>> group_by_length(range(5), [3, 9, 4, 5, 1], max_tokens=10)
+    [[1], [3, 2], [0, 4]]
+    """
+    groups: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: -lengths[i]):
+        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Rows of packed dialogues, and where their A actions are: in the rows, and in the Batch."""
+    """R rows of dialogues, and where their A actions are: in the rows, and in the batch that they come from."""
 
     ids: Tensor  # (R, L) int64
-    positions: Tensor  # (R, L) int64; starts at 0 for each dialogue, which keeps attention inside it
-    attention: dict[str, Any]  # boundaries() for the kernel on a GPU; else empty, and attention goes by the positions
-    state: tuple[Tensor, Tensor]  # (A,) row and column of the token behind which the action was sampled
-    action: tuple[Tensor, Tensor]  # (A,) dialogue and time of the action in the Batch
+    positions: Tensor  # (R, L) int64, from 0 in each dialogue
+    state: tuple[Tensor, Tensor]  # (A,) row and column of the token after which the action was sampled
+    action: tuple[Tensor, Tensor]  # (A,) dialogue and time of the action in the batch
+    counts: bool = True  # False: only keeps this rank in step with the others, and must change nothing
+    is_last: bool = True  # of its optimiser step
+    attention: dict[str, Any] = dataclasses.field(default_factory=dict)  # what varlen_attention has to know, on a GPU
 
 
-def make_micro_batch(batch: Batch, rows: list[list[int]]) -> MicroBatch:
-    times = batch.ids.shape[1]  # T
-    # Where in the batch, laid end to end, each token of the rows is. Padding is the first token of the first dialogue:
-    # many dialogues of one token, which no action sees.
-    tokens = [torch.cat([torch.arange(i * times, i * times + batch.lengths[i]) for i in row]) for row in rows]
-    at = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(batch.ids.device)  # (R, L)
-    ids, positions = batch.ids.flatten()[at], at % times
-    row, column = batch.mask.flatten()[at].nonzero(as_tuple=True)  # (A,)
-    action = at[row, column]
-    attention = boundaries(positions) if by_kernel() else {}
-    return MicroBatch(ids, positions, attention, (row, column - 1), (action // times, action % times))
+def make_micro_batch(ids: Tensor, mask: Tensor, lengths: Sequence[int], indices: list[int], kernel: bool) -> MicroBatch:
+    """The dialogues `indices` of a batch. ids, mask: (B, T), padded at the end; lengths: tokens of each dialogue."""
+    longest = max(lengths[i] for i in indices)
+    dialogue = torch.tensor(indices, device=ids.device)
+    length = torch.tensor([lengths[i] for i in indices], device=ids.device)
+    ids, mask = ids[dialogue, :longest], mask[dialogue, :longest]  # (R, L)
+    positions = torch.arange(longest, device=ids.device).expand_as(ids)
+    row, column = mask.nonzero(as_tuple=True)  # (A,)
+    micro = MicroBatch(ids, positions, (row, column - 1), (dialogue[row], column))
+    if kernel:  # (R, L) -> (1, sum of lengths)
+        is_token = positions < length[:, None]
+        micro.ids, micro.positions = ids[is_token][None], positions[is_token][None]
+        ends = length.cumsum(0)
+        micro.state = (torch.zeros_like(row), (ends - length)[row] + column - 1)
+        micro.attention = {"boundaries": F.pad(ends, (1, 0)).to(torch.int32), "longest": longest}
+    return micro
 
 
-def by_kernel() -> bool:
-    """Whether attention is the varlen kernel's: on a GPU, in a dtype that it takes."""
-    return torch.cuda.is_available() and COMPUTE_DTYPE != "float32"
-
-
-def boundaries(positions: Tensor) -> dict[str, Any]:
-    """What varlen_attention has to know: where dialogues start in the rows laid end to end; the longest one's length.
-
-    >>> boundaries(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]))
-    {'boundaries': tensor([ 0,  3,  5,  7,  8,  9, 10], dtype=torch.int32), 'longest': 3}
-    """
-    starts = (positions.flatten() == 0).nonzero().flatten()
-    found = F.pad(starts, (0, 1), value=positions.numel()).to(torch.int32)
-    return {"boundaries": found, "longest": int(found.diff().max())}
-
-
-def micro_batches(batch: Batch, indices: Iterable[int]) -> Iterator[tuple[MicroBatch, bool, bool]]:
-    """-> (micro-batch, counts?, last?) of the dialogues `indices`; equally many on every rank, since every forward and
-    backward pass is a collective under FSDP. A rank with fewer repeats its last one, which then does not count."""
-    indices = list(indices)
-    # The kernel takes one long row; a dense mask costs the square of the row.
-    row_tokens = MAX_TOKENS_PER_MICRO_BATCH if by_kernel() else ROW_TOKENS
-    packed = pack([batch.lengths[i] for i in indices], row_tokens, MAX_TOKENS_PER_MICRO_BATCH)
-    most = torch.tensor(len(packed), device=device())
+def iterate_micro_batches(
+    ids: Tensor, mask: Tensor, lengths: Sequence[int], indices: Iterable[int], kernel: bool
+) -> Iterator[MicroBatch]:
+    """Micro-batches of the dialogues `indices`, equally many on every rank, because each forward and backward pass is a
+    collective under FSDP. A rank with fewer repeats its last one, which then does not count."""
+    groups = group_by_length(indices, lengths, MAX_TOKENS_PER_MICRO_BATCH)
+    most = torch.tensor(len(groups), device=ids.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     for k in range(int(most)):
-        rows = packed[min(k, len(packed) - 1)]
-        micro = make_micro_batch(batch, [[indices[i] for i in row] for row in rows])
-        yield micro, k < len(packed), k == int(most) - 1
+        micro = make_micro_batch(ids, mask, lengths, groups[min(k, len(groups) - 1)], kernel)
+        micro.counts, micro.is_last = k < len(groups), k == int(most) - 1
+        yield micro
 
 
 def varlen_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float,
     boundaries: Tensor, longest: int, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention inside each dialogue of rows laid end to end, without a mask (CUDA); (R, heads, L, D) each.
-    transformers calls it under the name "varlen" and hands on the last two arguments from the model's forward."""
+    """Causal attention inside each dialogue of a row laid end to end, without a mask (CUDA); (1, heads, L, D) each.
+    transformers calls it under the name "varlen", with MicroBatch.attention from the model's forward."""
     from torch.nn.attention.varlen import varlen_attn
 
-    rows, heads, width, depth = query.shape
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
-    flat = [x.transpose(1, 2).reshape(rows * width, heads, depth) for x in (query, key, value)]
-    causal = {"window_size": (-1, 0), "scale": scaling}
-    out = varlen_attn(*flat, boundaries, boundaries, longest, longest, **causal)  # (R * L, heads, D)
-    return out.view(rows, width, heads, depth), None
+    flat = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # (L, heads, D)
+    out = varlen_attn(*flat, boundaries, boundaries, longest, longest, window_size=(-1, 0), scale=scaling)
+    return out[None], None  # (1, L, heads, D)
+
+
+def attention_name(compute_dtype: str) -> str:
+    """What transformers shall call: "varlen" where there is the kernel, else "sdpa"."""
+    if not has_kernel(compute_dtype):
+        return "sdpa"
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("varlen", varlen_attention)
+    return "varlen"

@@ -1,9 +1,21 @@
-def all_sum(*values: Tensor | float) -> Tensor:
-    """The values added up over all ranks, (len(values),) float64. All ranks must call it; alone, it is the values."""
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
+"""The processes that torchrun starts, and models spread over them by FSDP2. On a CPU they talk by gloo."""
+
+import os
+import resource
+import socket
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+SHARD_RANKS: int = 0  # ranks that share one copy of the weights, others hold replicas (HSDP); 0 = those of a node
+OFFLOAD: bool = False  # weights, gradients and Adam's moments stay in the CPU's memory: slower, for small GPUs
+GRADIENT_CHECKPOINTING: bool = True  # recompute activations in the backward pass: a third more time, far less memory
 
 
 def device() -> torch.device:
@@ -11,7 +23,7 @@ def device() -> torch.device:
 
 
 def start_ranks() -> None:
-    """Join torchrun's process group; without torchrun be a group of one."""
+    """Join torchrun's process group; without torchrun, be a group of one."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -20,28 +32,40 @@ def start_ranks() -> None:
         os.environ["MASTER_PORT"] = str(port)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Nobody talks while attempts are generated; the long timeout is for the rank whose dialogues take longest.
+    # Ranks do not talk while attempts are generated; the long timeout is for the rank whose dialogues take longest.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
-def share(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Dialogues of a mini-batch -> those of each rank, so that ranks have about equally many tokens: the longest first,
-    each to the rank that has fewest so far. Rank 0 trains on 9 + 1 tokens here, rank 1 on 5 + 4:
-    >>> share([4, 9, 1, 5], ranks=2)
-    [[1, 2], [3, 0]]
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = min(range(ranks), key=lambda r: (tokens[r], len(shares[r])))
-        shares[rank].append(index)
-        tokens[rank] += lengths[index]
-    return shares
+def all_sum(*values: Tensor | float) -> list[float]:
+    """Each value added up over all ranks. All ranks must call it."""
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
 
 
-def load_model(model: str) -> nn.Module:
-    """Float32 master weights: bfloat16 ones would swallow updates of a learning rate of 5e-7."""
-    attention = "varlen" if by_kernel() else "sdpa"
+def moments(values: Tensor) -> tuple[float, float]:
+    """Mean and variance of the values of all ranks. All ranks must call it."""
+    count, total = all_sum(values.numel(), values.double().sum())
+    (squares,) = all_sum((values.double() - total / count).square().sum())
+    return total / count, squares / count
+
+
+def gather_interleaved(mine: list[Any]) -> list[Any]:
+    """The items of all ranks: the j-th of rank r becomes the (j * ranks + r)-th. All ranks must call it."""
+    of_ranks: list[Any] = [mine]
+    if dist.get_world_size() > 1:
+        of_ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, mine)
+    return [item for items in zip(*of_ranks, strict=True) for item in items]
+
+
+def load_model(model: str, attention: str) -> nn.Module:
+    """A causal language model with float32 master weights: bfloat16 ones would lose updates of a learning rate of
+    5e-7. attention: the name under which transformers finds it. Raises SystemExit for models that are not computed
+    here as they were trained."""
+    from transformers import AutoModelForCausalLM
+
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).train()
     for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(lm.config, name, None):
@@ -51,17 +75,22 @@ def load_model(model: str) -> nn.Module:
     return lm
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
-    """FSDP2: a unit a block; the rest, with the embedding that may be tied to the head, in the root. SHARD_RANKS ranks
-    share one copy of the weights; with more ranks than that there are replicas, whose gradients are averaged (HSDP)."""
-    world = dist.get_world_size()
-    together = SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    shape, names = (
-        ((world,), ("shard",)) if together == world else ((world // together, together), ("replica", "shard"))
-    )
-    options = {
-        "mesh": init_device_mesh(device().type, shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, COMPUTE_DTYPE), reduce_dtype=torch.float32),
+def shard_size() -> int:
+    """Ranks that share one copy of the weights."""
+    return SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], compute_dtype: str) -> Any:
+    """FSDP2: a unit for each layer; the rest, with the embedding that may be tied to the head, in the root. Where more
+    ranks exist than share a copy, there are replicas, whose gradients are averaged (HSDP)."""
+    world, together = dist.get_world_size(), shard_size()
+    if world == together:
+        mesh = init_device_mesh(device().type, (world,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device().type, (world // together, together), mesh_dim_names=("replica", "shard"))
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, compute_dtype), reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if OFFLOAD else OffloadPolicy(),
     }
     if not OFFLOAD:
