@@ -1,0 +1,232 @@
+"""What the experiments share: worlds, trainings side by side, evaluations, means over seeds, and what is written.
+
+Everything that is done already is not done again, so an experiment that was stopped continues when it is called again.
+"""
+
+import datetime
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from plumbing.constants import Modules, set_constants
+from plumbing.files import read_jsonl, to_json, write_atomically
+
+from tqdm import tqdm
+
+TRAINING: str = ""  # more arguments for ppo.py in all trainings, spaces between, such as "TOKEN_BUDGET=20000 LAMBDA=1"
+SIDE_BY_SIDE: int = 2  # trainings at a time, each on one thread
+EVALUATION_RANKS: int = 2  # processes that share an evaluation, each on one thread
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # of child processes; taken now, before vLLM adds to it
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; from the tenth on the last, which is a little too large
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+# Worlds, trainings, evaluations ---------------------------------------------------------------------------------------
+def make_world(seed: int, folder: Path) -> Path:
+    """The toy world of a seed: in data/toy, where the stages look for it, if the seed is 0; else in folder/toy."""
+    world = folder / "toy" if seed else Path("data/toy")
+    command = [sys.executable, "-m", "experiments.median", f"SEED={seed}", f"OUT={world}"]
+    run_command(command, OMP_NUM_THREADS=str(os.cpu_count()))
+    return world
+
+
+class Training:
+    """A run of ppo.py as a child process.
+
+    label: of its progress bar. folder: of the run; its log is written next to it. after: the folder of a run that has
+    to be finished before this one starts.
+    """
+
+    def __init__(self, label: str, folder: Path, arguments: Sequence[str], after: Path | None = None):
+        self.label, self.folder, self.after = label, folder, after
+        self.arguments = [*arguments, *TRAINING.split(), f"RUN={os.path.relpath(folder, 'runs')}"]
+        self.log = folder.with_name(f"{folder.name}.log")
+        self.bar: tqdm | None = None
+
+    def start(self) -> None:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "ppo.py", *self.arguments]
+        with self.log.open("ab") as log:
+            # In a process group of its own, which Ctrl-C does not reach: it is asked to save and end instead.
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT, process_group=0)
+
+    def show_progress(self) -> None:
+        """Move the bar to the last step in metrics.jsonl. The time left is computed from the steps that were seen."""
+        rows = read_jsonl(self.folder / "metrics.jsonl")
+        if not rows:
+            return
+        row = rows[-1]
+        budget = row["token_budget"] or None
+        tokens = min(row["generated_tokens"], budget or math.inf)
+        if self.bar is None:
+            self.bar = tqdm(desc=self.label, initial=tokens, total=budget, unit=" tokens", unit_scale=True)
+        if tokens != self.bar.n:
+            self.bar.initial = min(self.bar.initial, tokens)  # a resumed run starts again at its last checkpoint
+            self.bar.n = tokens
+            self.bar.set_postfix(reward=f"{row['reward']:.2f}", solved=f"{row['accuracy']:.2f}")
+
+    def check_end(self) -> None:
+        """Raises SystemExit, with the end of the log, unless the run is finished."""
+        if self.process.returncode or not (self.folder / "policy").is_dir():
+            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+            raise SystemExit("\n".join([*tail, f"{self.folder} was not finished; its whole log is {self.log}"]))
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The constants of a run, by their full names ("ppo.SEED")."""
+    return json.loads((run / "config.json").read_text(encoding="utf-8"))
+
+
+def run_trainings(trainings: Sequence[Training]) -> None:
+    """Run SIDE_BY_SIDE trainings at a time, in this order.
+
+    Each is started even if it is finished: ppo.py then ends at once, or says that its constants differ from those of
+    the run. If one fails, the others are asked to save and end.
+    """
+    waiting, running, finished = list(trainings), [], {None}
+    try:
+        while waiting or running:
+            for training in list(waiting):
+                if len(running) < SIDE_BY_SIDE and training.after in finished:
+                    waiting.remove(training)
+                    running.append(training)
+                    training.start()
+            time.sleep(0.5)
+            for training in list(running):
+                ended = training.process.poll() is not None
+                training.show_progress()
+                if ended:
+                    training.check_end()
+                    finished.add(training.folder)
+                    running.remove(training)
+    finally:
+        for training in running:
+            training.process.terminate()
+        for training in running:
+            training.process.wait()
+        for training in trainings:
+            if training.bar is not None:
+                training.bar.close()
+
+
+def evaluate_models(models: Iterable[Path], world: Path, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run evaluate.py on the world's test problems -> its results.json."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
+    command += [f"MODEL={','.join(map(str, models))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}", *arguments]
+    run_command(command, quiet=True)
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def run_command(command: list[str], quiet: bool = False, **environment: str) -> None:
+    """Run to the end; quiet: show only what it writes to stderr. If this process is stopped, it asks the child to end,
+    and waits: a child that is killed leaves its own children running."""
+    stdout = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(command, stdout=stdout, env=ENVIRONMENT | environment)
+    try:
+        if code := process.wait():
+            raise SystemExit(f"{' '.join(command)} ended with {code}")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+# Seeds ----------------------------------------------------------------------------------------------------------------
+def start(modules: Modules) -> None:
+    """Apply the command line. Ctrl-C and SIGTERM become SystemExit, so that child processes are ended first."""
+    if changed := set_constants(sys.argv[1:], modules):
+        print(changed)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("\nstopped; the same command continues from here"))
+
+
+def run_seeds(seeds: Sequence[int], run_seed: Callable[[int], dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Run each seed -> the mean results, with those of each seed under "seeds", and the minutes that this call took, or
+    an earlier one that took longer: of work that was done already."""
+    begin, path = time.monotonic(), out / "results.json"
+    per_seed = {str(seed): run_seed(seed) for seed in seeds}
+    earlier = json.loads(path.read_text(encoding="utf-8"))["minutes"] if path.is_file() else 0.0
+    minutes = max(earlier, round((time.monotonic() - begin) / 60, 1))
+    over = f"t over {len(per_seed)} seeds" if len(per_seed) > 1 else "Wilson or bootstrap over problems"
+    about = {"seeds": per_seed, "interval": f"95 %, {over}", "minutes": minutes, "cores": os.cpu_count()}
+    return average_seeds(list(per_seed.values())) | about
+
+
+def average_seeds(results: Sequence[Any], bound: int = 0) -> Any:
+    """The results of several seeds as one of the same form: numbers become means (bound 0), or bounds of t_interval (1
+    and 2) under "low" and "high"; counts (integers) become sums. Those of a single seed stay as they are.
+
+    >>> average_seeds([{"n": 10, "x": {"accuracy": [v], "low": [0.0], "high": [1.0]}} for v in (0.4, 0.5)])
+    {'n': 20, 'x': {'accuracy': [0.45], 'low': [-0.1853], 'high': [1.0853]}}
+    """
+    first = results[0]
+    if len(results) == 1:
+        return first
+    if isinstance(first, int):
+        return sum(results)
+    if isinstance(first, float):
+        return t_interval(results)[bound]
+    if isinstance(first, list):
+        return [average_seeds(column, bound) for column in zip(*results, strict=True)]
+    kept = [key for key in first if key not in ("low", "high", "metrics")]  # metrics: evaluate.py's others, for a seed
+    merged = {key: average_seeds([result[key] for result in results]) for key in kept}
+    if "low" in first:
+        values = [result["value"] if "value" in result else result["accuracy"] for result in results]
+        merged |= {"low": average_seeds(values, 1), "high": average_seeds(values, 2)}
+    return merged
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the bounds of Student's 95 % interval around it, of two or more values.
+
+    >>> t_interval([0.4, 0.5, 0.6])  # 0.5 -+ 4.303 * 0.1 / sqrt(3)
+    (0.5, 0.251566, 0.748434)
+    """
+    t = T_95[min(len(values) - 2, len(T_95) - 1)]
+    mean, half = statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5
+    return round(mean, 6), round(mean - half, 6), round(mean + half, 6)
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head.
+
+    >>> print(format_table([["model", "accuracy"], ["warm start", "45.2"]]))
+    | model      | accuracy |
+    | ---        | ---      |
+    | warm start | 45.2     |
+    """
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def format_share(value: float, low: float, high: float, sign: str = "") -> str:
+    """In percent, with the longer side of its interval.
+
+    >>> format_share(0.4, 0.37, 0.431)
+    '40.0 ±3.1'
+    """
+    return f"{100 * value:{sign}.1f} ±{100 * max(high - value, value - low):.1f}"
+
+
+def write_report(out: Path, results: dict[str, Any], table: str, words: str) -> str:
+    """Write out/results.json and out/table.md, and print the latter -> its text."""
+    command = " ".join([f"python -m experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    made = (
+        f"Made by `{command}`, {datetime.date.today()}, {results['minutes']:.0f} minutes on {results['cores']} cores."
+    )
+    text = f"{table}\n\n{words}\n\n{made}\n"
+    write_atomically(out / "results.json", to_json(results))
+    write_atomically(out / "table.md", text)
+    print(f"\n{text}\nAll of it is in {out}")
+    return text
