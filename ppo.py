@@ -31,7 +31,8 @@ from plumbing.checkpoints import Part
 from plumbing.constants import Count, Share, require
 from plumbing.engine import Engine
 from plumbing.packing import MicroBatch
-from plumbing.ranks import all_sum, device
+from plumbing.ranks import all_sum
+from presets import PRESETS
 from rollout import Dialogue
 
 import torch
@@ -42,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 # The values are the paper's. A preset changes a group of them, NAME=value on the command line one; a start prints both.
 # What to train
-PRESET: str = ""  # comma-separated names of PRESETS
+PRESET: str = ""  # names from presets.py, comma between them; several apply in order
 RUN: str = "run"  # the run's folder is runs/RUN; a run that exists is resumed
 MODEL: str = "Qwen/Qwen2.5-Math-1.5B"  # folder or hub name: start of policy and critic
 REFERENCE: str = ""  # what the KL is measured from; "" = MODEL (SCoRe's second stage: what the first started from)
@@ -84,53 +85,6 @@ SAVE_EVERY: Count = 8  # steps between checkpoints, each with a test on the dev 
 DEV_PROBLEMS: int = 256  # of TRAIN_DATA, drawn by SEED, that choose the best checkpoint (paper: the tests do); 0 = none
 DRY_RUN: bool = False  # 1: say what would happen, and stop
 
-SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, each paid for itself
-    "rollout.MIN_ATTEMPTS": 2,
-    "rollout.MAX_ATTEMPTS": 2,
-    "rollout.PROMPT": "single_turn",
-    "rollout.FEEDBACK": "intrinsic",
-    "rollout.REWARD_WRONG": 0.0,
-    "rollout.REWARD_NO_ANSWER": 0.0,
-    "rollout.SAMPLES_PER_PROMPT": 4,
-    "ESTIMATOR": "rloo",
-    "ATTEMPT_GAMMA": 0.0,
-    "WHITEN": False,
-    "ENTROPY_COEF": 0.0,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"rollout.SEED_ATTEMPTS": False},  # the constants as they stand, and no seeds for attempts
-    "toy": {
-        "MODEL": "data/toy/warm_start",
-        "TRAIN_DATA": "data/toy/train.jsonl",
-        "SEED": 0,
-        "STEPS": 0,
-        "TOKEN_BUDGET": 400_000,
-        "DIALOGUES": 128,
-        "MINI_BATCH": 64,
-        "EPOCHS": 2,
-        # First answers are held near the warm start's, as in SCoRe's stage I, so that the first attempt does not pay
-        # for the others. The entropy bonus keeps answers varied, but it also pays for junk around the box, where
-        # anything may be said; the KL must cost more.
-        "KL_COEF": (0.2, 0.02),
-        "ENTROPY_COEF": 0.01,
-        "ACTOR_LR": 1e-3,
-        "CRITIC_LR": 2e-3,
-        "MIN_LR": 0.0,
-        "WARMUP": 0.0125,
-        "COMPUTE_DTYPE": "float32",
-        "SAVE_EVERY": 50,
-        "rollout.MAX_ATTEMPT_TOKENS": 64,
-        "ranks.GRADIENT_CHECKPOINTING": False,
-        "packing.MAX_TOKENS_PER_MICRO_BATCH": 1024,  # rows of about one length, which need little padding
-        "logs.TRACK": "",
-    },
-    "single_turn": {"rollout.MAX_ATTEMPTS": 1},  # the paper's baseline
-    # the plain method that SCoRe improves on (eq. 1)
-    "multi_turn": SCORE | {"rollout.REWARD": "per_attempt", "KL_COEF": (0.01,)},
-    "score_stage1": SCORE | {"rollout.REWARD": "score_stage1", "KL_COEF": (0.1, 0.01)},  # beta2, beta1 of table 8
-    # MODEL=<the first stage's policy> REFERENCE=<what the first stage started from>
-    "score_stage2": SCORE | {"rollout.REWARD": "score_stage2", "KL_COEF": (0.01,)},
-}
 # Where constants are looked for. Those of plumbing only say where and how fast: a run may be resumed with others.
 PLUMBING = {"engine": engine, "packing": packing, "ranks": ranks, "checkpoints": checkpoints, "logs": logs}
 MODULES = {"ppo": sys.modules[__name__], "rollout": rollout, "grader": grader} | PLUMBING
@@ -172,63 +126,46 @@ def gae(
     return advantages, returns
 
 
-def attempt_returns(rewards: Sequence[float], attempt_gamma: float) -> list[float]:
-    """What an attempt earns: its own reward and, discounted, those of the attempts after it.
-
-    >>> attempt_returns([0.0, 1.0, 4.0], attempt_gamma=0.5)
-    [1.5, 3.0, 4.0]
-    """
-    returns = list(rewards)
-    for k in reversed(range(len(returns) - 1)):
-        returns[k] += attempt_gamma * returns[k + 1]
-    return returns
-
-
-def group_advantages(
-    returns: Sequence[Sequence[float | None]], groups: Sequence[int], method: str
-) -> list[list[float]]:
+def group_advantages(returns: Tensor, method: str) -> Tensor:
     """Advantages without a critic: the return of a dialogue's k-th attempt against the k-th attempts of its group.
 
-    returns[d][k] is that of attempt k of dialogue d, None if the policy has not made it; groups[d] is the problem that
-    d is about. With G a return, and mean and standard deviation over the n k-th attempts of the group:
-    "rloo" (arXiv 2402.14740): G - mean of the others; "grpo" (arXiv 2402.03300): (G - mean) / deviation;
-    "dr_grpo" (arXiv 2503.20783): G - mean; "reinforce": G - mean, with all dialogues of the rollout as one group.
-    An attempt that has no other to be compared with has the advantage 0.
-    >>> returns = [[1.0, 3.0], [0.0, 1.0], [0.5]]
-    >>> group_advantages(returns, [0, 0, 0], "rloo"), group_advantages(returns, [0, 0, 0], "dr_grpo")
-    ([[0.75, 2.0], [-0.75, -2.0], [0.0]], [[0.5, 1.0], [-0.5, -1.0], [0.0]])
-    >>> group_advantages(returns, [0, 0, 1], "grpo"), group_advantages(returns, [0, 0, 1], "reinforce")
-    ([[1.0, 1.0], [-1.0, -1.0], [0.0]], [[0.5, 1.0], [-0.5, -1.0], [0.0]])
+    returns[g, s, k] is that of attempt k of sample s of group g, nan if the policy has not made it; (G, S, K) float64,
+    as are the advantages, which are 0 there. With R a return, mean and standard deviation over the group's n attempts:
+    "rloo" (arXiv 2402.14740): R - mean of the others; "grpo" (arXiv 2402.03300): (R - mean) / deviation;
+    "dr_grpo" (arXiv 2503.20783) and "reinforce" (where all dialogues of the rollout are one group): R - mean.
+    An attempt that has no other to be compared with, or only equal ones, has the advantage 0.
+    >>> returns = torch.tensor([[[1.0, 3.0], [0.0, 1.0], [0.5, torch.nan]]])
+    >>> group_advantages(returns, "rloo").tolist()  # 1 - (0 + .5) / 2 and 3 - 1; 0 - (1 + .5) / 2 and 1 - 3; ...
+    [[[0.75, 2.0], [-0.75, -2.0], [0.0, 0.0]]]
+    >>> group_advantages(returns[:, :2], "grpo").tolist(), group_advantages(returns, "dr_grpo").tolist()
+    ([[[1.0, 1.0], [-1.0, -1.0]]], [[[0.5, 1.0], [-0.5, -1.0], [0.0, 0.0]]])
     """
-    peers: dict[tuple[int, int], list[float]] = defaultdict(list)  # (group, k) -> returns
-    group_of = [0] * len(groups) if method == "reinforce" else groups
-    for group, row in zip(group_of, returns, strict=True):
-        for k, value in enumerate(row):
-            if value is not None:
-                peers[group, k].append(value)
-
-    def advantage(value: float | None, peers: list[float]) -> float:
-        if value is None or min(peers) == max(peers):  # not by comparing with the mean, which is rounded
-            return 0.0
-        above_mean = value - statistics.fmean(peers)
-        if method == "rloo":  # value - mean of the n - 1 others = (value - mean of all) * n / (n - 1)
-            return above_mean * len(peers) / (len(peers) - 1)
-        return above_mean / statistics.pstdev(peers) if method == "grpo" else above_mean
-
-    rows = zip(group_of, returns, strict=True)
-    return [[advantage(value, peers[group, k]) for k, value in enumerate(row)] for group, row in rows]
+    count = returns.isfinite().sum(1, keepdim=True)  # (G, 1, K)
+    above_mean = returns - returns.nanmean(1, keepdim=True)
+    deviation = above_mean.square().nanmean(1, keepdim=True).sqrt()
+    if method == "rloo":  # R - mean of the n - 1 others = (R - mean of all) * n / (n - 1)
+        above_mean = above_mean * count / (count - 1)
+    elif method == "grpo":
+        above_mean = above_mean / deviation
+    # Returns that are equal may differ from their mean by a rounding, which must not be scaled up.
+    return torch.where(deviation > 1e-9, above_mean, 0.0).nan_to_num(0.0)
 
 
 def assign_group_advantages(dialogues: Sequence[Dialogue]) -> None:
-    """Give each attempt of a step's dialogues its advantage over the others. The SAMPLES_PER_PROMPT dialogues of a
-    problem follow each other."""
-    returns: list[list[float | None]] = []
-    for dialogue in dialogues:
-        row = attempt_returns([a.reward for a in dialogue.attempts], ATTEMPT_GAMMA)
-        returns.append([value if a.own else None for value, a in zip(row, dialogue.attempts, strict=True)])
-    groups = [i // rollout.SAMPLES_PER_PROMPT for i in range(len(dialogues))]
-    for dialogue, advantages in zip(dialogues, group_advantages(returns, groups, ESTIMATOR), strict=True):
-        for attempt, advantage in zip(dialogue.attempts, advantages, strict=True):
+    """Give each attempt of a step's dialogues its advantage over the others. It earns its own reward and, discounted by
+    ATTEMPT_GAMMA, those of the attempts after it. The SAMPLES_PER_PROMPT dialogues of a problem follow each other."""
+    returns = torch.zeros(len(dialogues), rollout.MAX_ATTEMPTS, dtype=torch.float64)  # (D, K)
+    made = torch.zeros_like(returns, dtype=torch.bool)
+    for d, dialogue in enumerate(dialogues):
+        for k, attempt in enumerate(dialogue.attempts):
+            returns[d, k], made[d, k] = attempt.reward, attempt.own
+    for k in reversed(range(rollout.MAX_ATTEMPTS - 1)):
+        returns[:, k] += ATTEMPT_GAMMA * returns[:, k + 1]
+    size = len(dialogues) if ESTIMATOR == "reinforce" else rollout.SAMPLES_PER_PROMPT
+    grouped = torch.where(made, returns, torch.nan).unflatten(0, (-1, size))  # (G, S, K)
+    advantages = group_advantages(grouped, ESTIMATOR).flatten(0, 1)  # (D, K)
+    for dialogue, row in zip(dialogues, advantages.tolist(), strict=True):
+        for attempt, advantage in zip(dialogue.attempts, row, strict=False):
             attempt.advantage = advantage
 
 
@@ -323,31 +260,22 @@ def make_batch(dialogues: Sequence[Dialogue]) -> Batch:
     it: each rank gets about as many tokens."""
     mine: list[Dialogue] = []
     mini_batches = []
-    for at in range(0, len(dialogues), MINI_BATCH):
-        lengths = [len(d.ids) for d in dialogues[at : at + MINI_BATCH]]
-        share = packing.share_among_ranks(lengths, dist.get_world_size())[dist.get_rank()]
+    for share in packing.share_mini_batches([len(d.ids) for d in dialogues], MINI_BATCH):
         mini_batches.append(range(len(mine), len(mine) + len(share)))
-        mine += [dialogues[at + i] for i in share]
-
-    mask = pad([d.mask for d in mine])
+        mine += [dialogues[i] for i in share]
+    mask = packing.pad([d.mask for d in mine])
+    later = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
     return Batch(
         dialogues=mine,
         mini_batches=mini_batches,
         lengths=[len(d.ids) for d in mine],
-        ids=pad([d.ids for d in mine], torch.int64),
+        ids=packing.pad([d.ids for d in mine], torch.int64),
         mask=mask,
-        attempt=pad([spread(d, itertools.count()) for d in mine], torch.int64),
-        rewards=pad([rollout.token_rewards(d) for d in mine]),
-        sampler_logprobs=pad([d.logprobs for d in mine]),
-        **{
-            name: torch.zeros_like(mask) for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
-        },
+        attempt=packing.pad([spread(d, itertools.count()) for d in mine], torch.int64),
+        rewards=packing.pad([rollout.token_rewards(d) for d in mine]),
+        sampler_logprobs=packing.pad([d.logprobs for d in mine]),
+        **{name: torch.zeros_like(mask) for name in later},
     )
-
-
-def pad(rows: list[list[Any]], dtype: torch.dtype = torch.float32) -> Tensor:
-    tensors = [torch.tensor(row, dtype=dtype) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device())
 
 
 def spread(dialogue: Dialogue, values: Iterable[float]) -> list[float]:
@@ -420,14 +348,12 @@ class Learner:
     @classmethod
     def load(cls, tokens: int) -> "Learner":
         """All models from MODEL; tokens: size of the tokenizer. Optimisers come before any forward pass (FSDP2)."""
-        actor = Actor(MODEL, tokens)
-        learner = cls(ranks.shard(actor, actor.lm.model.layers, COMPUTE_DTYPE), None, None, {})
+        learner = cls(ranks.shard(Actor(MODEL, tokens), COMPUTE_DTYPE), None, None, {})
         if ESTIMATOR == "gae":
-            critic = Critic(MODEL)
-            learner.critic = ranks.shard(critic, critic.body.layers, COMPUTE_DTYPE)
+            learner.critic = ranks.shard(Critic(MODEL), COMPUTE_DTYPE)
         if needs_reference():
             reference = Actor(REFERENCE or MODEL, tokens).requires_grad_(False)
-            learner.reference = ranks.shard(reference, reference.lm.model.layers, COMPUTE_DTYPE)
+            learner.reference = ranks.shard(reference, COMPUTE_DTYPE)
         for name, model in (("actor", learner.actor), ("critic", learner.critic)):
             if model:
                 adam = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -438,9 +364,8 @@ class Learner:
         return [Part(name, getattr(self, name), optimizer) for name, optimizer in self.optimizers.items()]
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole, in COMPUTE_DTYPE, one by one, under their Hugging Face names. All ranks must take them all."""
-        for name, parameter in self.actor.named_parameters():
-            yield name.removeprefix("lm."), parameter.detach().full_tensor().to(getattr(torch, COMPUTE_DTYPE))
+        """Under their Hugging Face names. All ranks must take them all."""
+        return ranks.whole_weights(self.actor.lm, COMPUTE_DTYPE)
 
 
 def needs_reference() -> bool:
@@ -530,7 +455,7 @@ def estimate_advantages(batch: Batch, dialogues: Sequence[Dialogue], learner: Le
         batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, GAMMA, LAMBDA, ATTEMPT_GAMMA)
         return
     assign_group_advantages(dialogues)
-    batch.advantages = pad([spread(d, [a.advantage for a in d.attempts]) for d in batch.dialogues]) * batch.mask
+    batch.advantages = packing.pad([spread(d, [a.advantage for a in d.attempts]) for d in batch.dialogues]) * batch.mask
 
 
 def update(batch: Batch, learner: Learner, train_actor: bool) -> dict[str, float]:
@@ -541,9 +466,7 @@ def update(batch: Batch, learner: Learner, train_actor: bool) -> dict[str, float
     trained = [part for part in learner.parts() if train_actor or part.name == "critic"]
     for rows in batch.mini_batches * EPOCHS:
         (actions,) = all_sum(batch.mask[rows.start : rows.stop].sum())
-        scale = (
-            dist.get_world_size() / actions
-        )  # FSDP averages gradients over ranks; the mean over all actions is wanted
+        scale = dist.get_world_size() / actions  # FSDP averages over ranks; what is wanted is the mean over all actions
         for micro in batch.micro_batches(rows):
             if train_actor:
                 sums.update(accumulate_actor_gradient(batch, micro, learner, scale))
@@ -622,10 +545,8 @@ def check_constants() -> None:
     require(0 <= WARMUP < 1, f"WARMUP={WARMUP}: must be a share of the training, at least 0 and less than 1")
     if ESTIMATOR != "gae":
         require(not KL_IN_REWARD and not CRITIC_WARMUP, "KL_IN_REWARD and CRITIC_WARMUP need a critic: ESTIMATOR=gae")
-        single = ESTIMATOR != "reinforce" and samples == 1
-        require(
-            not single, f"ESTIMATOR={ESTIMATOR} compares dialogues of a problem: SAMPLES_PER_PROMPT must be 2 or more"
-        )
+    if ESTIMATOR in ("rloo", "grpo", "dr_grpo"):
+        require(samples > 1, f"ESTIMATOR={ESTIMATOR} compares dialogues of a problem: set SAMPLES_PER_PROMPT above 1")
 
 
 def dev_accuracies(sampler: Engine, chat: Chat, dev: list[dict[str, Any]]) -> dict[str, float]:
@@ -659,7 +580,8 @@ def train(
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     sampler.load_weights(learner.policy_weights())
     clock = logs.Clock()
-    while progress(step, generated) < 1:
+    is_preempted = False
+    while progress(step, generated) < 1 and not is_preempted:
         step += 1
         dialogues = play_step(sampler, chat, problems, offline, step)
         sampler.sleep()
@@ -692,10 +614,10 @@ def train(
         if is_due or is_preempted:  # after the logs: a run that is killed in between repeats the steps of the last rows
             checkpoints.save(folder, step, generated, learner.parts(), best)
         clock.stop("save")
-        if is_preempted:
-            print(f"{folder} was stopped by SIGTERM after step {step}, which is saved; the same command resumes it")
-            return
-    checkpoints.export(folder / "policy", learner.actor.lm, learner.policy_weights(), chat.tokenizer)
+    if progress(step, generated) >= 1:
+        checkpoints.export(folder / "policy", learner.actor.lm, learner.policy_weights(), chat.tokenizer)
+    elif is_lead:
+        print(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same command resumes it")
 
 
 def main() -> None:

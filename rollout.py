@@ -58,7 +58,6 @@ OFFLINE_SHARE: Share = 0.5  # share of the dialogues with N > 1 that begin so, w
 SAMPLES_PER_PROMPT: Count = (
     1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
 )
-SEED_ATTEMPTS: bool = True  # a seed for each attempt, so that no sample depends on what else is in the queue
 
 if __name__ == "__main__":  # constants of `python rollout.py` alone; the other stages have their own
     MODEL: str = "data/toy/warm_start"  # folder or hub name
@@ -117,14 +116,14 @@ class Dialogue:
 
     def solved_within(self, k: int) -> bool:
         """Right by attempt k; where nobody says stop, right at attempt k (SCoRe's Acc@t)."""
-        right = [attempt.status == "correct" for attempt in self.attempts]
-        return any(right[k - 1 : k]) if FEEDBACK == "intrinsic" else any(right[:k])
+        counted = self.attempts[k - 1 : k] if FEEDBACK == "intrinsic" else self.attempts[:k]
+        return any(attempt.status == "correct" for attempt in counted)
 
     @property
     def out_of_context(self) -> bool:
         """Whether a full CONTEXT ended it before its last attempt."""
-        was_stopped = FEEDBACK == "verified" and self.solved_within(self.max_attempts)
-        return self.attempts_left > 0 and not was_stopped
+        was_solved = FEEDBACK == "verified" and self.solved_within(self.max_attempts)
+        return self.attempts_left > 0 and not was_solved
 
 
 # A dialogue's beginning -----------------------------------------------------------------------------------------------
@@ -167,16 +166,14 @@ def new_dialogue(chat: Chat, problem: dict[str, Any], max_attempts: int) -> Dial
 
 
 def drop_long_problems(chat: Chat, problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The problems whose prompt leaves room for an attempt in CONTEXT; names the others, which are left out. Raises
-    SystemExit if none is left."""
-    lengths = [len(encode_prompt(chat, problem["question"], MAX_ATTEMPTS)) for problem in problems]
-    long = [problem["id"] for problem, length in zip(problems, lengths, strict=True) if length >= CONTEXT]
-    if long and os.environ.get("RANK", "0") == "0":
-        named = ", ".join(long[:5]) + (", ..." if len(long) > 5 else "")
-        print(f"left out, because they fill the context of {CONTEXT} tokens: {len(long)} questions ({named})")
-    if len(long) == len(problems):
-        raise SystemExit(f"CONTEXT={CONTEXT}: no question leaves room for an answer")
-    return [problem for problem, length in zip(problems, lengths, strict=True) if length < CONTEXT]
+    """The problems whose prompt leaves room for an attempt in CONTEXT; it says which are left out."""
+    fits = [len(encode_prompt(chat, problem["question"], MAX_ATTEMPTS)) < CONTEXT for problem in problems]
+    dropped = [problem["id"] for problem, fit in zip(problems, fits, strict=True) if not fit]
+    if dropped and os.environ.get("RANK", "0") == "0":
+        named = ", ".join(dropped[:5]) + (", ..." if len(dropped) > 5 else "")
+        print(f"left out, because they fill the context of {CONTEXT} tokens: {len(dropped)} questions ({named})")
+    require(any(fits), f"CONTEXT={CONTEXT}: no question leaves room for an answer")
+    return [problem for problem, fit in zip(problems, fits, strict=True) if fit]
 
 
 def place_attempt(chat: Chat, dialogue: Dialogue, text: str, answer: str | None, status: str) -> bool:
@@ -193,24 +190,16 @@ def place_attempt(chat: Chat, dialogue: Dialogue, text: str, answer: str | None,
 
 
 def load_offline(problems: list[dict[str, Any]], benchmark: str) -> dict[str, list[dict[str, Any]]]:
-    """OFFLINE_ATTEMPTS' first attempts at these problems: id -> [{"text", "answer", "status"}, ...].
-
-    benchmark: evaluate.py's name for the problems (their file's, without its ending). With a verdict between the
-    attempts only those that were not right. Raises SystemExit if the file has none for these problems.
-    """
+    """OFFLINE_ATTEMPTS' first attempts at these problems, id -> [{"text", "answer", "status"}, ...]; where verdicts are
+    told, only wrong ones. benchmark: evaluate.py's name for the problems, which is their file's without its ending."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    if not OFFLINE_ATTEMPTS:
-        return found
     known = {problem["id"] for problem in problems}
-    for record in read_jsonl(Path(OFFLINE_ATTEMPTS)):
+    for record in read_jsonl(Path(OFFLINE_ATTEMPTS)) if OFFLINE_ATTEMPTS else []:
         if record.get("benchmark") == benchmark and record.get("id") in known:
-            usable = FEEDBACK == "intrinsic" or record["attempts"][0]["status"] != "correct"
-            found[record["id"]] += record["attempts"][:1] if usable else []
-    if not any(found.values()):
-        raise SystemExit(
-            f"OFFLINE_ATTEMPTS={OFFLINE_ATTEMPTS} has no attempt to use at the problems of {benchmark!r}; evaluate.py "
-            "writes such files, dialogues-<model>.jsonl"
-        )
+            first = record["attempts"][:1]
+            found[record["id"]] += [a for a in first if FEEDBACK == "intrinsic" or a["status"] != "correct"]
+    missing = f"OFFLINE_ATTEMPTS={OFFLINE_ATTEMPTS} has no attempt to use at the problems of {benchmark!r}"
+    require(any(found.values()) or not OFFLINE_ATTEMPTS, f"{missing}; evaluate.py writes dialogues-<model>.jsonl")
     return found
 
 
@@ -228,9 +217,8 @@ def submit_attempt(engine: Engine, chat: Chat, index: int, dialogue: Dialogue, s
     room = CONTEXT - len(dialogue.ids)
     if room < 1:
         return False
-    attempt_seed = random_number(seed, len(dialogue.attempts)) if SEED_ATTEMPTS else None
-    max_tokens = min(MAX_ATTEMPT_TOKENS, room)
-    engine.submit(index, dialogue.ids, max_tokens, temperature, attempt_seed, chat.end_of_turn)
+    attempt_seed = random_number(seed, len(dialogue.attempts))
+    engine.submit(index, dialogue.ids, min(MAX_ATTEMPT_TOKENS, room), temperature, attempt_seed, chat.end_of_turn)
     return True
 
 
@@ -271,14 +259,12 @@ def play(
     """Play dialogues to their end, in place.
 
     dialogues: a prompt each, perhaps with attempts in it already (play continues after the last one's feedback).
-    seeds: one for each dialogue. With SEED_ATTEMPTS a dialogue depends on its own seed alone, whatever else is queued;
-        without, on the seeds of all of them together. temperature: 0 is greedy.
+    seeds: one for each dialogue, which depends on it and on nothing else that is queued. temperature: 0 is greedy.
     progress: label of a progress bar, or None. on_end(index) is called when dialogue `index` has ended.
     A dialogue whose prompt fills the context ends without an attempt.
     """
     verdicts: dict[int, Future] = {}  # dialogue -> the verdict on its last attempt, while that is being graded
     bar = tqdm(total=len(dialogues), desc=progress, unit=" dialogues", disable=progress is None, leave=False, delay=2)
-    engine.reseed(random_number(*seeds))
 
     def submit(index: int) -> bool:
         return submit_attempt(engine, chat, index, dialogues[index], seeds[index], temperature)

@@ -71,11 +71,9 @@ class Engine:
         # Rows of a padded vocabulary are no tokens: never sample them (Qwen2.5: 151,936 rows, 151,665 tokens).
         self.padding_bias = dict.fromkeys(range(len(self.tokenizer), config.get_vocab_size()), -100.0)
 
-    def submit(
-        self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int | None, stop_id: int
-    ) -> None:
+    def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop_id: int) -> None:
         """Queue one attempt: continue `ids` until a stop id or max_tokens. Temperature 0 is greedy. seed: of this
-        attempt's own random stream; None to draw from the engine's (reseed)."""
+        attempt's own random stream, so that what is sampled does not depend on what else is in the queue."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -106,14 +104,6 @@ class Engine:
                 stopped = out.finish_reason == "stop"
                 samples.append(Sample(int(request.request_id), list(out.token_ids), out.logprobs.logprobs, stopped))
         return samples
-
-    def reseed(self, seed: int) -> None:
-        """Restart the random stream of attempts that have no seed of their own."""
-        import numpy
-        import torch
-
-        torch.manual_seed(seed)
-        numpy.random.seed(seed)  # from which vLLM's newer runner for GPUs seeds such attempts
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
         """Replace the engine's weights by the trainer's, one whole tensor at a time, under their Hugging Face names.

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from plumbing import ranks
 from plumbing.constants import Count
 
 import torch
@@ -24,6 +25,19 @@ LOGITS_CHUNK: Count = 384  # actions whose (actions x vocabulary) float32 logits
 def has_kernel(compute_dtype: str) -> bool:
     """Whether attention is the kernel's: on a GPU, in a dtype that it takes."""
     return torch.cuda.is_available() and compute_dtype != "float32"
+
+
+def pad(rows: list[list[Any]], dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, T), 0 after a row's end, on this rank's device."""
+    tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(ranks.device())
+
+
+def share_mini_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """This rank's dialogues of each mini-batch of `size` dialogues, by their index."""
+    for start in range(0, len(lengths), size):
+        shares = share_among_ranks(lengths[start : start + size], dist.get_world_size())
+        yield [start + index for index in shares[dist.get_rank()]]
 
 
 def share_among_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import os
 import resource
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -80,9 +80,10 @@ def shard_size() -> int:
     return SHARD_RANKS or int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], compute_dtype: str) -> Any:
-    """FSDP2: a unit for each layer; the rest, with the embedding that may be tied to the head, in the root. Where more
-    ranks exist than share a copy, there are replicas, whose gradients are averaged (HSDP)."""
+def shard(model: nn.Module, compute_dtype: str) -> Any:
+    """FSDP2: a unit for each layer (the model's first ModuleList); the rest, with the embedding that may be tied to the
+    head, in the root. Where more ranks exist than share a copy there are replicas, whose gradients are averaged (HSDP).
+    """
     world, together = dist.get_world_size(), shard_size()
     if world == together:
         mesh = init_device_mesh(device().type, (world,), mesh_dim_names=("shard",))
@@ -95,9 +96,15 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], compute_dtype: str) -> 
     }
     if not OFFLOAD:
         model.to(device())
-    for layer in layers:
+    for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def whole_weights(model: nn.Module, dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor in dtype), one by one. All ranks must take them all."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach().full_tensor().to(getattr(torch, dtype))
 
 
 def peak_memory() -> float:
