@@ -1,112 +1,125 @@
-"""A headless Chromium driven over its DevTools pipe, with nothing but the standard library."""
+"""report.html without a browser: its script runs in V8 (mini-racer) on a small document that is made of its HTML.
+
+What only a browser can show (layout, the security policy, the decompression of the data) is left to the test that
+starts one. run() evaluates JavaScript in the page.
+"""
 
 import base64
+import gzip
 import json
-import os
-import shutil
-import subprocess
-import tempfile
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1300,1000"),
-    "--remote-debugging-pipe",
-)
-READY = """new Promise(done => {
-  const look = () => document.body.dataset.ready ? done(1) : setTimeout(look, 2);
-  look();
-})"""
+from py_mini_racer import MiniRacer
+
+DOM = r"""
+class Element {
+  constructor(tag, attributes = {}) {
+    Object.assign(this, {tag, attributes, childNodes: [], style: {}, dataset: {}, parent: null});
+    this.hidden = "hidden" in attributes;
+    this.checked = false;
+  }
+  append(...nodes) {
+    for (const node of nodes) {
+      if (node instanceof Element) node.parent = this;
+      this.childNodes.push(node instanceof Element ? node : String(node));
+    }
+  }
+  replaceChildren(...nodes) { this.childNodes = []; this.append(...nodes) }
+  setAttribute(name, value) { this.attributes[name] = String(value) }
+  toggleAttribute(name, on) { if (on) this.attributes[name] = ""; else delete this.attributes[name] }
+  hasChildNodes() { return this.childNodes.length > 0 }
+  get children() { return this.childNodes.filter(node => node instanceof Element) }
+  get firstChild() { return this.childNodes[0] }
+  get textContent() { return this.childNodes.map(node => node.textContent ?? node).join("") }
+  set textContent(text) { this.childNodes = [String(text)] }
+  get title() { return this.attributes.title ?? "" }
+  get className() { return this.attributes.class ?? "" }
+  get value() {
+    const first = this.querySelector("option");
+    return this.chosen ?? first?.attributes.value ?? first?.textContent ?? "";
+  }
+  set value(value) { this.chosen = String(value) }
+  get all() { return this.children.flatMap(child => [child, ...child.all]) }
+  querySelectorAll(tag) { return this.all.filter(element => element.tag === tag) }
+  querySelector(tag) { return this.querySelectorAll(tag)[0] ?? null }
+  closest(tag) { return this.tag === tag ? this : this.parent?.closest(tag) }
+  get nextElementSibling() { return this.parent.children[this.parent.children.indexOf(this) + 1] }
+  get previousElementSibling() { return this.parent.children[this.parent.children.indexOf(this) - 1] }
+  focus() { document.activeElement = this }
+  click() { this.checked = !this.checked; (this.onclick ?? this.onchange)?.({target: this}) }
+  get outerHTML() {
+    const escape = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+    const attributes = Object.entries(this.attributes).map(([name, value]) => ` ${name}="${escape(value)}"`).join("");
+    const inside = this.childNodes.map(node => node.outerHTML ?? escape(node)).join("");
+    return `<${this.tag}${attributes}>${inside}</${this.tag}>`;
+  }
+}
+function build([tag, attributes, children]) {
+  const element = new Element(tag, attributes);
+  element.append(...children.map(child => typeof child === "string" ? child : build(child)));
+  return element;
+}
+const root = build(TREE);
+const document = {
+  body: root.querySelector("body"), activeElement: null,
+  getElementById: id => root.all.find(element => element.attributes.id === id) ?? null,
+  createElement: tag => new Element(tag), createElementNS: (space, tag) => new Element(tag)};
+// The data arrive already decompressed.
+const window = globalThis, atob = text => "";
+class DecompressionStream {}
+class Blob { stream() { return {pipeThrough() {}} } }
+class Response { json() { return DATA } }
+"""
+EMPTY = ("meta", "input", "link", "br", "img")  # elements without an end
 
 
-def find_browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    return next(filter(None, map(shutil.which, names)), None)
+class Tree(HTMLParser):
+    """HTML as [tag, attributes, children]."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[list[Any]] = [["document", {}, []]]
+        self.feed(text)
+        self.root = self.open[0]
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        element = [tag, {name: value or "" for name, value in attributes}, []]
+        self.open[-1][2].append(element)
+        if tag not in EMPTY:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.open[-1][2].append([tag, dict(attributes), []])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag, f"</{tag}> does not close what is open"
+
+    def handle_data(self, data: str) -> None:
+        self.open[-1][2].append(data)
 
 
-class Browser:
-    """One page. The browser reads commands from its descriptor 3 and answers on 4; a zero byte ends each message."""
+def embedded_data(page: str) -> dict[str, Any]:
+    packed = re.search(r'<script id="data" type="text/plain">(.*?)</script>', page)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
 
-    def __init__(self, dark: bool = False):
-        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its helpers end a little later
-        theirs_in, self.to = os.pipe()
-        self.back, theirs_out = os.pipe()
-        command = 'exec 3<&"$0" 4>&"$1"; shift; exec "$@"'
-        program = [find_browser(), *FLAGS, f"--user-data-dir={self.folder.name}", "about:blank"]
-        self.process = subprocess.Popen(
-            ["bash", "-c", command, str(theirs_in), str(theirs_out), *program],
-            pass_fds=(theirs_in, theirs_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self.rest, self.count, self.events, self.session = b"", 0, [], None
-        target = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self.send("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
-        if dark:
-            feature = {"name": "prefers-color-scheme", "value": "dark"}
-            self.send("Emulation.setEmulatedMedia", features=[feature])
 
-    def receive(self) -> dict[str, Any]:
-        while b"\0" not in self.rest:
-            more = os.read(self.back, 1 << 20)
-            if not more:
-                raise RuntimeError("the browser has ended")
-            self.rest += more
-        message, self.rest = self.rest.split(b"\0", 1)
-        return json.loads(message)
+def page_script(page: str) -> str:
+    return re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
 
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command's result; events that arrive meanwhile are kept."""
-        self.count += 1
-        command = {"id": self.count, "method": method, "params": parameters}
-        command |= {"sessionId": self.session} if self.session else {}
-        data = json.dumps(command).encode() + b"\0"
-        while data:
-            data = data[os.write(self.to, data) :]
-        while True:
-            message = self.receive()
-            if message.get("id") == self.count:
-                if "error" in message:
-                    raise RuntimeError(f"{method}: {message['error']}")
-                return message["result"]
-            self.events.append(message)
 
-    def open(self, path: Path) -> None:
-        """Open a page from disk and wait until its script says on <body> that it is ready."""
-        self.events.clear()
-        self.send("Page.navigate", url=path.resolve().as_uri())
-        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
-            self.events.append(self.receive())
-        self.run(READY)
+class Page:
+    """report.html after its script has run."""
+
+    def __init__(self, path: Path):
+        page = path.read_text(encoding="utf-8")
+        self.javascript = MiniRacer()
+        tree, data = json.dumps(Tree(page).root), json.dumps(embedded_data(page))
+        self.javascript.eval(f"const TREE = {tree}, DATA = {data};\n{DOM}\n{page_script(page)}")
+        assert self.run("document.body.dataset.ready") == "yes", self.run("$('about').textContent")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression (or what its promise gives) in the page."""
-        result = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in result:
-            raise RuntimeError(result["exceptionDetails"]["exception"].get("description", result))
-        return result["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
-
-    def requests(self) -> list[str]:
-        return [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-
-    def errors(self) -> list[str]:
-        """What the page threw or logged as an error."""
-        thrown = [e["params"]["exceptionDetails"] for e in self.events if e.get("method") == "Runtime.exceptionThrown"]
-        logged = [e["params"]["entry"] for e in self.events if e.get("method") == "Log.entryAdded"]
-        return [str(x) for x in thrown] + [x["text"] for x in logged if x["level"] == "error"]
-
-    def close(self) -> None:
-        self.session = None
-        self.send("Browser.close")
-        self.process.wait()
-        os.close(self.to)
-        os.close(self.back)
-        self.folder.cleanup()
+        """The value of an expression."""
+        return json.loads(self.javascript.eval(f"JSON.stringify({script}) ?? 'null'"))
