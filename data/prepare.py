@@ -1,12 +1,12 @@
-r"""Bring the benchmarks and the training set from the Hugging Face hub into data/*.jsonl, checked and cleaned.
+"""Get the benchmarks and the training set from the Hugging Face hub into data/*.jsonl, checked and cleaned.
 
-1. A set has several sources, tried in order; a source must have as many rows as it is known for.
-2. One rule a set makes the gold answer: an integer (AIME, AMC), the solution's last box (MATH, Minerva), the list of
-   all answers (OlympiadBench). A tolerance that a problem states goes with it to the grader.
-3. Training questions are dropped, and counted, that are or nearly are a benchmark's, or one another's.
+1. A set has several sources, which are tried in order; each must have the number of rows that it is known for.
+2. Each set has one rule for its gold answer: an integer (AIME, AMC), the solution's last box (MATH, Minerva), the list
+   of all answers (OlympiadBench). A tolerance that a problem states is passed on to the grader.
+3. Training questions that equal or resemble a question of a benchmark, or an earlier one of their own, are dropped.
 
-    python -m data.prepare                                     # all six; what is there already is checked and kept
-    python -m data.prepare SETS=aime24,math500 FORCE=1         # some, anew
+    python -m data.prepare                                     # all six; files that are there already are checked
+    python -m data.prepare SETS=aime24,math500 FORCE=1         # make some of them again
     python -m data.prepare HUB_MIRROR=folder                   # without network, from folder/<owner>/<name>
 """
 
@@ -20,34 +20,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/prepare.py` works, too
-
 import grader
 from data.problems import COLUMNS, load_problems, question_key, question_words
-from evaluate import write_atomically
-from rollout import override_constants
+from plumbing.constants import Share, set_constants
+from plumbing.files import read_jsonl, to_line, write_atomically
 
-SETS: str = "aime24,amc23,math500,minerva_math,olympiadbench,math_train"  # what to bring
+SETS: str = "aime24,amc23,math500,minerva_math,olympiadbench,math_train"  # the sets to get
 OUT: str = "data"  # folder for the files
 HUB_MIRROR: str = ""  # folder with <owner>/<name> folders as `hf download --local-dir` makes them; "" = the hub itself
-FORCE: bool = False  # 1: make the files anew
+FORCE: bool = False  # 1: make files again that are there already
 LEVELS: tuple[int, int] = (3, 5)  # easiest and hardest of MATH's five levels to train on (paper 3 to 5)
-SHINGLE: int = 3  # words in a row; two questions are compared by the sets of theirs
-NEAR: float = 0.7  # shared over all shingles (Jaccard) from which on two questions are near-duplicates; less drops more
+SHINGLE: int = 3  # words in a row; questions are compared by their sets of such shingles
+NEAR: Share = 0.7  # shared shingles over all of both questions, from which they count as duplicates; less drops more
 
 TRAINING = "math_train"
 CHECKSUMS = "checksums.jsonl"
 
 
 class Source(NamedTuple):
-    """A dataset on the hub: columns as data.problems.COLUMNS names them, and the one that holds the answer."""
+    """A dataset on the hub. Its columns have names that data.problems.COLUMNS lists, except for the answer's."""
 
     name: str  # owner/name
-    rows: int  # what all parts together must have
-    answer: str  # the column that the gold comes from
+    rows: int  # that all splits and configurations have together
+    answer: str  # the column of the gold answer, or of the solution that contains it
     splits: tuple[str, ...] = ("test",)
     configs: tuple[str | None, ...] = (None,)
-    url: str = ""  # only rows whose "url" holds this
+    url: str = ""  # take only rows whose "url" contains this
 
 
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
@@ -60,7 +58,7 @@ SOURCES = {
     "amc23": (
         Source("math-ai/amc23", 40, "answer"),
         Source("zwhe99/amc23", 40, "answer"),
-        Source("AI-MO/aimo-validation-amc", 40, "answer", ("train",), url="2023_AMC"),  # it holds 2022, too
+        Source("AI-MO/aimo-validation-amc", 40, "answer", ("train",), url="2023_AMC"),  # it has 2022 as well
     ),
     "math500": (
         Source("HuggingFaceH4/MATH-500", 500, "solution"),
@@ -73,12 +71,12 @@ SOURCES = {
         Source("math-ai/minervamath", 272, "answer"),
         Source("zwhe99/simplerl-minerva-math", 272, "answer"),
     ),
-    "olympiadbench": (  # the papers' files have 675 rows, the authors' own has one less
+    "olympiadbench": (  # 675 rows in the papers' files, one less in the authors' own
         Source("zwhe99/simplerl-OlympiadBench", 675, "final_answer"),
         Source("Hothan/OlympiadBench", 674, "final_answer", ("train",), ("OE_TO_maths_en_COMP",)),
         Source("math-ai/olympiadbench", 674, "final_answer"),
     ),
-    TRAINING: (  # all of MATH; the questions of MATH-500 leave with the duplicates
+    TRAINING: (  # all of MATH; the questions of MATH-500 are dropped as duplicates
         Source("EleutherAI/hendrycks_math", 12_500, "solution", ("train", "test"), tuple(SUBJECTS.split())),
         Source("DigitalLearningGmbH/MATH-lighteval", 12_500, "solution", ("train", "test")),
         Source("nlile/hendrycks-MATH-benchmark", 12_500, "solution", ("train", "test")),
@@ -87,12 +85,12 @@ SOURCES = {
 
 
 class Unavailable(Exception):
-    """A set that could not be made, and what to do about it."""
+    """A set cannot be made; the message says what to do about it."""
 
 
 # The gold answer: one rule a set --------------------------------------------------------------------------------------
 def last_box(solution: str) -> str:
-    r"""MATH, MATH-500, Minerva: what stands in the solution's last box; "" if there is none.
+    r"""MATH, MATH-500, Minerva: the content of the solution's last box; "" if there is none.
 
     >>> last_box(r"Not $\boxed{3}$. So $x = \boxed{\frac{1}{2}}.$"), last_box(r"... which is $\boxed 5$.")
     ('\\frac{1}{2}', '5')
@@ -100,10 +98,10 @@ def last_box(solution: str) -> str:
     return grader.extract_answer(re.sub(r"\\boxed\s+([^{}$]+)\$", r"\\boxed{\1}$", solution)) or ""
 
 
-def integer(answer: Any) -> str:
+def to_integer(answer: Any) -> str:
     """AIME writes 033, AMC 27.0.
 
-    >>> integer("033"), integer(27.0)
+    >>> to_integer("033"), to_integer(27.0)
     ('33', '27')
     """
     number = float(answer)
@@ -112,21 +110,21 @@ def integer(answer: Any) -> str:
     return str(int(number))
 
 
-def all_answers(answer: str | Sequence[str]) -> str:
-    """OlympiadBench: every answer of the list, each perhaps several itself; all are asked for.
+def join_answers(answer: str | Sequence[str]) -> str:
+    """OlympiadBench: a list of answers, all of which are asked for; one of them may itself be several.
 
-    >>> all_answers(["$69$,$84$"]), all_answers([r"$x=2$", r"$x=-2$."])
+    >>> join_answers(["$69$,$84$"]), join_answers([r"$x=2$", r"$x=-2$."])
     ('69,84', 'x=2, x=-2')
     """
     answers = [answer] if isinstance(answer, str) else answer
     return ", ".join(re.sub(r"(?<!\\)\$", "", a).strip().rstrip(".") for a in answers)
 
 
-GOLD: dict[str, Callable[[Any], str]] = {"aime24": integer, "amc23": integer, "olympiadbench": all_answers}
+GOLD: dict[str, Callable[[Any], str]] = {"aime24": to_integer, "amc23": to_integer, "olympiadbench": join_answers}
 
 
 def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    """A source's row as a line of data/<name>.jsonl. Raises ValueError where it is not as expected."""
+    """A source's row as a line of data/<name>.jsonl. Raises ValueError if it is not as expected."""
     row = {column.lower(): value for column, value in row.items() if value is not None}
     question = next((c for c in COLUMNS["question"] if c in row), "question")
     missing = [column for column in (question, source.answer) if column not in row]
@@ -142,7 +140,7 @@ def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> d
     if subject := row.get("subfield") or row.get("type") or row.get("subject"):
         problem["subject"] = subject
     unit = str(row.get("unit") or "").strip("$")
-    if unit[:1].isalpha():  # so that 45 hours are not 45 minutes; % and degrees would let 0.042 and radians through
+    if unit[:1].isalpha():  # else 45 hours would pass for 45 minutes; with % or degrees 0.042 or radians would pass
         problem["answer"] += rf" \text{{ {unit}}}"
     if row.get("error"):
         problem["tolerance"] = float(row["error"])
@@ -151,13 +149,13 @@ def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> d
 
 # Download -------------------------------------------------------------------------------------------------------------
 def fetch(source: Source) -> list[dict[str, Any]]:
-    """All rows of a source. Raises what `datasets` raises, and ValueError for another number of rows."""
+    """All rows of a source. Raises ValueError for another number of rows, and what `datasets` raises."""
     from datasets import load_dataset
 
     path = Path(HUB_MIRROR, source.name)
     if HUB_MIRROR and not path.is_dir():
         raise FileNotFoundError(f"no folder {path}")
-    # The cache of `datasets` takes two folders of one name for the same: a mirror's gets one that lives for this call.
+    # The cache of `datasets` confuses folders of the same name: with a mirror it gets a new place for every call.
     with tempfile.TemporaryDirectory() as own:
         name, cache = (str(path), own) if HUB_MIRROR else (source.name, None)
         parts = [
@@ -171,10 +169,10 @@ def fetch(source: Source) -> list[dict[str, Any]]:
     return rows
 
 
-def bring(name: str) -> list[dict[str, Any]]:
-    """Problems of a set from the first source that works. Raises Unavailable, or ConnectionError without network."""
+def load_set(name: str) -> list[dict[str, Any]]:
+    """A set's problems, from the first source that works. Raises Unavailable, or ConnectionError without network."""
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.utils import httpx  # the client that the hub's own code uses, httpx or httpx2
+    from huggingface_hub.utils import httpx  # the HTTP client of the hub's own code, httpx or httpx2
 
     reasons = ""
     for source in SOURCES[name]:
@@ -186,31 +184,31 @@ def bring(name: str) -> list[dict[str, Any]]:
             return problems
         except ConnectionError:
             raise
-        except httpx.TransportError as error:  # what `datasets` lets through, such as a proxy that refuses
+        except httpx.TransportError as error:  # `datasets` does not catch it; a proxy that refuses, for one
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
         except (DatasetsError, OSError, ValueError, RuntimeError) as error:
             reasons += f"\n    {source.name}: {' '.join(str(error).split())[:300]}"
-    raise Unavailable(f"no source worked{reasons}{cure(name)}")
+    raise Unavailable(f"no source worked{reasons}{describe_cure(name)}")
 
 
-def cure(name: str) -> str:
-    """What to put where, by hand."""
+def describe_cure(name: str) -> str:
+    """How to get a set by hand."""
     source, *others = SOURCES[name]
     parts = ", ".join(["split " + " and ".join(source.splits), *filter(None, source.configs)])
     return f"""
-  Either, where there is a network (or another way; {parts}; columns {"/".join(COLUMNS["question"])}, {source.answer}),
+  Either download it where there is a network ({parts}; columns {"/".join(COLUMNS["question"])}, {source.answer}):
     hf download {source.name} --repo-type dataset --local-dir mirror/{source.name}
-  and HUB_MIRROR=mirror here. As good: {", ".join(other.name for other in others)}.
+  and say HUB_MIRROR=mirror here. The same set: {", ".join(other.name for other in others)}.
   Or write {Path(OUT, name)}.jsonl yourself, {source.rows} lines of {{"id", "question", "answer"}}."""
 
 
 # Duplicates -----------------------------------------------------------------------------------------------------------
-def near_duplicates(questions: Sequence[str], known: Sequence[str]) -> list[dict[int, bool]]:
-    """For each question: position in `known` of each duplicate -> whether it is the same but for its dress.
+def find_duplicates(questions: Sequence[str], known: Sequence[str]) -> list[dict[int, bool]]:
+    """For each question: the position in `known` of each duplicate -> True if they differ in nothing but typography.
 
-    Candidates come from an inverted index, so that only pairs with a shingle in common are compared.
+    An index of shingles finds the candidates, so that only questions that share one are compared.
 
-    >>> near_duplicates(["What is $2+2$?"], ["What is $2+3$?", r"What  is \\(2 + 2\\)?", "Name a prime."])
+    >>> find_duplicates(["What is $2+2$?"], ["What is $2+3$?", r"What  is \\(2 + 2\\)?", "Name a prime."])
     [{1: True}]
     """
 
@@ -232,15 +230,15 @@ def near_duplicates(questions: Sequence[str], known: Sequence[str]) -> list[dict
     return found
 
 
-def clean(training: Sequence[dict], benchmarks: Sequence[dict]) -> tuple[list[dict], Counter]:
-    """Training problems whose question is none of the benchmarks' nor of an earlier one -> them, and what was dropped.
+def drop_duplicates(training: Sequence[dict], benchmarks: Sequence[dict]) -> tuple[list[dict], Counter]:
+    """The training problems that are no duplicates, and how many were dropped for which reason.
 
-    A question that only resembles an earlier training question is dropped if the answer is the same, too: "What is the
-    smallest factor of 15?" and "... of 77?" are two problems. One that resembles a benchmark's is dropped in any case.
+    A question that equals or resembles a benchmark's is dropped. One that only resembles an earlier training question
+    is kept if its answer is another: "What is the smallest factor of 15?" and "... of 77?" are two problems.
     """
     questions = [problem["question"] for problem in training]
-    of_benchmarks = near_duplicates(questions, [problem["question"] for problem in benchmarks])
-    of_training = near_duplicates(questions, questions)
+    of_benchmarks = find_duplicates(questions, [problem["question"] for problem in benchmarks])
+    of_training = find_duplicates(questions, questions)
     kept: dict[int, dict] = {}
     dropped: Counter = Counter()
     for position, problem in enumerate(training):
@@ -262,48 +260,55 @@ def checksum(problems: Sequence[dict]) -> str:
     return hashlib.sha256(json.dumps([[p["question"], p["answer"]] for p in problems]).encode()).hexdigest()
 
 
+def make_training_set(benchmarks: Sequence[dict]) -> list[dict]:
+    """The problems of TRAINING that have the right level and an answer, and are no duplicates."""
+    levels = [p for p in load_set(TRAINING) if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
+    problems = [p for p in levels if p["answer"]]
+    print(f"{TRAINING}: {len(levels)} of levels {LEVELS[0]} to {LEVELS[1]}, {len(problems)} of them with an answer")
+    kept, dropped = drop_duplicates(problems, benchmarks)
+    for reason, count in sorted(dropped.items()):
+        print(f"{TRAINING}: dropped {count}, {reason}")
+    return kept
+
+
 def prepare(name: str) -> None:
-    """Make OUT/<name>.jsonl, or check the one that is there. Raises SystemExit if that one is another."""
+    """Make OUT/<name>.jsonl, or check the one that is there. Raises SystemExit if that one has been changed."""
     path, record = Path(OUT, f"{name}.jsonl"), Path(OUT, CHECKSUMS)
-    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
-    made = {line["set"]: line for line in map(json.loads, lines)}
-    there = path.is_file() and not FORCE
+    made = {line["set"]: line for line in read_jsonl(record)}
+    now: dict[str, Any] = {"set": name}
+    benchmarks: list[dict] = []
     if name == TRAINING:
         files = {other: Path(OUT, f"{other}.jsonl") for other in SOURCES if other != TRAINING}
         if missing := [other for other, file in files.items() if not file.is_file()]:
-            raise Unavailable(f"needs {', '.join(missing)} first: their questions must not be trained on")
-        benchmarks = {other: load_problems(file) for other, file in files.items()}
-    if there:
+            raise Unavailable(f"make {', '.join(missing)} first: their questions must not be trained on")
+        sets = {other: load_problems(file) for other, file in files.items()}
+        benchmarks = [problem for problems in sets.values() for problem in problems]
+        now |= {"LEVELS": list(LEVELS), "SHINGLE": SHINGLE, "NEAR": NEAR}
+        now["cleaned of"] = {other: checksum(problems) for other, problems in sets.items()}
+
+    if path.is_file() and not FORCE:
         problems, rows = load_problems(path), {source.rows for source in SOURCES[name]}
         if name != TRAINING and len(problems) not in rows:
-            raise SystemExit(f"{path}: {len(problems)} rows where {rows} are expected; complete it, or FORCE=1")
-    elif name == TRAINING:
-        levels = [p for p in bring(name) if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
-        problems = [p for p in levels if p["answer"]]
-        print(f"{name}: {len(levels)} of levels {LEVELS[0]} to {LEVELS[1]}, {len(problems)} of them with an answer")
-        problems, dropped = clean(problems, [p for each in benchmarks.values() for p in each])
-        print("".join(f"{name}: dropped {count}, {why}\n" for why, count in sorted(dropped.items())), end="")
+            raise SystemExit(f"{path}: {len(problems)} rows where {rows} are expected; complete it, or say FORCE=1")
+        now |= {"rows": len(problems), "sha256": checksum(problems)}
+        if made.get(name, now) != now:
+            raise SystemExit(f"{path}: not as it was made; FORCE=1 makes it again\n  then {made[name]}\n  now  {now}")
+        note = "is there already" if name in made else "is there already, not made here"
     else:
-        problems = bring(name)
-    sha256 = checksum(problems)
-    now = {"set": name, "rows": len(problems), "sha256": sha256}
-    if name == TRAINING:
-        now |= {"LEVELS": list(LEVELS), "SHINGLE": SHINGLE, "NEAR": NEAR}
-        now["cleaned of"] = {other: checksum(each) for other, each in benchmarks.items()}
-    if there and name in made and now != made[name]:
-        raise SystemExit(f"{path}: not as it was made; FORCE=1 makes it anew\n  then {made[name]}\n  now  {now}")
-    if not there:
-        write_atomically(path, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in problems))
+        problems = make_training_set(benchmarks) if name == TRAINING else load_set(name)
+        now |= {"rows": len(problems), "sha256": checksum(problems)}
+        write_atomically(path, "".join(map(to_line, problems)))
         made[name] = now
-        write_atomically(record, "".join(json.dumps(line) + "\n" for line in made.values()))
-    note = ("is there already" if name in made else "is there already, not made here") if there else "made"
-    if made.get(TRAINING, {}).get("cleaned of", {}).get(name, sha256) != sha256:
-        note += f"; {TRAINING} was cleaned of another {name}: SETS={TRAINING} FORCE=1"
-    print(f"{path}: {len(problems)} problems, sha256 of questions and answers {sha256}, {note}", flush=True)
+        write_atomically(record, "".join(map(to_line, made.values())))
+        note = "made"
+    if made.get(TRAINING, {}).get("cleaned of", {}).get(name, now["sha256"]) != now["sha256"]:
+        note += f"; {TRAINING} was cleaned of another {name}: say SETS={TRAINING} FORCE=1"
+    print(f"{path}: {len(problems)} problems, sha256 of questions and answers {now['sha256']}, {note}", flush=True)
 
 
 def main() -> None:
-    override_constants(sys.argv[1:], {"prepare": sys.modules[__name__]})
+    if changed := set_constants(sys.argv[1:], {"prepare": sys.modules[__name__]}):
+        print(changed)
     names = SETS.split(",")
     if unknown := set(names) - set(SOURCES):
         raise SystemExit(f"SETS: no set {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
@@ -315,11 +320,11 @@ def main() -> None:
         except Unavailable as error:
             failures.append(f"{name}: {error}")
         except ConnectionError as error:
-            failures.append(f"{name}: the hub cannot be reached ({error}){cure(name)}")
-            break  # the others would only wait for it as long
+            failures.append(f"{name}: the hub cannot be reached ({error}){describe_cure(name)}")
+            break  # the others would wait for it in vain as well
     if failures:
         raise SystemExit(
-            "\n" + "\n".join(failures) + "\nWhat was made before is kept; a second call goes on from there."
+            "\n" + "\n".join(failures) + "\nWhat was made so far is kept; the same command continues from there."
         )
 
 

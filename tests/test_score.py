@@ -1,25 +1,25 @@
-"""data/score.py and data/ablations.py from end to end at a tiny size: what they show is what was played."""
+"""experiments/score.py and ablations.py from end to end at a tiny size: what they show is what was played."""
 
 import json
-import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from data import ablations, demo, score
+import ppo
+from experiments import ablations, score
+from plumbing.constants import parse_changes, snapshot
+from plumbing.files import read_jsonl
 from tests.conftest import ROOT, alone
-from tests.test_report import lines_of
+
+import pytest
 
 TINY = "DIALOGUES=32 MINI_BATCH=16 EPOCHS=1 SAVE_EVERY=100"
 PROGRAM = """
 import sys
 from pathlib import Path
-from data import demo, {module}
+from experiments import {module}, runs
 world = Path(sys.argv.pop())
-demo.make_world = lambda seed, folder: world
+runs.make_world = lambda seed, folder: world
 {module}.main()
 """
 
@@ -33,24 +33,20 @@ def call(module: str, toy: Path, *given: str) -> str:
     return done.stdout
 
 
-def trained(folder: Path) -> dict[Path, tuple[int, int]]:
+def list_files(folder: Path) -> dict[Path, tuple[int, int]]:
     """When each file of the trainings and of the dialogues was written, and how long it is."""
-    files = [*folder.rglob("*.safetensors"), *folder.rglob("*.log"), *folder.rglob("*.jsonl")]
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]
     return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in files}
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def cells(markdown: str) -> dict[str, list[str]]:
+def read_table(markdown: str) -> dict[str, list[str]]:
     """First cell of each row of the last Markdown table -> the others."""
     last = markdown[markdown.rindex("| --- ") :]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in last.splitlines() if line.startswith("|")]
     return {row[0]: row[1:] for row in rows[1:]}
 
 
-# SCoRe ---------------------------------------------------------------------------------------------------------------
+# SCoRe ----------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def scored(toy, tmp_path_factory) -> tuple[Path, str]:
     """Folder of the results, and what was printed."""
@@ -71,24 +67,23 @@ def test_score_trains_what_the_paper_says_on_one_budget(scored, toy):
     assert all(c["ppo.KL_COEF"] == [score.BETA_1] for run, c in config.items() if run != "score_stage1")
     assert config["score_stage2"]["ppo.MODEL"] == str(seed / "score_stage1/policy")
     assert config["score_stage2"]["ppo.REFERENCE"] == str(toy / "warm_start")
+    spent = {}
     for run, c in config.items():
         assert (c["ppo.ESTIMATOR"], c["ppo.ATTEMPT_GAMMA"], c["rollout.PROMPT"]) == ("rloo", 0.0, "single_turn")
-        attempts = [row["attempts_used"] for row in lines(seed / run / "metrics.jsonl")]
-        assert set(attempts) == {1.0 if run == "single_turn" else 2.0}
-    last = {run: lines(seed / run / "metrics.jsonl")[-1] for run in config}
-    spent = {run: row["generated_tokens"] for run, row in last.items()}
+        rows = read_jsonl(seed / run / "metrics.jsonl")
+        assert {row["attempts_used"] for row in rows} == {1.0 if run == "single_turn" else 2.0}
+        spent[run] = rows[-1]["generated_tokens"]
     spent["SCoRe"] = spent.pop("score_stage1") + spent.pop("score_stage2")
-    largest = max(row["generated"] for run in config for row in lines(seed / run / "metrics.jsonl"))
-    assert all(1500 <= tokens < 1500 + 2 * largest for tokens in spent.values())  # whole rollouts
+    assert all(1500 <= tokens < 2500 for tokens in spent.values())  # whole rollouts
 
 
 def test_score_says_what_was_played(scored):
     """Every number again, from the dialogues."""
     results = json.loads((scored[0] / "results.json").read_text())
-    shown = cells(scored[1])
-    assert shown == cells((scored[0] / "table.md").read_text())
+    shown = read_table(scored[1])
+    assert shown == read_table((scored[0] / "table.md").read_text()) and results["meaning"] in scored[1]
     for name, label in score.MODELS.items():
-        played = [r["attempts"] for r in lines(scored[0] / f"seed-0/evaluation/dialogues-{name}.jsonl")]
+        played = [r["attempts"] for r in read_jsonl(scored[0] / f"seed-0/evaluation/dialogues-{name}.jsonl")]
         assert len(played) == results["n"] == 40 and all(len(attempts) == 2 for attempts in played)
         right = [[a["status"] == "correct" for a in attempts] for attempts in played]
         counts = [
@@ -111,164 +106,105 @@ def test_score_says_what_was_played(scored):
         for column, x in by_attempt.items():
             assert x["value"] == pytest.approx(a[column]["value"] - b[column]["value"])
             assert x["low"] <= x["value"] <= x["high"]
-    drawn = lines_of(scored[0] / "accuracy.svg")
-    for place, name in enumerate(score.MODELS):
-        values = [results["models"][name][column]["value"] for column in ("Acc@t1", "Acc@t2")]
-        assert [y for _, y in drawn[f"curve-0-{place}"]] == pytest.approx(values, abs=2e-3)
-    assert results["meaning"] in scored[1]
 
 
 def test_score_does_nothing_twice(scored, toy):
     out, printed = scored
-    before = trained(out)
-    assert call("score", toy, f"OUT={out}", "TOKEN_BUDGET=1500").split("minutes")[0] == printed.split("minutes")[0]
-    assert trained(out) == before
+    before = list_files(out)
+    assert call("score", toy, f"OUT={out}", "TOKEN_BUDGET=1500").split("Made by")[0] == printed.split("Made by")[0]
+    assert list_files(out) == before
 
 
-def test_difference_is_the_first_less_the_second():
+def test_differences_are_the_first_minus_the_second():
     found = {"benchmark": "test", "models": ["x", "y"], "difference": [0.5, 0.25], "low": [0.25, 0], "high": [0.75, 1]}
-    assert score.difference([found], "y", "x")["Acc@t1"] == {"value": 0.5, "low": 0.25, "high": 0.75}
-    assert score.difference([found], "x", "y")["Acc@t2"] == {"value": -0.25, "low": -1, "high": 0}
+    assert score.select_difference([found], "y", "x")["Acc@t1"] == {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert score.select_difference([found], "x", "y")["Acc@t2"] == {"value": -0.25, "low": -1, "high": 0}
 
 
-@pytest.mark.parametrize(("low", "high", "said"), [(0.01, 0.2, "above"), (-0.2, -0.01, "below"), (-0.1, 0.1, "noise")])
-def test_meaning_follows_the_intervals(low, high, said):
+@pytest.mark.parametrize(
+    ("low", "high", "gain", "pair"),
+    [
+        (0.01, 0.2, "better than", "SCoRe is above plain"),
+        (-0.2, -0.01, "worse than", "SCoRe is below plain"),
+        (-0.1, 0.1, "not distinguishable from", "SCoRe is within noise of plain"),
+    ],
+)
+def test_words_follow_the_intervals(low, high, gain, pair):
     about = {"value": (low + high) / 2, "low": low, "high": high}
     models = {name: dict.fromkeys(score.COLUMNS, about) for name in score.MODELS}
     pairs = {f"{a} - {b}": {"Acc@t1": about, "Acc@t2": about} for a, b in score.PAIRS}
-    text = score.meaning({"models": models, "differences": pairs, "ideal": 0.5})
-    words = {
-        "above": "SCoRe is above plain",
-        "below": "SCoRe is below plain",
-        "noise": "SCoRe is within noise of plain",
-    }
-    better = {"above": "better than", "below": "worse than", "noise": "not to be told apart from"}
-    assert words[said] in text and text.count(better[said]) == 2
-    assert not any(word in text for other, word in words.items() if other != said)
+    text = score.describe_results({"models": models, "differences": pairs, "ideal": 0.5})
+    assert text.count(gain) == 2 and pair in text
 
 
-# Ablations -----------------------------------------------------------------------------------------------------------
+# Ablations ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def ablated(toy, tmp_path_factory) -> tuple[Path, str, str]:
-    """Folder of the results, and what was printed with one seed, then with another one added."""
+def ablated(toy, tmp_path_factory) -> tuple[Path, str]:
+    """Folder of the results, and what was printed."""
     out = tmp_path_factory.mktemp("ablations")
-    shared = (f"OUT={out}", "TOKEN_BUDGET=700", "ONLY=rloo")
-    one = call("ablations", toy, *shared, "SEEDS=1")
-    before = trained(out)
-    two = call("ablations", toy, *shared, "SEEDS=1,2")
-    after = trained(out)
-    assert before.items() <= after.items() and len(after) == 2 * len(before)  # nothing of seed 1 was done again
-    return out, one, two
+    return out, call("ablations", toy, f"OUT={out}", "TOKEN_BUDGET=700", "ONLY=rloo", "SEEDS=1,2")
 
 
 def test_ablations_train_what_their_rows_say(ablated):
     for seed in (1, 2):
-        config = {
-            row: json.loads((ablated[0] / f"seed-{seed}/{row}/config.json").read_text()) for row in ("base", "rloo")
-        }
-        different = {name for name in config["base"] if config["base"][name] != config["rloo"][name]}
+        folder = ablated[0] / f"seed-{seed}"
+        base, rloo = (json.loads((folder / row / "config.json").read_text()) for row in ("base", "rloo"))
+        different = {name for name in base if base[name] != rloo[name]}
         assert different == {"ppo.ESTIMATOR", "rollout.SAMPLES_PER_PROMPT", "ppo.RUN"}
-        assert config["base"]["ppo.SEED"] == seed and config["base"]["ppo.TOKEN_BUDGET"] == 700
+        assert base["ppo.SEED"] == seed and base["ppo.TOKEN_BUDGET"] == 700
 
 
-def test_ablations_show_what_was_measured(ablated, tmp_path, monkeypatch):
-    out, one, two = ablated
+def test_ablations_show_what_was_measured(ablated):
+    out, printed = ablated
     results = json.loads((out / "results.json").read_text())
     measured = [json.loads((out / f"seed-{seed}/evaluation/results.json").read_text())["models"] for seed in (1, 2)]
-
-    def values(row: str, column: str) -> list[float]:
-        metric, k = ablations.COLUMNS[column]
-        tests = [models[row]["test"] for models in measured]
-        return [t["accuracy"][k - 1] if metric == "accuracy" else t["metrics"][metric]["value"][k - 1] for t in tests]
-
-    for column in ablations.COLUMNS:
-        a, b = values("rloo", column), values("base", column)
-        ahead = [x - y for x, y in zip(a, b, strict=True)]
-        x = results["rows"]["rloo"][column]
-        half = 12.706 * abs(ahead[0] - ahead[1]) / 2  # t with one degree of freedom times s / sqrt(2), by hand
-        expected = [sum(a) / 2, sum(ahead) / 2, sum(ahead) / 2 - half, sum(ahead) / 2 + half]
-        assert list(x.values()) == pytest.approx(expected, abs=2e-6)
-        number = 2 * list(ablations.COLUMNS).index(column)
-        assert float(cells(two)["rloo"][number]) == pytest.approx(100 * expected[0], abs=0.051)
-        shown = [float(n) for n in cells(two)["rloo"][number + 1].split(" ±")]
-        assert shown == pytest.approx([100 * expected[1], 100 * half], abs=0.051)
-    assert cells(two) == cells((out / "table.md").read_text())
-    assert cells(one)["rloo"][-1] == "one seed: unknown" and "±" not in one.split("\n\n")[0]
-
-    import matplotlib.pyplot as plt
-
-    drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
-    ablations.draw(results, tmp_path)
-    for axes, column in zip(drawn[0].axes, ablations.COLUMNS, strict=True):
-        x = results["rows"]["rloo"][column]
-        points = [100 * x[name] for name in ("low", "difference", "high")]
-        assert list(axes.lines[0].get_xdata()) == pytest.approx(points)
-    assert all(">rloo<" in (folder / "ablations.svg").read_text() for folder in (tmp_path, out))
+    shown = read_table(printed)["rloo"]
+    for place, (column, (metric, k)) in enumerate(ablations.COLUMNS.items()):
+        a, b = ([m[row]["test"]["metrics"][metric]["value"][k - 1] for m in measured] for row in ("rloo", "base"))
+        first, second = (x - y for x, y in zip(a, b, strict=True))
+        mean, half = (first + second) / 2, 12.706 * abs(first - second) / 2  # t(1) times s / sqrt(2), by hand
+        x = results["differences"]["rloo"][column]
+        assert [x["value"], x["low"], x["high"]] == pytest.approx([mean, mean - half, mean + half], abs=2e-6)
+        assert results["values"]["rloo"][column] == pytest.approx(sum(a) / 2, abs=2e-6)
+        assert float(shown[2 * place]) == pytest.approx(50 * sum(a), abs=0.051)
+        numbers = [float(number) for number in shown[2 * place + 1].split(" ±")]
+        assert numbers == pytest.approx([100 * mean, 100 * half], abs=0.051)
+    assert read_table(printed) == read_table((out / "table.md").read_text())
 
 
 def test_noise_is_called_noise():
-    """A row that is behind by about as much for each seed, one that is ahead once, behind once, one that is equal."""
-    draw = random.Random(0)
-    seeds = {}
-    for seed, (steady, shaky) in zip("123", [(0.10, 0.3), (0.11, -0.3), (0.12, 0.01)], strict=True):
-        base = draw.random()
-        ahead = {"base": 0.0, "LAMBDA=1": -steady, "rloo": shaky, "grpo": 0.0}
-        seeds[seed] = {row: dict.fromkeys(ablations.COLUMNS, base + more) for row, more in ahead.items()}
-    results = {"rows": ablations.summarise(seeds), "seeds": seeds}
-    said = {row: shown[-1] for row, shown in cells(ablations.table(results)).items()}
-    every = ", ".join(ablations.COLUMNS)
-    assert said == {"base": "", "LAMBDA=1": every, "rloo": "within noise", "grpo": "within noise"}
-    half = 4.303 * 0.01 / 3**0.5  # the deviation of .10, .11, .12 is .01
-    assert results["rows"]["LAMBDA=1"]["at 1"]["low"] == pytest.approx(-0.11 - half, abs=1e-6)
+    """An interval that contains zero or touches it is noise; one beyond it, on either side, is not."""
+    bounds = {
+        "base": (0.0, 0.0),
+        "LAMBDA=1": (-0.2, -0.1),
+        "rloo": (-0.3, 0.3),
+        "grpo": (0.0, 0.1),
+        "WHITEN=0": (0.1, 1),
+    }
+    differences = {
+        row: {column: {"value": (low + high) / 2, "low": low, "high": high} for column in ablations.COLUMNS}
+        for row, (low, high) in bounds.items()
+    }
+    values = {row: dict.fromkeys(ablations.COLUMNS, 0.5) for row in bounds}
+    results = {"values": values, "differences": differences, "seeds": {"1": {}, "2": {}}}
+    words = {row: cells[-1] for row, cells in read_table(ablations.make_table(results)).items()}
+    every, noise = ", ".join(ablations.COLUMNS), "within noise"
+    assert words == {"base": "", "LAMBDA=1": every, "rloo": noise, "grpo": noise, "WHITEN=0": every}
+    for columns in differences.values():
+        for x in columns.values():
+            x |= {"low": None, "high": None}
+    table = ablations.make_table(results | {"seeds": {"1": {}}})
+    assert read_table(table)["rloo"][-1] == "one seed: unknown" and "±" not in table
 
 
-def test_rows_are_known_and_their_arguments_too(monkeypatch):
+def test_rows_are_known_and_so_are_their_arguments(monkeypatch):
+    made = set()
     for arguments in ablations.ABLATIONS.values():
-        constants = demo.constants_of(["PRESET=toy", *arguments])
-        assert constants["ppo.PRESET"].startswith("toy")
-    assert len({json.dumps(demo.constants_of(["PRESET=toy", *a])) for a in ablations.ABLATIONS.values()}) == len(
-        ablations.ABLATIONS
-    )
+        changes = parse_changes(["PRESET=toy", *arguments], ppo.MODULES, ppo.PRESETS)
+        made.add(json.dumps(snapshot(ppo.MODULES) | {name: change.value for name, change in changes.items()}))
+    assert len(made) == len(ablations.ABLATIONS)  # each row is another experiment
     monkeypatch.setattr(ablations, "ONLY", "grpo,LAMBDA=1")
-    assert ablations.chosen() == ["base", "LAMBDA=1", "grpo"]
+    assert ablations.choose_rows() == ["base", "LAMBDA=1", "grpo"]
     monkeypatch.setattr(ablations, "ONLY", "LAMBDA=7")
     with pytest.raises(SystemExit, match="no row LAMBDA=7; there are base, MAX_ATTEMPTS=1"):
-        ablations.chosen()
-
-
-# data/demo.py: what both are made of ----------------------------------------------------------------------------------
-def test_constants_are_read_without_being_changed():
-    import ppo
-    import rollout
-
-    before = [(m, name, getattr(m, name)) for m in (ppo, rollout) for name in m.__annotations__]
-    constants = demo.constants_of(["PRESET=toy,score_stage1", "LAMBDA=0.5", "RUN=x"])
-    assert (constants["ppo.LAMBDA"], constants["rollout.REWARD"]) == (0.5, "score_stage1")
-    with pytest.raises(SystemExit, match="nearest is LAMBDA"):
-        demo.constants_of(["LAMBDA=0.5", "LAMDA=1"])
-    assert all(getattr(m, name) is value for m, name, value in before)
-
-
-def test_a_wrong_training_stops_before_any_starts(tmp_path):
-    good, bad = (demo.Training(name, tmp_path / name, argument) for name, argument in (("a", []), ("b", ["STEPS=x"])))
-    with pytest.raises(SystemExit, match="STEPS=x"):
-        demo.train([good, bad])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_training_without_a_policy_is_a_failure(tmp_path):
-    run = demo.Training("a", tmp_path / "a", [])
-    run.log.write_text("step 3\nstopped by SIGTERM behind step 3\n")
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    with pytest.raises(SystemExit, match=re.escape("stopped by SIGTERM behind step 3")):
-        run.check_end(ended)
-    (run.folder / "policy").mkdir(parents=True)
-    run.check_end(ended)
-
-
-@pytest.mark.parametrize("text", ["", "1,1", "a", "1,", ",".join(map(str, range(11)))])
-def test_seeds_are_different_numbers(text):
-    with pytest.raises(SystemExit, match="expected up to 10 different numbers"):
-        demo.parse_seeds(text)
+        ablations.choose_rows()
