@@ -1,0 +1,82 @@
+"""plumbing/packing.py: each dialogue gets what it has alone, whatever lies beside it; ranks share evenly."""
+
+import itertools
+
+import ppo
+from plumbing import packing
+from plumbing.ranks import load_model
+from tests.test_ppo import constants, make_learner, two_dialogues
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 300))
+def test_groups_hold_each_dialogue_once_within_the_limit(lengths, max_tokens):
+    groups = packing.group_by_length(range(len(lengths)), lengths, max_tokens)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(max(lengths[i] for i in group) * len(group) <= max_tokens or len(group) == 1 for group in groups)
+    longest = [[lengths[i] for i in group] for group in groups]
+    assert list(itertools.chain(*longest)) == sorted(lengths, reverse=True)
+
+
+@given(st.lists(st.integers(1, 500), min_size=8, max_size=40), st.integers(1, 8))
+def test_ranks_share_a_mini_batch_evenly(lengths, world):
+    shares = packing.share_among_ranks(lengths, world)
+    assert sorted(i for rows in shares for i in rows) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in rows) for rows in shares]
+    assert all(shares) and max(tokens) - min(tokens) <= max(lengths)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 16, 64])
+def test_each_dialogue_gets_the_logprobs_that_it_has_alone(toy, ranks, monkeypatch, max_tokens):
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32, attn_implementation="eager")
+    changes = {"MAX_TOKENS_PER_MICRO_BATCH": max_tokens, "LOGITS_CHUNK": 3, "MINI_BATCH": 4}
+    actor = make_learner(toy, monkeypatch, lm.config.vocab_size, **changes).actor
+    batch = ppo.make_batch([*two_dialogues(), *reversed(two_dialogues())])
+    got = ppo.evaluate_actions(actor, batch)  # (B, T)
+    for d, row in zip(batch.dialogues, got, strict=True):
+        logprobs = lm(torch.tensor([d.ids])).logits.log_softmax(-1)[0]
+        expected = [logprobs[t - 1, d.ids[t]].item() if m else 0.0 for t, m in enumerate(d.mask)]
+        assert row[: len(d.ids)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert not row[len(d.ids) :].any()
+
+
+def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, monkeypatch):
+    """Dialogues end to end, the kernel replaced by what it promises: causal attention in each piece."""
+    from torch.nn.attention import varlen
+
+    def kernel(q, k, v, boundaries_q, boundaries_k, longest_q, longest_k, *, scale, window_size):
+        assert torch.equal(boundaries_q, boundaries_k) and window_size == (-1, 0)
+        assert boundaries_q.dtype == torch.int32 and boundaries_q[0] == 0 and boundaries_q[-1] == len(q)
+        pieces = [(int(a), int(b)) for a, b in itertools.pairwise(boundaries_q)]
+        assert max(b - a for a, b in pieces) == longest_q == longest_k
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outs = [
+            attend(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=scale)[0].transpose(0, 1)
+            for a, b in pieces
+        ]
+        return torch.cat(outs)
+
+    constants(monkeypatch)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    actor = ppo.Actor(str(toy / "warm_start"), 280)
+    batch = ppo.make_batch(two_dialogues())
+    expected, _ = actor(packing.make_micro_batch(batch.ids, batch.mask, batch.lengths, [0, 1], kernel=False))
+    monkeypatch.setattr(packing, "has_kernel", lambda dtype: True)
+    actor.lm.set_attn_implementation(packing.attention_name("bfloat16"))
+    micro = packing.make_micro_batch(batch.ids, batch.mask, batch.lengths, [0, 1], kernel=True)
+    got, _ = actor(micro)
+    assert micro.ids.shape == (1, sum(batch.lengths)) and torch.allclose(got, expected, atol=1e-5)
+
+
+def test_models_whose_attention_is_another_are_refused(toy, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
+    lm.config.update({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0})
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="sliding_window is not computed here"):
+        load_model(str(tmp_path), "sdpa")
