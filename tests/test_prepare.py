@@ -8,18 +8,17 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+
+import grader
+from data import prepare
+from data.prepare import SOURCES, TRAINING, drop_duplicates, find_duplicates
+from data.problems import load_problems, question_key
+from plumbing.files import to_line
+from tests.conftest import ROOT
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-
-import grader
-import rollout
-from data import prepare
-from data.prepare import SOURCES, TRAINING, clean, near_duplicates
-from data.problems import load_problems, question_key
-from tests.conftest import ROOT
 
 
 # A hub in a folder ----------------------------------------------------------------------------------------------------
@@ -40,7 +39,20 @@ def boxed(answer: str) -> str:
     return f"First $x = 1$.\nSo it is $\\boxed{{{answer}}}.$"
 
 
-# What the columns of each source look like, for a question and the answer as that source writes it.
+def math_row(q: str, a: str) -> dict:
+    return {"problem": q, "solution": boxed(a), "answer": "?", "subject": "Algebra", "level": 3, "unique_id": "test/1"}
+
+
+def train_row(q: str, a: str) -> dict:
+    return {"problem": q, "level": "Level 3", "type": "Algebra", "solution": boxed(a)}
+
+
+def olympiad_row(q: str, a: str) -> dict:
+    row = {"id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "context": None, "modality": "Text-only"}
+    return row | {"unit": None, "error": None, "subfield": "Algebra", "subject": "Math", "language": "English"}
+
+
+# The columns of each source, for a question and the answer as that source writes it.
 LAYOUTS = {
     "HuggingFaceH4/aime_2024": lambda q, a: {"id": 60, "problem": q, "solution": "\\boxed{99}", "answer": a, "url": ""},
     "Maxwell-Jia/AIME_2024": lambda q, a: {"ID": "2024-I-1", "Problem": q, "Solution": "Long", "Answer": int(a)},
@@ -48,44 +60,35 @@ LAYOUTS = {
     "math-ai/amc23": lambda q, a: {"id": 0, "question": q, "answer": a, "url": "x/2023_AMC_12A_Problems"},
     "zwhe99/amc23": lambda q, a: {"id": 0, "question": q, "answer": float(a)},
     "AI-MO/aimo-validation-amc": lambda q, a: {"id": 0, "problem": q, "answer": float(a), "url": "x/2023_AMC_12A"},
-    "HuggingFaceH4/MATH-500": lambda q, a: {
-        "problem": q, "solution": boxed(a), "answer": "?", "subject": "Algebra", "level": 3, "unique_id": "test/1.json"
-    },
+    "HuggingFaceH4/MATH-500": math_row,
     "math-ai/math500": lambda q, a: {"problem": q, "answer": a, "level": 3, "unique_id": "test/1.json"},
-    "nlile/hendrycks-MATH-benchmark": lambda q, a: {
-        "problem": q, "solution": boxed(a), "answer": "?", "subject": "Algebra", "level": 3, "unique_id": "test/1.json"
-    },
+    "nlile/hendrycks-MATH-benchmark": math_row,
     "svc-huggingface/minerva-math": lambda q, a: {"problem": q, "solution": boxed(a), "type": "Physics", "idx": 0},
     "knoveleng/Minerva-Math": lambda q, a: {"problem": q, "solution": boxed(a)},
     "math-ai/minervamath": lambda q, a: {"question": q, "answer": a},
     "zwhe99/simplerl-minerva-math": lambda q, a: {"problem": q, "solution": "?", "answer": a},
-    "EleutherAI/hendrycks_math": lambda q, a: {
-        "problem": q, "level": "Level 3", "type": "Algebra", "solution": boxed(a)
-    },
-    "DigitalLearningGmbH/MATH-lighteval": lambda q, a: {
-        "problem": q, "level": "Level 3", "solution": boxed(a), "type": "Algebra"
-    },
-}  # fmt: skip
-for olympiad in ("zwhe99/simplerl-OlympiadBench", "Hothan/OlympiadBench", "math-ai/olympiadbench"):
-    LAYOUTS[olympiad] = lambda q, a: {
-        "id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "context": None, "image_1": None,
-        "modality": "Text-only", "is_multiple_answer": False, "unit": None, "answer_type": "Numerical", "error": None,
-        "subfield": "Algebra", "subject": "Math", "language": "English",
-    }  # fmt: skip
+    "zwhe99/simplerl-OlympiadBench": olympiad_row,
+    "Hothan/OlympiadBench": olympiad_row,
+    "math-ai/olympiadbench": olympiad_row,
+    "EleutherAI/hendrycks_math": train_row,
+    "DigitalLearningGmbH/MATH-lighteval": train_row,
+}
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
     """An empty hub, and constants that say so; all are put back afterwards."""
-    settings = {"HUB_MIRROR": str(tmp_path / "hub"), "OUT": str(tmp_path / "out"), "FORCE": False}
-    for name, value in (settings | {"SETS": prepare.SETS, "NEAR": prepare.NEAR}).items():
+    changed = {"HUB_MIRROR": str(tmp_path / "hub"), "OUT": str(tmp_path / "out"), "FORCE": False}
+    for name, value in (changed | {"SETS": prepare.SETS, "NEAR": prepare.NEAR}).items():
         monkeypatch.setattr(prepare, name, value)
     (tmp_path / "hub").mkdir()
     return tmp_path / "hub"
 
 
-def expect_rows(monkeypatch, rows: int) -> None:
-    small = {name: tuple(s._replace(rows=rows) for s in sources) for name, sources in SOURCES.items()}
+def expect_rows(monkeypatch, rows: int, training: int = 14) -> None:
+    """In every source of a benchmark, and of the training set."""
+    count = dict.fromkeys(SOURCES, rows) | {TRAINING: training}
+    small = {name: tuple(s._replace(rows=count[name]) for s in sources) for name, sources in SOURCES.items()}
     monkeypatch.setattr(prepare, "SOURCES", small)
 
 
@@ -96,19 +99,18 @@ def run(monkeypatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize(("name", "source"), [(n, s) for n, sources in SOURCES.items() for s in sources])
 def test_each_source_in_its_own_layout(hub, monkeypatch, name, source):
-    expect_rows(monkeypatch, len(source.configs) * len(source.splits))
+    parts = [(config, split) for config in source.configs for split in source.splits]
+    expect_rows(monkeypatch, len(parts), len(parts))
     row = LAYOUTS[source.name]("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")
+    rows = {part: [row] for part in parts}
     if source.name.startswith("nlile"):  # the only one of several splits that names its rows
-        rows = {(c, s): [row | {"unique_id": s}] for c in source.configs for s in ("train", "test")}
-    else:
-        rows = {(c, s): [row] for c in source.configs for s in source.splits}
+        rows = {(None, split): [row | {"unique_id": split}] for split in ("train", "test")}
     if source.url:
-        rows[source.configs[0], source.splits[0]].append(row | {"id": 1, "url": "x/2022_AMC_12A_Problems"})
+        rows[parts[0]].append(row | {"id": 1, "url": "x/2022_AMC_12A_Problems"})
     put(hub, source.name, rows)
-    problems = prepare.bring(name)
-    assert [(p["question"], p["answer"], p["source"]) for p in problems] == (
-        [("What is $6 \\cdot 7$?", "42", source.name)] * len(source.configs) * len(source.splits)
-    )
+    problems = prepare.load_set(name)
+    found = [(p["question"], p["answer"], p["source"]) for p in problems]
+    assert found == [("What is $6 \\cdot 7$?", "42", source.name)] * len(parts)
     assert all(p["id"].startswith(f"{name}/") and p.get("level", 3) == 3 for p in problems)
 
 
@@ -140,9 +142,8 @@ def fill(hub: Path, but: str = "") -> None:
         put(hub, source.name, {(source.configs[0], source.splits[0]): rows})
     layout = LAYOUTS["EleutherAI/hendrycks_math"]
     rows = [layout(question(100 + i), str(i)) for i in range(14)]
-    rows[1] |= {
-        "problem": question(20).upper().replace("HOW", "$\\textbf{how}$").replace(":", " , ")
-    }  # math500's first
+    math500 = question(20).upper().replace("HOW", "$\\textbf{how}$").replace(":", " , ")
+    rows[1] |= {"problem": math500}  # its first, typed differently
     rows[2] |= {"problem": question(40) + " Explain."}  # nearly olympiadbench's first
     rows[3] |= {"problem": question(100).replace(" ", "  ")}  # the same as the first here
     rows[4] |= {"level": "Level 2"}
@@ -153,14 +154,9 @@ def fill(hub: Path, but: str = "") -> None:
     put(hub, "EleutherAI/hendrycks_math", {part: [row] for part, row in zip(parts, rows, strict=True)})
 
 
-def expect_rows_of_fill(monkeypatch) -> None:
-    small = {n: tuple(s._replace(rows=14 if n == TRAINING else 2) for s in ss) for n, ss in SOURCES.items()}
-    monkeypatch.setattr(prepare, "SOURCES", small)
-
-
 def test_all_sets(hub, monkeypatch, capsys):
     fill(hub)
-    expect_rows_of_fill(monkeypatch)
+    expect_rows(monkeypatch, 2)
     run(monkeypatch)
     said, out = capsys.readouterr().out, Path(prepare.OUT)
     for name, golds in GOLDS.items():
@@ -199,7 +195,7 @@ def test_all_sets(hub, monkeypatch, capsys):
     row = LAYOUTS["math-ai/amc23"](question(100), "27")
     put(hub, "math-ai/amc23", {(None, "test"): [row, row | {"id": 1, "question": question(11)}]})
     run(monkeypatch, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
-    assert "math_train was cleaned of another amc23: SETS=math_train FORCE=1" in capsys.readouterr().out
+    assert "math_train was cleaned of another amc23: say SETS=math_train FORCE=1" in capsys.readouterr().out
     monkeypatch.setattr(prepare, "FORCE", False)
     with pytest.raises(SystemExit, match=r"math_train.jsonl: not as it was made; FORCE=1"):
         run(monkeypatch, f"SETS={TRAINING}")
@@ -216,13 +212,13 @@ def test_files_of_another_length_stop(hub, monkeypatch):
     file.write_text("".join(lines))
     run(monkeypatch, "SETS=aime24")
     file.write_text("".join(lines[:2]))
-    with pytest.raises(SystemExit, match=r"aime24.jsonl: 2 rows where \{3\} are expected; complete it, or FORCE=1"):
+    with pytest.raises(SystemExit, match=r"aime24.jsonl: 2 rows where \{3\} are expected; complete it, or say FORCE=1"):
         run(monkeypatch, "SETS=aime24")
 
 
 def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, capsys):
     fill(hub, but="aime24")
-    expect_rows_of_fill(monkeypatch)
+    expect_rows(monkeypatch, 2)
     put(hub, "HuggingFaceH4/aime_2024", {(None, "train"): [{"id": 1, "text": "q", "answer": "1"}] * 2})
     put(hub, "Maxwell-Jia/AIME_2024", {(None, "train"): [LAYOUTS["Maxwell-Jia/AIME_2024"]("q", "1")] * 3})
     with pytest.raises(SystemExit) as stop:
@@ -234,7 +230,7 @@ def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, cap
         "hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir mirror/HuggingFaceH4/aime_2024",
         "HUB_MIRROR=mirror",
         f"write {Path(prepare.OUT) / 'aime24.jsonl'} yourself",
-        "math_train: needs aime24 first",
+        "math_train: make aime24 first",
     ):
         assert part in str(stop.value)
     made = {path.name for path in Path(prepare.OUT).iterdir()}
@@ -261,13 +257,12 @@ def test_rows_that_are_not_as_expected(hub, monkeypatch, rows, reason):
     expect_rows(monkeypatch, len(rows))
     put(hub, "math-ai/amc23", {(None, "test"): rows})
     with pytest.raises(prepare.Unavailable, match=reason):
-        prepare.bring("amc23")
+        prepare.load_set("amc23")
 
 
-@pytest.mark.parametrize("how", [["data/prepare.py"], ["-m", "data.prepare"]])
-def test_without_network(tmp_path, how):
+def test_without_network(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, *how, f"OUT={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "data.prepare", f"OUT={tmp_path / 'out'}"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "aime24: the hub cannot be reached" in result.stderr and "HUB_MIRROR=mirror" in result.stderr
@@ -282,9 +277,7 @@ def test_a_proxy_that_refuses_is_no_network(hub, monkeypatch):
         raise httpx.ProxyError("403 Forbidden")
 
     monkeypatch.setattr(prepare, "fetch", refuse)
-    with pytest.raises(
-        SystemExit, match=r"aime24: the hub cannot be reached \(ProxyError: 403 Forbidden\)(.|\n)*mirror"
-    ):
+    with pytest.raises(SystemExit, match=r"aime24: the hub cannot be reached \(ProxyError: 403 Forbidden\)"):
         run(monkeypatch)
 
 
@@ -301,54 +294,23 @@ MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
         (OLYMPIAD, {"final_answer": ["$69$,$84$"]}, ("84, 69", r"69 \text{ and } 84"), ("69", "84", "69, 84, 1")),
         (OLYMPIAD, {"final_answer": ["$x=2$", "$x=-2$"]}, ("-2, 2", r"\pm 2"), ("2",)),
         (OLYMPIAD, {"final_answer": ["(1,2), (3,4)"]}, ("(3, 4), (1, 2)",), ("(1,2)", "(2,1),(3,4)")),
-        (
-            OLYMPIAD,
-            {"final_answer": ["45"], "unit": "minute"},
-            ("45", r"45 \text{ minutes}", r"45\mathrm{~min}"),
-            ("54", "45 hours"),
-        ),
-        (
-            OLYMPIAD,
-            {"final_answer": ["$166$"], "unit": "$cm^2$"},
-            ("166", r"166\mathrm{~cm}^{2}"),
-            (r"166\text{ cm}^3",),
-        ),
-        (
-            OLYMPIAD,
-            {"final_answer": [r"$\frac{600}{7}$"], "unit": "km/h"},
-            (r"\frac{600}{7}",),
-            (r"\frac{600}{7}\text{ m/s}",),
-        ),
-        (OLYMPIAD, {"final_answer": ["$a=90$,$b=90$"], "unit": r"^{\circ}"}, (r"90^\circ", "a=90, b=90"), (r"\pi/2",)),
-        (
-            OLYMPIAD,
-            {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"},
-            ("4.2", "4.27", r"4.15\%"),
-            ("4.35", "0.042"),
-        ),
+        (OLYMPIAD, {"final_answer": ["45"], "unit": "minute"}, ("45", r"45 \text{ minutes}"), ("54", "45 hours")),
+        (OLYMPIAD, {"final_answer": ["$166$"], "unit": "$cm^2$"}, (r"166\mathrm{~cm}^{2}",), (r"166\text{ cm}^3",)),
+        (OLYMPIAD, {"final_answer": [r"$\frac67$"], "unit": "km/h"}, (r"\frac{6}{7}",), (r"\frac{6}{7}\text{ m/s}",)),
+        (OLYMPIAD, {"final_answer": ["$a=9$,$b=8$"], "unit": r"^{\circ}"}, (r"9^\circ, 8^\circ", "a=9, b=8"), ("9",)),
+        (OLYMPIAD, {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"}, ("4.27", r"4.15\%"), ("4.35", "0.042")),
         (OLYMPIAD, {"final_answer": ["4.2"]}, ("4.2",), ("4.27",)),
     ],
 )
 def test_oddities_from_the_source_to_the_verdict(source, given, right, wrong):
-    """As an attempt is graded in a dialogue: the problem's line, its tolerance with it, and a boxed answer."""
+    """As an attempt is graded: the answer in a box, against the problem's line and the tolerance in it."""
     name = "minerva_math" if source is MINERVA else "olympiadbench"
     problem = prepare.to_problem(name, source, 0, LAYOUTS[source.name]("q?", "4.5e33") | given)
-
-    def solved(answer: str) -> bool:
-        text = f"It is \\boxed{{{answer}}}."
-        decode = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)))
-        chat = SimpleNamespace(tokenizer=decode, end_of_turn=0, prompt=lambda question, attempts: [1])
-        engine = SimpleNamespace(busy=False, reseed=lambda seed: None, agree=lambda verdicts: verdicts)
-        engine.submit = lambda *_: setattr(engine, "busy", True)
-
-        def step():
-            engine.busy = False
-            return [(0, list(map(ord, text)), [0.0] * len(text), True)]
-
-        engine.step = step
-        return rollout.play(engine, chat, [rollout.new_dialogue(chat, problem, 1)], [0], 0.0)[0].solved_at == 1
-
-    assert [a for a in right if not solved(a)] == [] and [a for a in wrong if solved(a)] == []
+    correct = {
+        answer: grader.grade(f"It is \\boxed{{{answer}}}.", problem["answer"], problem.get("tolerance")).correct
+        for answer in (*right, *wrong)
+    }
+    assert correct == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
 
 
 # Duplicates -----------------------------------------------------------------------------------------------------------
@@ -381,17 +343,15 @@ def test_near_duplicates_against_all_pairs(monkeypatch):
     def pairs(text: str) -> set[str]:
         return {text[i : i + 3] for i in range(0, len(text) - 2, 2)}
 
-    for mine, found in zip(questions, near_duplicates(questions, questions), strict=True):
+    for mine, found in zip(questions, find_duplicates(questions, questions), strict=True):
         a, expected = pairs(mine), {}
         for position, theirs in enumerate(questions):
             b = pairs(theirs)
             if mine == theirs or (a & b and len(a & b) / len(a | b) >= 0.5):
                 expected[position] = mine == theirs
         assert found == expected
-
-
-def test_the_same_question_is_found_where_hardly_a_shingle_is_shared():
-    assert near_duplicates(["Roots of $jx=k y$?"], ["Roots of $j x = ky$?", "Roots of $x=y$?"]) == [{0: True}]
+    # Where hardly a shingle is shared, the key finds the same question.
+    assert find_duplicates(["Roots of $jx=k y$?"], ["Roots of $j x = ky$?", "Roots of $x=y$?"]) == [{0: True}]
 
 
 def test_a_pattern_with_other_numbers_is_another_problem_in_training_but_not_beside_a_benchmark():
@@ -400,10 +360,10 @@ def test_a_pattern_with_other_numbers_is_another_problem_in_training_but_not_bes
         return {"id": name, "question": f"{triangle} ${number}$. What is the area of the triangle?", "answer": answer}
 
     training = [problem("a", 4, "16"), problem("b", 6, "36"), problem("c", 4, "16.0"), problem("d", 5, r"\frac{72}{2}")]
-    kept, dropped = clean(training, [])
+    kept, dropped = drop_duplicates(training, [])
     assert [p["id"] for p in kept] == ["a", "b"]  # d only resembles b, but has its answer
     assert dropped == {"the same as in math_train": 1, "nearly as in math_train": 1}
-    kept, dropped = clean(training, [problem("math500/1", 7, "49")])
+    kept, dropped = drop_duplicates(training, [problem("math500/1", 7, "49")])
     assert kept == [] and dropped == {"nearly as in math500": 4}
 
 
@@ -431,7 +391,7 @@ def test_the_same_problems_from_each_format(tmp_path):
 
 def test_numbers_and_tolerances(tmp_path):
     rows = [{"id": 7, "prompt": "q", "gold": 27.0}, {"question": "q", "prompt": [1], "answer": 0.5, "tolerance": 1e-2}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "p.jsonl").write_text("".join(map(to_line, rows)))
     assert load_problems(tmp_path / "p.jsonl") == [
         {"id": "7", "question": "q", "answer": "27"},
         {"id": "p/2", "question": "q", "answer": "0.5", "tolerance": 0.01, "prompt": [1]},
@@ -446,24 +406,12 @@ def test_numbers_and_tolerances(tmp_path):
     ("name", "text", "message"),
     [
         ("p.jsonl", '{"question": "q", "answer": "1"}\n{"question', "p.jsonl, line 2: not JSONL"),
-        (
-            "p.jsonl",
-            '{"id": "a", "question": "", "answer": 1}',
-            'line 1, id a: "question" must be a non-empty string, not',
-        ),
-        (
-            "p.jsonl",
-            '{"id": "a", "question": "q", "answer": [1]}',
-            'id a: "answer" must be a non-empty string or a number',
-        ),
+        ("p.jsonl", '{"id": "a", "question": "", "answer": 1}', 'id a: "question" must be a non-empty string, not'),
+        ("p.jsonl", '{"id": "a", "question": "q", "answer": [1]}', '"answer" must be a non-empty string or a number'),
         ("p.jsonl", '{"question": "q", "answer": true}', 'line 1, id p/1: "answer" must be'),
         ("p.jsonl", '{"question": "q", "answer": NaN}', 'id p/1: "answer" must be .*mend or drop it'),
         ("p.jsonl", '{"question": "q", "solution": "1"}', 'id p/1: "answer" .* there are solution'),
-        (
-            "p.jsonl",
-            '{"id": 1, "question": "q", "answer": "1", "tolerance": "some"}',
-            'id 1: "tolerance" must be a number',
-        ),
+        ("p.jsonl", '{"question": "q", "answer": "1", "tolerance": "x"}', '"tolerance" must be a number'),
         ("p.jsonl", '{"id": "a", "question": "q", "answer": 1}\n' * 2, "line 2: id 'a' is there already"),
         ("p.jsonl", '"question"', "line 1: must be an object"),
         ("p.csv", "question,answer\nq,1\nq,1,2\n", "p.csv, line 3: must be .* a row as long as the header"),
