@@ -31,7 +31,7 @@ from plumbing.checkpoints import Part
 from plumbing.constants import Count, Share, require
 from plumbing.engine import Engine
 from plumbing.packing import MicroBatch
-from plumbing.ranks import all_sum
+from plumbing.ranks import all_sum, print_once
 from presets import PRESETS
 from rollout import Dialogue
 
@@ -242,9 +242,8 @@ class Batch:
     attempt: Tensor  # int64; number of the attempt that an action belongs to, from 0
     rewards: Tensor
     sampler_logprobs: Tensor
-    old_logprobs: (
-        Tensor  # of the policy that sampled, by the trainer's own forward pass; this and what follows: prepare
-    )
+    # what prepare() fills in
+    old_logprobs: Tensor  # of the policy that sampled, by the trainer's own forward pass
     ref_logprobs: Tensor  # of the start model
     values: Tensor
     advantages: Tensor
@@ -570,11 +569,10 @@ def train(
     problems: list[dict[str, Any]], dev: list[dict[str, Any]], offline: dict[str, list[Any]],
 ) -> None:  # fmt: skip
     """The training loop, from the newest checkpoint to the end."""
-    is_lead, goal = dist.get_rank() == 0, f"dev_accuracy_at_{rollout.MAX_ATTEMPTS}"
     step, generated = checkpoints.load(folder, learner.parts())
-    if is_lead:
-        print(f"{folder} resumes after step {step}" if step else f"{folder} begins", flush=True)
-        log = logs.Log(folder, RUN, step, progress(step, generated))
+    print_once(f"{folder} resumes after step {step}" if step else f"{folder} begins")
+    log = logs.Log(folder, RUN, step, progress(step, generated)) if dist.get_rank() == 0 else None
+    goal = f"dev_accuracy_at_{rollout.MAX_ATTEMPTS}"
     best, best_accuracy = checkpoints.best_so_far(folder, goal)
     signals: list[int] = []  # a preempted job gets SIGTERM: finish the step, save, end well
     signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
@@ -604,7 +602,7 @@ def train(
                 best, best_accuracy = step, metrics[goal]
                 checkpoints.export(folder / "best", learner.actor.lm, learner.policy_weights(), chat.tokenizer)
             clock.stop("dev")
-        if is_lead:
+        if log:
             flops = logs.update_flops(learner.actor.lm, dialogues, ESTIMATOR == "gae", needs_reference(), EPOCHS)
             metrics |= logs.speed_metrics(clock.take(), metrics["tokens"], flops)
             row = {"step": step, "generated_tokens": generated, "token_budget": TOKEN_BUDGET} | metrics
@@ -616,32 +614,30 @@ def train(
         clock.stop("save")
     if progress(step, generated) >= 1:
         checkpoints.export(folder / "policy", learner.actor.lm, learner.policy_weights(), chat.tokenizer)
-    elif is_lead:
-        print(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same command resumes it")
+    else:
+        print_once(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same command resumes it")
 
 
 def main() -> None:
     changes = constants.set_constants(sys.argv[1:], MODULES, PRESETS)
     ranks.start_ranks()
-    is_lead, folder = dist.get_rank() == 0, Path("runs") / RUN
-    if is_lead and changes:
-        print(changes)
+    print_once(changes)
     check_constants()
+    folder = Path("runs") / RUN
     problems = load_problems(TRAIN_DATA)
     if not DRY_RUN:
-        constants.open_run(folder, constants.snapshot(MODULES), Path(TRAIN_DATA), PLUMBING, is_lead)
+        constants.open_run(folder, constants.snapshot(MODULES), Path(TRAIN_DATA), PLUMBING)
     if (folder / "policy").is_dir():
-        print(f"{folder} is finished: its policy is in {folder / 'policy'}")
+        print_once(f"{folder} is finished: its policy is in {folder / 'policy'}")
         return
     torch.manual_seed(SEED)
     chat = rollout.make_chat(load_tokenizer(MODEL))
     problems, dev = split_dev(rollout.drop_long_problems(chat, problems), DEV_PROBLEMS, SEED)
     offline = rollout.load_offline(problems, Path(TRAIN_DATA).stem)
-    if is_lead:
-        print(f"{len(problems):,} problems to train on, {len(dev)} to choose the best checkpoint")
-        print(f"a step: {DIALOGUES} dialogues of up to {rollout.MAX_ATTEMPTS} attempts at ", end="")
-        print(f"{DIALOGUES // rollout.SAMPLES_PER_PROMPT} problems, then {EPOCHS} x {DIALOGUES // MINI_BATCH} updates")
-        print(logs.memory_plan(MODEL, COMPUTE_DTYPE, ESTIMATOR == "gae", needs_reference()), flush=True)
+    updates = f"{EPOCHS} x {DIALOGUES // MINI_BATCH} updates of {MINI_BATCH} dialogues"
+    print_once(f"{len(problems):,} problems to train on, {len(dev)} to choose the best checkpoint")
+    print_once(f"a step: {DIALOGUES} dialogues of up to {rollout.MAX_ATTEMPTS} attempts, then {updates}")
+    print_once(logs.memory_plan(MODEL, COMPUTE_DTYPE, ESTIMATOR == "gae", needs_reference()))
     if DRY_RUN:
         return
     sampler = Engine(MODEL, rollout.CONTEXT, COMPUTE_DTYPE, SEED, sleeps=True)  # first: it wants to find memory free

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import grader
 from data.problems import load_problems
 from plumbing import engine as engine_module
-from plumbing.chat import Chat, load_tokenizer
+from plumbing.chat import Chat, load_tokenizer, show_dialogue
 from plumbing.constants import Count, Share, require, set_constants
 from plumbing.engine import Engine
 from plumbing.files import read_jsonl
@@ -398,20 +398,6 @@ def check_constants() -> None:
         require(REWARD != "outcome", "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one")
 
 
-def show(chat: Chat, dialogue: Dialogue) -> str:
-    """The dialogue for a terminal: environment dim, actions bright, a verdict after each attempt."""
-    dim, bright, green, red, plain = "\033[2m", "\033[1m", "\033[32m", "\033[31m", "\033[0m"
-    out, at = "", 0
-    for number, attempt in enumerate(dialogue.attempts, 1):
-        color = green if attempt.status == "correct" else red
-        out += f"{dim}{chat.decode(dialogue.ids[at : attempt.start])}{plain}"
-        out += f"{bright}{chat.decode(dialogue.ids[attempt.start : attempt.end])}{plain}"
-        out += f" {color}[attempt {number}: {attempt.status}, answer {attempt.answer}, gold "
-        out += f"{dialogue.problem['answer']}, reward {attempt.reward}]{plain}"
-        at = attempt.end
-    return out
-
-
 def main() -> None:
     modules = {"rollout": sys.modules[__name__], "grader": grader, "engine": engine_module}
     print(set_constants(sys.argv[1:], modules))
@@ -423,7 +409,7 @@ def main() -> None:
     seeds = [random_number(SEED, index) for index in range(len(problems))]
     for dialogue in play(engine, chat, dialogues, seeds, TEMPERATURE):
         assign_rewards(dialogue)
-        print("=" * 80, show(chat, dialogue), sep="\n")
+        print("=" * 80, show_dialogue(chat, dialogue), sep="\n")
     engine.shutdown()
 
 

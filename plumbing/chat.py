@@ -1,4 +1,4 @@
-"""The turns of a dialogue as token ids, through the chat template of the model's own tokenizer."""
+"""The turns of a dialogue as token ids, through the chat template of the model's own tokenizer; and back as text."""
 
 from typing import Any
 
@@ -78,3 +78,17 @@ class Chat:
             ids = self.encode(added)
             self._replies[role, text] = ids[ids.index(self.end_of_turn) + 1 :]
         return self._replies[role, text]
+
+
+def show_dialogue(chat: Chat, dialogue: Any) -> str:
+    """A dialogue (rollout.Dialogue) for a terminal: environment dim, actions bright, a verdict after each attempt."""
+    dim, bright, green, red, plain = "\033[2m", "\033[1m", "\033[32m", "\033[31m", "\033[0m"
+    out, at = "", 0
+    for number, attempt in enumerate(dialogue.attempts, 1):
+        color = green if attempt.status == "correct" else red
+        out += f"{dim}{chat.decode(dialogue.ids[at : attempt.start])}{plain}"
+        out += f"{bright}{chat.decode(dialogue.ids[attempt.start : attempt.end])}{plain}"
+        out += f" {color}[attempt {number}: {attempt.status}, answer {attempt.answer}, gold "
+        out += f"{dialogue.problem['answer']}, reward {attempt.reward}]{plain}"
+        at = attempt.end
+    return out

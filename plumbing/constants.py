@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import subprocess
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -145,11 +146,11 @@ def code_version() -> str:
         return "unknown"
 
 
-def open_run(folder: Path, values: dict[str, Any], problems: Path, free: Iterable[str], is_lead: bool) -> None:
+def open_run(folder: Path, values: dict[str, Any], problems: Path, free: Iterable[str]) -> None:
     """Begin a run: write its config.json, with all constants, the commit, and which file of problems they ran with. Or
     resume one: raises SystemExit, with the difference, if it began with constants or problems that decide on something
     else. Those of the modules `free` only say where and how fast, and may change; other code is only reported."""
-    path = folder / "config.json"
+    path, is_lead = folder / "config.json", os.environ.get("RANK", "0") == "0"
     sha256 = hashlib.sha256(problems.read_bytes()).hexdigest()
     now = json.loads(json.dumps({"code": code_version(), "SHA-256 of the problems": sha256} | values))
     if not (folder / "metrics.jsonl").is_file():  # no step has been made

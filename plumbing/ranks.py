@@ -36,6 +36,12 @@ def start_ranks() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
+def print_once(text: str) -> None:
+    """Print, on rank 0 alone."""
+    if dist.get_rank() == 0 and text:
+        print(text, flush=True)
+
+
 def all_sum(*values: Tensor | float) -> list[float]:
     """Each value added up over all ranks. All ranks must call it."""
     total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())

@@ -2,14 +2,13 @@
 
     python tests/bench_ppo.py                            # a random model of 4 M parameters; some minutes on two cores
     python tests/bench_ppo.py TRL_PYTHON=python of a venv that has trl
-    python tests/bench_ppo.py PART=update ROW_TOKENS=128
+    python tests/bench_ppo.py PART=update MAX_TOKENS_PER_MICRO_BATCH=2048
     python tests/bench_ppo.py                            # with a GPU: the shape of Qwen2.5-Math-1.5B, bfloat16, MFU
 
 The workload: dialogues of log-uniform length (a long tail), half of their tokens actions, in 1 to 5 attempts.
 Each part runs in a process of its own, so that peaks of memory are its own.
 """
 
-import functools
 import json
 import math
 import os
@@ -34,7 +33,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
-from data.toy import make_tokenizer
+from experiments.median import make_tokenizer
+from plumbing import logs, packing, ranks
+from plumbing.constants import set_constants
 from rollout import Attempt, Dialogue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,6 @@ BARE_TOKENS: int = 8192  # tokens of a dense batch of the bare model at the most
 REPEATS: int = 3  # the median of so many counts
 GOAL: float = 0.9 if torch.cuda.is_available() else 0.8  # of the bare models' tokens/s
 TOY_STEPS: int = 30  # steps of the real run
-STEP_SECONDS: float = 135.0  # a step of the real model that a checkpoint is set against: 48 hours / 1,280 steps
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"DIALOGUES": 256},
@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "HIDDEN": 256, "LAYERS": 4, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE": 1024, "VOCABULARY": 2048,
         "SHORTEST": 32, "LONGEST": 1024, "DIALOGUES": 32, "MINI_BATCH": 16, "HEAD_ACTIONS": (1024, 2048),
         "COMPUTE_DTYPE": "float32", "GRADIENT_CHECKPOINTING": False,
-        "ROW_TOKENS": 256, "MAX_TOKENS_PER_MICRO_BATCH": 1024, "BARE_TOKENS": 2048,
+        "MAX_TOKENS_PER_MICRO_BATCH": 512, "BARE_TOKENS": 2048,
     },
 }  # fmt: skip
 
@@ -133,9 +133,9 @@ def draw_dialogue(rng: random.Random) -> Dialogue:
         return [rng.randrange(1, VOCABULARY) for _ in range(count)]
 
     for k in range(attempts):
-        dialogue.extend(ids(part if k else length - (2 * attempts - 1) * part))
+        dialogue.append(ids(part if k else length - (2 * attempts - 1) * part))
         start = len(dialogue.ids)
-        dialogue.extend(ids(part), [0.0] * part)
+        dialogue.append(ids(part), [0.0] * part)
         status = "correct" if k == attempts - 1 and rng.random() < 0.5 else "wrong"
         dialogue.attempts.append(Attempt(start, len(dialogue.ids), None, status, "stop"))
     rollout.assign_rewards(dialogue)
@@ -166,10 +166,10 @@ def rate_line(tokens: int, took: float, worked: float) -> str:
     return f"{took:6.1f} s {tokens / took:9,.0f} tokens/s ({tokens / worked:,.0f} a second of the CPU)"
 
 
-def our_update(learner: ppo.Learner, dialogues: list[Dialogue], folder: Path) -> None:
-    batch = ppo.my_batch(dialogues)
-    ppo.prepare(batch, learner)
-    ppo.update(batch, learner, True, folder)
+def our_update(learner: ppo.Learner, dialogues: list[Dialogue]) -> None:
+    batch = ppo.make_batch(dialogues)
+    ppo.prepare(batch, dialogues, learner)
+    ppo.update(batch, learner, train_actor=True)
 
 
 def bare_passes(lm: nn.Module, rows: torch.Tensor, batch: int) -> None:
@@ -198,21 +198,21 @@ def bench_update() -> None:
         print(f"model of {parameters:,} parameters, {ppo.COMPUTE_DTYPE}, {torch.get_num_threads()} threads")
         print(f"{len(lengths)} dialogues of {min(lengths)} to {max(lengths)} tokens, {tokens:,} in all, {actions:,} of "
               f"them actions; mini-batches of {ppo.MINI_BATCH}, {ppo.EPOCHS} epoch(s)")  # fmt: skip
-        print(f"ROW_TOKENS={ppo.ROW_TOKENS} MAX_TOKENS_PER_MICRO_BATCH={ppo.MAX_TOKENS_PER_MICRO_BATCH}", flush=True)
-        our_update(learner, dialogues, Path(folder))  # the first is slower
-        peak = ppo.peak_memory()
+        print(f"MAX_TOKENS_PER_MICRO_BATCH={packing.MAX_TOKENS_PER_MICRO_BATCH}", flush=True)
+        our_update(learner, dialogues)  # the first is slower
+        peak = ranks.peak_memory()
         bare = AutoModelForCausalLM.from_pretrained(ppo.MODEL, dtype=getattr(torch, ppo.COMPUTE_DTYPE)).train()
-        bare.to(ppo.device())
-        if ppo.GRADIENT_CHECKPOINTING:
+        bare.to(ranks.device())
+        if ranks.GRADIENT_CHECKPOINTING:
             bare.gradient_checkpointing_enable({"use_reentrant": False})
         # Rows of this length attend to as many pairs of tokens as the dialogues do.
         length = round(sum(n * n for n in lengths) / tokens)
-        rows = torch.randint(1, VOCABULARY, (round(tokens / length), length), device=ppo.device())
-        batch = max(1, min(ppo.MAX_TOKENS_PER_MICRO_BATCH, BARE_TOKENS) // length)
+        rows = torch.randint(1, VOCABULARY, (round(tokens / length), length), device=ranks.device())
+        batch = max(1, min(packing.MAX_TOKENS_PER_MICRO_BATCH, BARE_TOKENS) // length)
         bare_passes(bare, rows[:batch], batch)
         ours, theirs = [], []
         for _ in range(REPEATS):  # in turn: whatever slows the machine down slows both
-            ours.append(seconds_of(lambda: our_update(learner, dialogues, Path(folder))))
+            ours.append(seconds_of(lambda: our_update(learner, dialogues)))
             theirs.append(seconds_of(lambda: bare_passes(bare, rows, batch)))
         took, worked = map(statistics.median, zip(*ours, strict=True))
         bare_took, bare_worked = (x * tokens / rows.numel() for x in map(statistics.median, zip(*theirs, strict=True)))
@@ -220,33 +220,13 @@ def bench_update() -> None:
         print(f"bare models, {batch} x {length} dense     {rate_line(tokens, bare_took, bare_worked)}")
         print(f"ours / bare: {bare_took / took:.2f}, by CPU time {bare_worked / worked:.2f} (goal {GOAL})", flush=True)
         if torch.cuda.is_available():
-            flops = ppo.model_flops(learner.actor.lm, learner.actor.tokens, lengths, actions)
+            flops = logs.update_flops(learner.actor.lm, dialogues, True, True, ppo.EPOCHS)
             mean = tokens / len(lengths)
-            print(f"measured: MFU {flops / took / (ppo.PEAK_TFLOPS * 1e12):.1%} of {ppo.PEAK_TFLOPS} TFLOPS")
+            print(f"measured: MFU {flops / took / (logs.PEAK_TFLOPS * 1e12):.1%} of {logs.PEAK_TFLOPS} TFLOPS")
             print(f"projected: updates of 1,280 steps of 1,024 dialogues of {mean:.0f} tokens, without generation: "
                   f"{1280 * 1024 / len(lengths) * took / 3600:.1f} h on this GPU")  # fmt: skip
-        bench_save(learner, Path(folder), parameters)
         if TRL_PYTHON:
             bench_trl(dialogues, folder, took, worked, peak)
-
-
-def bench_save(learner: ppo.Learner, folder: Path, parameters: int) -> None:
-    """A checkpoint written at once, and what a step waits for one that is written behind it."""
-    took = {}
-    for ppo.ASYNC_SAVE in (False, True):
-        start = time.perf_counter()
-        written = ppo.save(folder, 1 + ppo.ASYNC_SAVE, 0, learner)
-        took[ppo.ASYNC_SAVE] = time.perf_counter() - start
-        ppo.publish(folder, 1 + ppo.ASYNC_SAVE, written, 0)
-    size = sum(f.stat().st_size for f in (folder / "checkpoints/step-000001").rglob("*"))
-    print(f"checkpoint: {size / 1e6:.0f} MB in {took[False]:.2f} s; written behind the steps, {took[True]:.2f} s")
-    real = 2 * 12 * 1_543_714_304  # bytes: actor and critic of Qwen2.5-Math-1.5B, value and two moments a weight
-    seconds = [real * took[behind] / size for behind in (False, True)]
-    shares = [x / 8 / STEP_SECONDS for x in seconds]
-    print(
-        f"projected: the real model's {real / 1e9:.0f} GB take {seconds[0]:.0f} s at once and {seconds[1]:.0f} s behind"
-    )
-    print(f"the steps: {shares[0]:.1%} and {shares[1]:.1%} of 8 steps of {STEP_SECONDS:.0f} s (goal 2 %)", flush=True)
 
 
 def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float, peak: float) -> None:
@@ -280,19 +260,19 @@ def bench_memory(actions: int) -> None:
     """Actor.forward and its backward pass from given hidden states: what it takes beyond them, the head and both their
     gradients. On a CPU by the peak of the process, which counts everything."""
     dtype = torch.bfloat16
-    head = nn.Parameter(torch.randn(HEAD_VOCABULARY, HEAD_WIDTH, dtype=dtype, device=ppo.device()) / 40)
-    hidden = torch.randn(actions, HEAD_WIDTH, dtype=dtype, device=ppo.device()).requires_grad_()
+    head = nn.Parameter(torch.randn(HEAD_VOCABULARY, HEAD_WIDTH, dtype=dtype, device=ranks.device()) / 40)
+    hidden = torch.randn(actions, HEAD_WIDTH, dtype=dtype, device=ranks.device()).requires_grad_()
     lm = SimpleNamespace(model=None, lm_head=SimpleNamespace(weight=head))
-    ids = torch.randint(HEAD_VOCABULARY, (1, actions + 1), device=ppo.device())
+    ids = torch.randint(HEAD_VOCABULARY, (1, actions + 1), device=ranks.device())
     state = (torch.zeros(actions, dtype=torch.int64, device=ids.device), torch.arange(actions, device=ids.device))
-    ppo.read = lambda body, micro: hidden
+    ppo.hidden_states = lambda body, micro: hidden
     head.grad, hidden.grad = torch.zeros_like(head), torch.zeros_like(hidden)  # counted as there
     before = memory_now()
     actor, micro = SimpleNamespace(lm=lm, tokens=HEAD_VOCABULARY), SimpleNamespace(ids=ids, state=state)
     logprobs, entropy = ppo.Actor.forward(actor, micro)
     (logprobs.sum() - 0.01 * entropy.sum()).backward()
-    extra = 2**30 * ppo.peak_memory() - before
-    print(f"{actions} actions, {HEAD_VOCABULARY:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={ppo.LOGITS_CHUNK}: peak "
+    extra = 2**30 * ranks.peak_memory() - before
+    print(f"{actions} actions, {HEAD_VOCABULARY:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={packing.LOGITS_CHUNK}: peak "
           f"{extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)  # fmt: skip
 
 
@@ -306,49 +286,26 @@ def memory_now() -> float:
 # A step, by phase -----------------------------------------------------------------------------------------------------
 def bench_step() -> None:
     """A short real run of the toy: the phases of metrics.jsonl, and what of them is neither generation nor a model."""
-    inside: Counter[str] = Counter()
-
-    def timed(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-
-        @functools.wraps(function)
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*arguments, **options)
-            inside[name] += time.perf_counter() - start
-            return result
-
-        setattr(owner, name, wrapper)
-
-    for name in ("pack", "make_micro_batch", "gae", "whiten"):
-        timed(ppo, name)
     with tempfile.TemporaryDirectory() as folder:
         world = f"{folder}/toy"
         small = [f"OUT={world}", "WARM_STEPS=150", "TRAIN_PROBLEMS=3000", "TEST_PROBLEMS=40"]
-        subprocess.run([sys.executable, "-m", "data.toy", *small], cwd=ROOT, check=True, capture_output=True)
-        sys.argv = ["ppo.py", "PRESET=toy", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl",
-                    f"RUN={folder}/run", "TOKEN_BUDGET=0", f"STEPS={TOY_STEPS}", "SAVE_EVERY=8"]  # fmt: skip
-        sys.modules["__main__"] = ppo  # so that ppo.main sets the constants of this module
-        ppo.main()
-        rows = [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
-    rows = rows[1:]  # the first step compiles and warms up
-    phases = Counter()
-    for row in rows:
+        subprocess.run([sys.executable, "-m", "experiments.median", *small], cwd=ROOT, check=True, capture_output=True)
+        run = [f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", "RUN=step", f"STEPS={TOY_STEPS}"]
+        command = [sys.executable, str(ROOT / "ppo.py"), "PRESET=toy", *run, "SAVE_EVERY=8"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        rows = [json.loads(line) for line in Path(f"{folder}/runs/step/metrics.jsonl").read_text().splitlines()]
+    phases: Counter[str] = Counter()
+    for row in rows[1:]:  # the first step compiles and warms up
         phases.update({k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")})
-    inside = Counter({k: v * len(rows) / TOY_STEPS for k, v in inside.items()})
     total = sum(phases.values())
     for name, seconds in phases.items():
-        print(f"{name:44} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
-    for name, seconds in inside.items():
-        print(f"  of them: {name:34} {seconds / len(rows):7.3f} s a step {seconds / total:6.1%}")
-    rest = phases["pack"] + phases["transfer"] + phases["save"] + sum(inside.values())
-    print(f"neither generation nor passes: {rest / total:.1%} of a step (goal 5 %), "
-          f"{phases['save'] / total:.1%} of it saves")  # fmt: skip
+        print(f"{name:10} {seconds / len(rows[1:]):7.3f} s a step {seconds / total:6.1%}")
+    rest = phases["pack"] + phases["transfer"] + phases["save"]
+    print(f"pack, transfer and save: {rest / total:.1%} of a step (goal 5 %)")
 
 
 def main() -> None:
-    stages = {"bench": sys.modules[__name__], "ppo": ppo, "rollout": rollout}
-    rollout.override_constants(sys.argv[1:], stages, PRESETS)
+    print(set_constants(sys.argv[1:], {"bench": sys.modules[__name__]} | ppo.MODULES, PRESETS))
     if not PART:
         for part in ("update", "step", *(f"memory-{n}" for n in HEAD_ACTIONS)):
             print(f"\n{part}", flush=True)
@@ -360,7 +317,7 @@ def main() -> None:
     elif part == "memory":
         bench_memory(int(actions or HEAD_ACTIONS[0]))
     else:
-        ppo.start_ranks()
+        ranks.start_ranks()
         bench_update()
         dist.destroy_process_group()
 

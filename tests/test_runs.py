@@ -136,7 +136,7 @@ def test_what_a_run_leaves(runs, toy, straight):
 def test_a_start_says_what_will_happen_and_refuses_what_cannot(runs, toy, straight, tmp_path):
     dry = start(runs, "dry", toy, "DRY_RUN=1")
     assert dry.returncode == 0 and "284 problems to train on, 16 to choose the best checkpoint" in dry.stdout
-    assert "then 2 x 2 updates" in dry.stdout and "GiB in all: fits" in dry.stdout
+    assert "then 2 x 2 updates of 8 dialogues" in dry.stdout and "GiB in all: fits" in dry.stdout
     assert "ppo.STEPS = 4 (command line; the file says 1280)" in dry.stdout
     assert "ppo.EPOCHS = 2 (preset toy; the file says 1)" in dry.stdout
     assert not (runs / "runs/dry").exists()
