@@ -301,8 +301,6 @@ def prepare(name: str) -> None:
         made[name] = now
         write_atomically(record, "".join(map(to_line, made.values())))
         note = "made"
-    if made.get(TRAINING, {}).get("cleaned of", {}).get(name, now["sha256"]) != now["sha256"]:
-        note += f"; {TRAINING} was cleaned of another {name}: say SETS={TRAINING} FORCE=1"
     print(f"{path}: {len(problems)} problems, sha256 of questions and answers {now['sha256']}, {note}", flush=True)
 
 
