@@ -54,12 +54,11 @@ TEMPERATURE: float = 1.0  # of everything that is sampled; greedy dialogues have
 SEED: int = 0  # of sampling and of the bootstrap
 CONFIDENCE: Share = 0.95  # level of all intervals
 BOOTSTRAP: Count = 2000  # resamples of the problems, for the intervals that are not Wilson's
-DTYPE: str = "float32"  # of the engine; "bfloat16" for models that were trained in it
+DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # of the engine; bfloat16 for models trained in it
 
 # The files that decide on verdicts: all results in OUT come from one version of them.
-GRADING_FILES = ("grader.py",)
+GRADING_FILES = ("grader.py", "plumbing/latex.py", "plumbing/tree.py", "plumbing/numeric.py")
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-MAX_WAIT = timedelta(days=7)  # of a fast rank for the slowest one
 AVERAGE = "average"  # stands beside the benchmarks in results.json: their mean, in which each counts the same
 Problems = dict[tuple[str, str], dict[str, Any]]  # by benchmark and id
 Quantity = Callable[[Sequence[dict[str, Any]], int], int]  # of a dialogue's first k attempts, and k
@@ -436,11 +435,11 @@ def name_paths(paths: str, what: str) -> dict[str, Path]:
     for path in map(Path, paths.split(",")):
         absolute = path.absolute()
         name = absolute.stem if absolute.suffix in (".jsonl", ".parquet", ".csv") else absolute.name
-        run = absolute.parent.name
-        name = {"policy": run, "best": f"{run}-best"}.get(name, name)  # what ppo.py writes into a run's folder
+        run = absolute.parent.name  # if the folder is one that ppo.py writes into a run's folder
+        name = {"policy": run, "best": f"{run}-best"}.get(name, name)
         taken = names | {AVERAGE: "the mean over benchmarks"}
-        if name in taken:
-            raise SystemExit(f"{taken[name]} and {path}: two {what} are named {name}; rename a folder or a file")
+        twice = f"{taken.get(name)} and {path}: two {what} are named {name}; rename a folder or a file"
+        require(name not in taken, twice)
         names[name] = path
     return names
 
@@ -482,8 +481,7 @@ def load_results(path: Path, settings: dict[str, Any], weights: dict[str, str]) 
     then = results["settings"] | weights | results["weights"]  # a model that only one of them has is no difference
     now = settings | results["weights"] | weights
     differ = [f"\n  {x}: {then.get(x)} there, {now.get(x)} now" for x in then | now if then.get(x) != now.get(x)]
-    if differ:
-        raise SystemExit(f"{path} was made with other settings; choose another OUT or delete it" + "".join(differ))
+    require(not differ, f"{path} was made with other settings; choose another OUT or delete it" + "".join(differ))
     return results
 
 
@@ -496,9 +494,9 @@ def evaluate_model(name: str, model: Path, problems: Problems, out: Path, parts:
     if "RANK" in os.environ:
         import torch.distributed as dist
 
-        # The engine's shutdown also ends the process group: each model has its own, under a prefix of torchrun's store.
+        # One group for each model, as the engine's shutdown ends it, too. A fast rank may wait long for the slowest one.
         store = dist.PrefixStore(name, next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("gloo", timeout=MAX_WAIT, store=store, rank=RANK, world_size=RANKS)
+        dist.init_process_group("gloo", timeout=timedelta(days=7), store=store, rank=RANK, world_size=RANKS)
 
     def wait_for_all() -> None:
         if "RANK" in os.environ:

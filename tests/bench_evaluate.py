@@ -1,12 +1,12 @@
-"""What one queue for all K saves, and how large, quick to open and quick to search the report is.
+"""How much time one queue for all K saves, how large the report is, and how fast its script builds and searches it.
 
     python tests/bench_evaluate.py                      # a random model of 1 M parameters; minutes on two cores
     python tests/bench_evaluate.py PROBLEMS=30,40,500,272,675 MAX_SEQUENCES=256 MODEL=folder DTYPE=bfloat16
-    python tests/bench_evaluate.py PROBLEMS= TEXTS=file.jsonl    # the report alone, made of a file's "question" texts
+    python tests/bench_evaluate.py PROBLEMS= TEXTS=file.jsonl    # the report alone, with texts from a file's questions
 
-Attempts have 16 to LONGEST tokens (log-uniform: a long tail), a quarter of them are right. Lengths and verdicts follow
-from what the model was shown, so every scheme plays the same dialogues, greedily. On a machine that others use, too,
-the CPU seconds of this process are the steadier measure (of a CPU engine).
+Attempts have 16 to LONGEST tokens (log-uniform: a long tail), and a quarter of them are right. Lengths and verdicts
+depend on what the model was shown, so that every scheme plays the same dialogues, greedily. On a machine that others
+use at the same time, the CPU seconds of this process are the steadier measure (of an engine on the CPU).
 """
 
 import json
@@ -23,11 +23,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 import grader
+import plumbing.engine
 import rollout
-from data import report, toy
-from evaluate import Item
-from rollout import Chat, Engine, random_number
-from tests.browser import Browser, find_browser
+from data.problems import load_problems
+from evaluate import Item, Problems
+from experiments import median
+from plumbing import report
+from plumbing.constants import set_constants
+from plumbing.engine import Engine
+from rollout import random_number
+from tests.browser import Page
 
 PROBLEMS: str = "3,4,50,27,68"  # sizes of the benchmarks: the paper's five by ten; so are the engine's 256 sequences
 MODEL: str = ""  # folder or hub name; "" = a random one
@@ -49,14 +54,15 @@ class DrawnLengths(Engine):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.never |= dict.fromkeys(self.stop_ids, -100.0)
+        self.never = self.padding_bias | dict.fromkeys(self.stop_ids, -100.0)
+        self.padding_bias = self.never
         self.asked: list[tuple[list[int], int]] = []  # prompt, tokens of every attempt
 
-    def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
+    def submit(self, key: int, ids: list[int], max_tokens: int, *sampling: Any) -> None:
         share = random_number("length", *ids) / 2**31
         length = min(max_tokens, round(SHORTEST * (LONGEST / SHORTEST) ** share))
         self.asked.append((list(ids), length))
-        super().submit(key, ids, length, temperature, seed, set())
+        super().submit(key, ids, length, *sampling)
 
 
 def drawn_verdict(response: str, gold: str, tolerance: float | None) -> Future:
@@ -64,13 +70,14 @@ def drawn_verdict(response: str, gold: str, tolerance: float | None) -> Future:
     return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
 
 
-def play(engine: DrawnLengths, runs: Iterable[list[Item]]) -> Play:
-    """Each run of its own, one after the other, with a fresh prefix cache."""
-    chat, tokens, clocks = Chat(engine.tokenizer), 0, (time.perf_counter(), time.process_time())
+def play(engine: DrawnLengths, problems: Problems, runs: Iterable[list[Item]]) -> Play:
+    """One run after the other, each with an empty prefix cache."""
+    records: list[dict[str, Any]] = []
+    clocks = time.perf_counter(), time.process_time()
     for items in runs:
         engine.llm.reset_prefix_cache()
-        records = evaluate.evaluate(engine, chat, items)
-        tokens += sum(a["tokens"] for r in records for a in r["attempts"])
+        evaluate.play_items(engine, items, problems, records.append, "")
+    tokens = sum(a["tokens"] for r in records for a in r["attempts"])
     return time.perf_counter() - clocks[0], time.process_time() - clocks[1], tokens
 
 
@@ -88,41 +95,41 @@ def bare_engine(engine: DrawnLengths, asked: list[tuple[list[int], int]]) -> Pla
 
 
 def bench_queue(folder: Path) -> None:
-    tokenizer = toy.make_tokenizer()
-    toy.HIDDEN, toy.LAYERS, toy.HEADS, toy.INTERMEDIATE = HIDDEN, LAYERS, 4, 4 * HIDDEN
+    tokenizer = median.make_tokenizer()
+    median.HIDDEN, median.LAYERS, median.HEADS, median.INTERMEDIATE = HIDDEN, LAYERS, 4, 4 * HIDDEN
     if not MODEL:
-        toy.make_model(tokenizer, 0).save_pretrained(folder)
+        median.make_model(tokenizer, 0).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    engine = DrawnLengths(MODEL or str(folder), dtype=DTYPE)
+    engine = DrawnLengths(MODEL or str(folder), rollout.CONTEXT, DTYPE)
     sizes = [int(size) for size in PROBLEMS.split(",")]
-    questions = toy.make_problems(sum(sizes), 0, held_out=True)
+    questions = median.make_problems(sum(sizes), 0, held_out=True)
     names = [f"benchmark {i}" for i, size in enumerate(sizes) for _ in range(size)]
-    problems = [p | {"benchmark": name} for p, name in zip(questions, names, strict=True)]
-    items = evaluate.plan(problems)
-    seven = [[i for i in items if i.key[2] == k] for k in range(1, rollout.MAX_ATTEMPTS + 1)]
-    single = [[i for i in run if i.key[0] == name] for run in seven for name in dict.fromkeys(names)]
-    play(engine, [seven[0][:64]])  # the first call in a process is slower
+    problems = {(name, p["id"]): p for p, name in zip(questions, names, strict=True)}
+    items = evaluate.list_items(problems)
+    seven = [[i for i in items if k == i.K] for k in range(1, rollout.MAX_ATTEMPTS + 1)]
+    single = [[i for i in run if i.benchmark == name] for run in seven for name in dict.fromkeys(names)]
+    play(engine, problems, [seven[0][:64]])  # the first call in a process is slower
     engine.asked.clear()
-    queue = play(engine, [items])
+    queue = play(engine, problems, [items])
     asked = list(engine.asked)
     print(f"{len(items)} dialogues, {len(asked)} attempts of {SHORTEST} to {LONGEST} tokens, K = 1..{len(seven)}")
 
     def show(name: str, result: Play) -> None:
         (seconds, cpu, tokens), per_token = result, [clock / result[2] * queue[2] for clock in result[:2]]
         rate = f"{seconds:7.1f} s {cpu:7.1f} CPU s {tokens:9,} tokens {tokens / seconds:8,.0f} tokens/s"
-        ratios = f"{per_token[0] / queue[0]:.2f} x as fast, by CPU seconds {per_token[1] / queue[1]:.2f} x"
+        ratios = f"{per_token[0] / queue[0]:.2f} times as fast, in CPU seconds {per_token[1] / queue[1]:.2f} times"
         print(f"{name:40} {rate}   one queue is {ratios}", flush=True)
 
     show("one queue (evaluate.py)", queue)
     show("llm.generate, same prompts and tokens", bare_engine(engine, asked))
-    show(f"{len(seven)} runs, one after the other", play(engine, seven))
-    show(f"{len(single)} runs, each benchmark alone", play(engine, single))
+    show(f"{len(seven)} runs, one after the other", play(engine, problems, seven))
+    show(f"{len(single)} runs, each benchmark alone", play(engine, problems, single))
     engine.shutdown()
 
 
 def bench_report(folder: Path) -> None:
     rng = random.Random(0)
-    texts = [p["question"] for path in filter(None, TEXTS.split(",")) for p in rollout.load_problems(path)]
+    texts = [p["question"] for path in filter(None, TEXTS.split(",")) for p in load_problems(path)]
     if not texts:
         words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(3000)]
         words += [f"${rng.choice('xyzabn')}^{rng.randint(2, 9)} + {rng.randint(1, 99)}$" for _ in range(1000)]
@@ -140,60 +147,44 @@ def bench_report(folder: Path) -> None:
         text += f"The answer is \\boxed{{{answer}}}."
         return {"text": text, "answer": answer, "status": status, "ending": "stop", "tokens": len(text) // 3}
 
-    problems = [
-        {"benchmark": "five", "id": f"five/{i}", "question": rng.choice(texts), "answer": str(i % 50)}
-        for i in range(REPORT_PROBLEMS)
-    ]
+    problems = {
+        ("five", f"five/{i}"): {"question": rng.choice(texts), "answer": str(i % 50)} for i in range(REPORT_PROBLEMS)
+    }
     records = []
-    for problem in problems:
+    for key, problem in problems.items():
         for k in range(1, rollout.MAX_ATTEMPTS + 1):
             attempts = [attempt(problem["answer"])]
             while len(attempts) < k and attempts[-1]["status"] != "correct":
                 attempts.append(attempt(problem["answer"]))
-            records.append(
-                dict(zip(evaluate.KEY, Item(problem, k, False, 0).key, strict=True)) | {"attempts": attempts}
-            )
+            records.append(Item(*key, k, False, 0)._asdict() | {"attempts": attempts})
     start = time.perf_counter()
-    results = {"settings": evaluate.settings({}), "versions": evaluate.versions()} | evaluate.summarise({"m": records})
-    counted = time.perf_counter() - start
-    report.draw(report.curves(results["models"]), folder)
+    results = {"settings": evaluate.list_settings({}), "versions": report.list_versions()}
+    results |= evaluate.summarise({"m": records})
+    measured = time.perf_counter() - start
     start = time.perf_counter()
-    data = evaluate.report_data(results, {"m": records}, problems, {})
-    page = folder / "report.html"
-    page.write_text(report.page(folder, data, {}), encoding="utf-8")
-    made = time.perf_counter() - start
-    attempts = [attempt for p in data["problems"] for _, played in p[4] for attempt in played]
+    report.write_files(folder, results, problems, {"m": records}, {}, evaluate.find_repeats)
+    written = time.perf_counter() - start
+    start = time.perf_counter()
+    page = Page(folder / "report.html")
+    built = time.perf_counter() - start
+    attempts = page.run("DATA.problems.flatMap(p => p[4]).flatMap(d => d[1]).map(a => a[0].length)")
     print(
-        f"\n{len(data['problems'])} problems at K = {rollout.MAX_ATTEMPTS}: {len(attempts)} attempts of "
-        f"{statistics.fmean(len(a[0]) for a in attempts):.0f} characters\n"
-        f"size {page.stat().st_size / 1e6:.1f} MB; metrics of all K {counted:.1f} s, page {made:.1f} s"
+        f"\n{page.run('DATA.problems.length')} problems at K = {rollout.MAX_ATTEMPTS}: {len(attempts)} attempts of "
+        f"{statistics.fmean(attempts):.0f} characters\nsize {(folder / 'report.html').stat().st_size / 1e6:.1f} MB; "
+        f"metrics of all K {measured:.1f} s, files {written:.1f} s; in V8, without layout: built in {built:.1f} s"
     )
-    if not find_browser():
-        print("no Chromium or Chrome is installed: opening and searching were not measured")
-        return
-    opened = []
-    for _ in range(3):
-        browser = Browser()
+    searched = []
+    for query in ("five/77", "boxed{7}", "e", "no such words", texts[5][5:25].lower(), "x^2"):
         start = time.perf_counter()
-        browser.open(page)
-        opened.append(time.perf_counter() - start)
-        queries = ["five/77", "boxed{7}", "e", "no such words", texts[5][5:25].lower(), "x^2"]
-        search = """(query => {
-            const start = performance.now();
-            $("search").value = query;
-            $("search").oninput();
-            document.body.offsetHeight;  // until the page is laid out
-            return performance.now() - start;
-        })"""
-        searched = [browser.run(f"{search}({json.dumps(query)})") for query in queries]
-        browser.close()
-    print(f"opens in {statistics.median(opened):.2f} s (median of {len(opened)}, until everything is shown)")
-    print("a search takes " + ", ".join(f"{ms:.0f}" for ms in searched) + " ms (found and laid out; six words)")
+        page.run(f"($('search').value = {json.dumps(query)}, $('search').oninput())")
+        searched.append(1000 * (time.perf_counter() - start))
+    print("a search takes " + ", ".join(f"{ms:.0f}" for ms in searched) + " ms (six words)")
 
 
 def main() -> None:
-    rollout.MAX_ATTEMPTS, rollout.MAX_SEQUENCES, evaluate.RESAMPLES = 7, 26, 0
-    rollout.override_constants(sys.argv[1:], {"bench": sys.modules[__name__], "rollout": rollout})
+    rollout.MAX_ATTEMPTS, plumbing.engine.MAX_SEQUENCES, evaluate.RESAMPLES = 7, 26, 0
+    modules = {"bench": sys.modules[__name__], "rollout": rollout, "engine": plumbing.engine}
+    print(set_constants(sys.argv[1:], modules))
     grader.submit = drawn_verdict
     with tempfile.TemporaryDirectory() as folder:
         if PROBLEMS:

@@ -1,40 +1,42 @@
-"""evaluate.py and data/demo.py: metrics against hand-made dialogues, the figure, and runs of the real engine."""
+"""evaluate.py: metrics of hand-made dialogues against numbers from other computations, and runs of the real engine."""
 
+import ast
 import contextlib
 import csv
 import itertools
 import json
 import math
-import os
 import random
+import re
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+
+import evaluate
+import rollout
+from data.problems import load_problems
+from experiments import median
+from plumbing import report
+from plumbing.constants import list_constants
+from plumbing.files import read_jsonl, to_json, to_line
+from tests.conftest import ROOT, alone
 
 import numpy as np
 import pytest
-import torch
-
-import evaluate
-import ppo
-import rollout
-from data import demo, report, toy
-from data.report import Curve
-from tests.conftest import ROOT
 
 
-def said(answer: str | None, gold: str = "7", ending: str = "stop", tokens: int = 4) -> dict:
+def attempt(answer: str | None, gold: str = "7", ending: str = "stop", tokens: int = 4) -> dict:
     status = "no_answer" if answer is None else "correct" if answer == gold else "wrong"
     return {"text": f"It is {answer}", "answer": answer, "status": status, "ending": ending, "tokens": tokens}
 
 
-def spoke(name: str, K: int, *answers: str | None, control: bool = False, sample: int = 0, **how: object) -> dict:
-    key = {"benchmark": how.pop("benchmark", "b"), "id": name, "K": K, "control": control, "sample": sample}
-    return key | {"attempts": [said(answer, **how) for answer in answers]}
+def played(
+    name: str, K: int, *answers: str | None, benchmark: str = "b", control: bool = False, sample: int = 0, **how: object
+) -> dict:
+    attempts = [attempt(answer, **how) for answer in answers]
+    return evaluate.Item(benchmark, name, K, control, sample)._asdict() | {"attempts": attempts}
 
 
 def metric(estimates: dict, name: str) -> list[float | None]:
@@ -94,7 +96,7 @@ def test_bootstrap_of_a_proportion_is_the_binomial(monkeypatch):
     """Resampled, 12 of 40 is Binomial(40, 0.3): the interval's ends are the quantiles of that distribution."""
     monkeypatch.setattr(evaluate, "BOOTSTRAP", 20_000)
     values = np.array([[1.0]] * 12 + [[0.0]] * 28)
-    estimate = evaluate.mean(values, evaluate.problem_weights("binomial", 40))
+    estimate = evaluate.estimate_ratio(values, np.ones_like(values), evaluate.draw_resamples("binomial", 40))
     chances = list(itertools.accumulate(math.comb(40, i) * 0.3**i * 0.7 ** (40 - i) for i in range(41)))
     exact = [next(i for i, chance in enumerate(chances) if chance >= q) / 40 for q in (0.025, 0.975)]
     known = estimate.as_json()
@@ -104,104 +106,108 @@ def test_bootstrap_of_a_proportion_is_the_binomial(monkeypatch):
 
 
 def test_resamples_depend_on_seed_and_benchmark_alone(monkeypatch):
-    weights = evaluate.problem_weights
-    assert (weights("a", 9).sum(1) == 9).all()
-    assert np.array_equal(weights("a", 9), weights("a", 9))
-    assert not np.array_equal(weights("a", 9), weights("b", 9))
-    before = weights("a", 9)
-    monkeypatch.setattr(rollout, "SEED", 1)
-    assert not np.array_equal(weights("a", 9), before)
+    draw = evaluate.draw_resamples
+    assert (draw("a", 9).sum(1) == 9).all()
+    assert np.array_equal(draw("a", 9), draw("a", 9))
+    assert not np.array_equal(draw("a", 9), draw("b", 9))
+    before = draw("a", 9)
+    monkeypatch.setattr(evaluate, "SEED", 1)
+    assert not np.array_equal(draw("a", 9), before)
 
 
 # Metrics of hand-made dialogues --------------------------------------------------------------------------------------
 def test_paper_protocol():
     records = [
-        *(spoke("a", 1, "7"), spoke("b", 1, "8"), spoke("c", 1, None, ending="length", tokens=64), spoke("d", 1)),
-        *(spoke("a", 2, "9", "7"), spoke("b", 2, "8", "8"), spoke("c", 2, "6", ending="context"), spoke("d", 2)),
-        *(spoke("a", 3, "7"), spoke("b", 3, "8", "9", "8.0"), spoke("c", 3, None, None, "7"), spoke("d", 3)),
+        *(played("a", 1, "7"), played("b", 1, "8"), played("c", 1, None, ending="length", tokens=64), played("d", 1)),
+        *(played("a", 2, "9", "7"), played("b", 2, "8", "8"), played("c", 2, "6", ending="context"), played("d", 2)),
+        *(played("a", 3, "7"), played("b", 3, "8", "9", "8.0"), played("c", 3, None, None, "7"), played("d", 3)),
     ]
     random.Random(0).shuffle(records)
-    found = evaluate.measure(records)
-    assert metric(found, "accuracy") == [0.25, 0.25, 0.5]
-    known = found["accuracy"].as_json()
+    metrics = evaluate.measure(records)
+    assert metric(metrics, "accuracy") == [0.25, 0.25, 0.5]
+    known = metrics["accuracy"].as_json()
     assert list(zip(known["low"], known["high"], strict=True)) == [evaluate.wilson(s, 4) for s in (1, 1, 2)]
-    assert metric(found, "gain") == [0.0, 0.0, 0.25]
-    assert metric(found, "repeat") == [None, 0.5, 0.25]  # b's 8 of two retries; b's 8.0 of four: silence is no answer
-    assert found["repeat"].as_json()["low"][0] is None
-    assert metric(found, "attempts") == [0.75, 1.25, 1.75]
-    assert metric(found, "tokens") == [18.0, 5.0, 7.0]
-    assert metric(found, "truncated") == [round(1 / 3, 9), 0.2, 0.0]
-    assert metric(found, "out_of_context") == [0.25, 0.5, 0.25]  # d; with K = 2 also c
-    assert set(found) == {"accuracy", "gain", "repeat", "attempts", "tokens", "truncated", "out_of_context"}
+    assert metric(metrics, "gain") == [0.0, 0.0, 0.25]
+    assert metric(metrics, "repeat") == [None, 0.5, 0.25]  # b's 8 of two retries; b's 8.0 of four: silence is no answer
+    assert metrics["repeat"].as_json()["low"][0] is None
+    assert metric(metrics, "attempts") == [0.75, 1.25, 1.75]
+    assert metric(metrics, "tokens") == [18.0, 5.0, 7.0]
+    assert metric(metrics, "truncated") == [round(1 / 3, 9), 0.2, 0.0]
+    assert metric(metrics, "out_of_context") == [0.25, 0.5, 0.25]  # d; with K = 2 also c
+    assert set(metrics) == {"accuracy", "gain", "repeat", "attempts", "tokens", "truncated", "out_of_context"}
 
 
 def test_prefix_protocol_and_sampled_dialogues():
     records = [
-        spoke("a", 3, "8", "7"),
-        spoke("a", 3, "7", sample=1),
-        spoke("b", 3, "8", "9", "8"),
-        spoke("b", 3, "8", "8", "7", sample=1),
+        played("a", 3, "8", "7"),
+        played("a", 3, "7", sample=1),
+        played("b", 3, "8", "9", "8"),
+        played("b", 3, "8", "8", "7", sample=1),
     ]
-    found = evaluate.measure(records)
-    assert metric(found, "accuracy") == [0.25, 0.5, 0.75]  # of four dialogues: one, two, three within 1, 2, 3 attempts
-    assert found["accuracy"].outcomes is None  # means over samples: the bootstrap's interval, not Wilson's
-    known = found["accuracy"].as_json()
+    metrics = evaluate.measure(records)
+    assert metric(metrics, "accuracy") == [
+        0.25,
+        0.5,
+        0.75,
+    ]  # of four dialogues: one, two, three within 1, 2, 3 attempts
+    assert metrics["accuracy"].outcomes is None  # means over samples: the bootstrap's interval, not Wilson's
+    known = metrics["accuracy"].as_json()
     assert (known["low"][0], known["high"][0]) == (0.0, 0.5)  # all resamples draw a alone, b alone, or both
-    assert metric(found, "tokens") == [4.0, 7.0, 9.0]
-    assert metric(found, "attempts") == [1.0, 1.75, 2.25]
-    assert metric(found, "repeat") == [None, round(1 / 3, 9), 0.4]  # b's 8 8; then also its 8 9 8
+    assert metric(metrics, "tokens") == [4.0, 7.0, 9.0]
+    assert metric(metrics, "attempts") == [1.0, 1.75, 2.25]
+    assert metric(metrics, "repeat") == [None, round(1 / 3, 9), 0.4]  # b's 8 8; then also its 8 9 8
 
 
 def test_intrinsic_numbers(monkeypatch):
     monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
     records = [
-        spoke("both", 3, "7", "7", "7"),
-        spoke("gained", 3, "8", "7", "8"),
-        spoke("lost", 3, "7", "8", "7"),
-        spoke("never", 3, "8", "8.0", "9"),
-        spoke("silent", 3, None, None, "7"),
-        spoke("short", 3, "7"),  # the context was full: no answer at 2 and 3
-        spoke("other", 3, "1", "2", None),
-        spoke("same", 3, "7", "7", "9"),
+        played("both", 3, "7", "7", "7"),
+        played("gained", 3, "8", "7", "8"),
+        played("lost", 3, "7", "8", "7"),
+        played("never", 3, "8", "8.0", "9"),
+        played("silent", 3, None, None, "7"),
+        played("short", 3, "7"),  # the context was full: no answer at 2 and 3
+        played("other", 3, "1", "2", None),
+        played("same", 3, "7", "7", "9"),
     ]
-    found = evaluate.measure(records)
-    assert metric(found, "accuracy") == [4 / 8, 3 / 8, 3 / 8]  # right at attempt k, whatever was said before
-    assert metric(found, "gain") == [0.0, -1 / 8, -1 / 8]
-    assert metric(found, "i_to_c") == [0.0, 1 / 8, 1 / 8]
-    assert metric(found, "c_to_i") == [0.0, 2 / 8, 2 / 8]
-    gain = np.array(metric(found, "i_to_c")) - np.array(metric(found, "c_to_i"))
-    assert gain.tolist() == metric(found, "gain")  # SCoRe's delta
-    assert metric(found, "changed") == [0.0, 3 / 8, 4 / 8]  # gained, lost, other; never, silent, other, same
-    assert metric(found, "out_of_context") == [0.0, 1 / 8, 1 / 8]
-    known = found["i_to_c"].as_json()
+    metrics = evaluate.measure(records)
+    assert metric(metrics, "accuracy") == [4 / 8, 3 / 8, 3 / 8]  # right at attempt k, whatever was said before
+    assert metric(metrics, "gain") == [0.0, -1 / 8, -1 / 8]
+    assert metric(metrics, "i_to_c") == [0.0, 1 / 8, 1 / 8]
+    assert metric(metrics, "c_to_i") == [0.0, 2 / 8, 2 / 8]
+    gain = np.array(metric(metrics, "i_to_c")) - np.array(metric(metrics, "c_to_i"))
+    assert gain.tolist() == metric(metrics, "gain")  # SCoRe's delta
+    assert metric(metrics, "changed") == [0.0, 3 / 8, 4 / 8]  # gained, lost, other; never, silent, other, same
+    assert metric(metrics, "out_of_context") == [0.0, 1 / 8, 1 / 8]
+    known = metrics["i_to_c"].as_json()
     assert (known["low"][1], known["high"][1]) == evaluate.wilson(1, 8)
     # No oracle ends these dialogues: no control that one would end is set beside them.
-    found = evaluate.measure([*records, *(spoke(r["id"], 1, "7", control=True) for r in records)])
-    assert "majority" in found
-    assert "majority_same_tokens" in found
-    assert not {"over_pass", "pass_same_tokens", "over_pass_same_tokens", "samples_same_tokens"} & set(found)
+    metrics = evaluate.measure([*records, *(played(r["id"], 1, "7", control=True) for r in records)])
+    assert {"majority", "majority_same_tokens"} <= set(metrics)
+    assert not {"over_pass", "pass_same_tokens", "over_pass_same_tokens", "samples_same_tokens"} & set(metrics)
 
 
 def test_controls_by_hand():
     """Samples cost 10; until one is right, at most 0, 1, 2 of them: expected 0, 10, 15 for a; 0, 10, 20 for b."""
     records = [
-        *(spoke("a", 1, "7", control=True, tokens=10), spoke("a", 1, "8", control=True, sample=1, tokens=10)),
-        *(spoke("b", 1, "8", control=True, tokens=10), spoke("b", 1, None, control=True, sample=1, tokens=10)),
-        *(spoke("a", 1, "7", tokens=10), spoke("b", 1, "8", tokens=10)),
-        *(spoke("a", 2, "8", "7", tokens=5), spoke("b", 2, "8", "9", tokens=9)),
-        *(spoke("a", 3, "8", "8", "7", tokens=10), spoke("b", 3, "8", "9", "9", tokens=10)),
+        *(played("a", 1, "7", control=True, tokens=10), played("a", 1, "8", control=True, sample=1, tokens=10)),
+        *(played("b", 1, "8", control=True, tokens=10), played("b", 1, None, control=True, sample=1, tokens=10)),
+        *(played("a", 1, "7", tokens=10), played("b", 1, "8", tokens=10)),
+        *(played("a", 2, "8", "7", tokens=5), played("b", 2, "8", "9", tokens=9)),
+        *(played("a", 3, "8", "8", "7", tokens=10), played("b", 3, "8", "9", "9", tokens=10)),
     ]
-    found = evaluate.measure(records)
-    assert metric(found, "tokens") == [10.0, 14.0, 30.0]
-    assert metric(found, "pass") == [0.25, 0.5, None]  # there is no third sample
-    assert metric(found, "majority") == [0.25, 0.25, None]  # a: 7 against 8 is a toss-up, with one vote and with two
-    assert metric(found, "sample_tokens") == [10.0, 20.0, None]
-    j = 1 + (14 - 10) / (17.5 - 10)
-    assert metric(found, "samples_same_tokens") == [1.0, round(j, 9), None]  # 30 tokens: more than two samples
-    assert metric(found, "pass_same_tokens") == [0.25, round(0.25 + (j - 1) * 0.25, 9), None]
-    assert metric(found, "majority_same_tokens") == [0.25, 0.25, None]
-    assert metric(found, "over_pass") == [0.25, 0.0, None]
-    assert metric(found, "over_pass_same_tokens") == [0.25, round(0.25 - (j - 1) * 0.25, 9), None]
+    metrics = evaluate.measure(records)
+    f = (14 - 10) / (17.5 - 10)  # at k = 2: 14 tokens, between one sample and two
+    assert {name: metric(metrics, name) for name in metrics if re.search("sample|pass|majority", name)} == {
+        "pass": [0.25, 0.5, None],  # there is no third sample
+        "over_pass": [0.25, 0.0, None],
+        "pass_same_tokens": [0.25, round(0.25 + f * 0.25, 9), None],
+        "over_pass_same_tokens": [0.25, round(0.25 - f * 0.25, 9), None],
+        "samples_same_tokens": [1.0, round(1 + f, 9), None],  # 30 tokens: more than two samples
+        "majority": [0.25, 0.25, None],  # a: 7 against 8 is a toss-up, with one vote and with two
+        "majority_same_tokens": [0.25, 0.25, None],
+        "sample_tokens": [10.0, 20.0, None],
+    }
     # Every interval reaches from the resample of one problem alone to that of the other: each is a quarter of them all.
     for name, low, high in (
         ("pass", [0.0, 0.0], [0.5, 1.0]),
@@ -210,23 +216,22 @@ def test_controls_by_hand():
         ("over_pass_same_tokens", [0.0, 0.0], [0.5, 0.5]),
         ("samples_same_tokens", [1.0, 1.0], [1.0, 1.8]),  # b alone spends 18, and no sample of it is right
     ):
-        known = found[name].as_json()
+        known = metrics[name].as_json()
         assert known["low"] == pytest.approx([*low, None])
         assert known["high"] == pytest.approx([*high, None])
 
 
 def test_where_every_problem_has_a_right_sample_more_tokens_buy_nothing():
-    right = [spoke(name, 1, "7", control=True, sample=i, tokens=10) for name in "ab" for i in range(3)]
-    played = [spoke("a", 1, "7", tokens=11), spoke("b", 1, "7", tokens=10)]
-    found = evaluate.measure(right + played)
-    assert metric(found, "pass_same_tokens") == [1.0]
-    assert metric(found, "over_pass_same_tokens") == [0.0]
-    assert found["pass_same_tokens"].as_json()["low"] == [1.0]
+    right = [played(name, 1, "7", control=True, sample=i, tokens=10) for name in "ab" for i in range(3)]
+    metrics = evaluate.measure([*right, played("a", 1, "7", tokens=11), played("b", 1, "7", tokens=10)])
+    assert metric(metrics, "pass_same_tokens") == [1.0]
+    assert metric(metrics, "over_pass_same_tokens") == [0.0]
+    assert metrics["pass_same_tokens"].as_json()["low"] == [1.0]
 
 
 def noisy(seed: int, benchmark: str, n: int, chance: float) -> list[dict]:
     rng = random.Random(seed)
-    return [spoke(f"{i}", 1, rng.choices("78", (chance, 1 - chance))[0], benchmark=benchmark) for i in range(n)]
+    return [played(f"{i}", 1, rng.choices("78", (chance, 1 - chance))[0], benchmark=benchmark) for i in range(n)]
 
 
 def test_average_counts_benchmarks_alike():
@@ -247,11 +252,11 @@ def test_average_counts_benchmarks_alike():
 
 def test_comparisons_are_paired():
     first = noisy(0, "x", 200, 0.5)
-    second = [r if i >= 12 else spoke(r["id"], 1, "7", benchmark="x") for i, r in enumerate(first)]
+    second = [r if i >= 12 else played(r["id"], 1, "7", benchmark="x") for i, r in enumerate(first)]
     won = sum(r["attempts"][0]["answer"] != "7" for r in first[:12])
-    found = evaluate.summarise({"first": first, "second": second, "third": first})["comparisons"]
-    assert [c["models"] for c in found] == [["first", "second"], ["first", "third"], ["second", "third"]]
-    better, same, worse = found
+    comparisons = evaluate.summarise({"first": first, "second": second, "third": first})["comparisons"]
+    assert [c["models"] for c in comparisons] == [["first", "second"], ["first", "third"], ["second", "third"]]
+    better, same, worse = comparisons
     assert better["difference"] == [pytest.approx(won / 200)]
     assert (better["only_second"], better["only_first"]) == ([won], [0])
     assert better["p"] == [pytest.approx(2 / 2**won)]
@@ -263,7 +268,7 @@ def test_comparisons_are_paired():
 
 
 def test_csv_and_table_say_what_the_results_say():
-    records = [*noisy(0, "x", 20, 0.5), *(spoke(f"{i}", 1, "7", benchmark="x", control=True) for i in range(20))]
+    records = [*noisy(0, "x", 20, 0.5), *(played(f"{i}", 1, "7", benchmark="x", control=True) for i in range(20))]
     models = {"first": records, "second": noisy(1, "x", 20, 0.5)}
     results = {"settings": {"MAX_ATTEMPTS": 1, "CONTEXT": 9}} | evaluate.summarise(models)
     rows = list(csv.DictReader(report.to_csv(results).splitlines()))
@@ -281,449 +286,257 @@ def test_csv_and_table_say_what_the_results_say():
     assert metrics == {*results["models"]["first"]["x"]["metrics"]} - {"repeat"}  # one attempt: no retries
     first = results["models"]["first"]["x"]
     assert {"value": first["accuracy"], "low": first["low"], "high": first["high"]} == first["metrics"]["accuracy"]
-    text = report.table(results)
+    text = report.make_table(results)
     assert f"{results['models']['second']['x']['accuracy'][0]:.3f} ±" in text
     assert "pass@k" in text
     assert f"{compared['p'][0]:.3f}" in text
     never = {"settings": {"MAX_ATTEMPTS": 1}} | evaluate.summarise({"m": noisy(0, "x", 30, 0.0)})
-    assert f"0.000 ±{evaluate.wilson(0, 30)[1]:.3f}" in report.table(never)  # the longer side of an uneven interval
+    half = evaluate.wilson(0, 30)[1]  # the longer side of the interval
+    assert f"0.000 ±{half:.3f}" in report.make_table(never)
 
 
-def test_record_keeps_what_was_said():
-    class Letters:
-        tokenizer = type("T", (), {"decode": staticmethod(lambda ids, skip_special_tokens: "".join(map(chr, ids)))})
-
-    dialogue = rollout.Dialogue({"benchmark": "b", "id": "x", "question": "?", "answer": "7"}, 3)
-    dialogue.extend([1, 2, 3])
-    dialogue.extend([ord(c) for c in "it's 7"], [0.0] * 6)
-    dialogue.attempts.append(rollout.Attempt(3, 9, "7", "correct", "stop"))
-    attempt = {"text": "it's 7", "answer": "7", "status": "correct", "ending": "stop", "tokens": 6}
-    item = evaluate.Item(dialogue.problem, 3, False, 2)
-    expected = {"benchmark": "b", "id": "x", "K": 3, "control": False, "sample": 2, "attempts": [attempt]}
-    assert evaluate.record(Letters, dialogue, item) == expected
-    assert evaluate.key_of(expected) == item.key
+# Settings and files ---------------------------------------------------------------------------------------------------
+def test_names():
+    assert list(evaluate.name_paths("runs/a/policy,m/b/,c.jsonl", "models")) == ["a", "b", "c"]
+    assert list(evaluate.name_paths("a/best,b/best,b/policy", "models")) == ["a-best", "b-best", "b"]
+    with pytest.raises(SystemExit, match=r"x/a and y/a\.jsonl: two benchmarks are named a"):
+        evaluate.name_paths("x/a,y/a.jsonl", "benchmarks")
+    with pytest.raises(SystemExit, match=r"the mean over benchmarks and average\.jsonl"):
+        evaluate.name_paths("average.jsonl", "benchmarks")
 
 
-def test_names_and_settings(tmp_path):
-    assert list(evaluate.by_name("runs/a/policy,m/b/,c.jsonl", "models")) == ["a", "b", "c"]
-    assert list(evaluate.by_name("a/best,b/best,b/policy", "models")) == ["a-best", "b-best", "b"]
-    with pytest.raises(SystemExit, match=r"x/a and y/a\.jsonl: two benchmarks named a"):
-        evaluate.by_name("x/a,y/a.jsonl", "benchmarks")
+def test_results_of_other_settings_or_weights_are_refused(tmp_path):
     path = tmp_path / "results.json"
     results = evaluate.load_results(path, {"K": 5}, {"a": "1"})
-    path.write_text(evaluate.to_json(results | {"weights": {"a": "1"}}))
+    path.write_text(to_json(results | {"weights": {"a": "1"}}))
     assert evaluate.load_results(path, {"K": 5}, {"a": "1", "b": "2"})["weights"] == {"a": "1"}  # b is new: no conflict
+    assert evaluate.load_results(path, {"K": 5}, {"b": "2"})["weights"] == {"a": "1"}  # a is not asked for: none either
     with pytest.raises(SystemExit, match="K: 5 there, 6 now\n  a: 1 there, 3 now"):
         evaluate.load_results(path, {"K": 6}, {"a": "3"})
 
 
 def test_fingerprint_sees_every_file(tmp_path):
-    (tmp_path / "weights").write_bytes(b"1")
-    prints = {evaluate.fingerprint(tmp_path)}
-    (tmp_path / "tokenizer").write_bytes(b"2")
-    prints.add(evaluate.fingerprint(tmp_path))
-    (tmp_path / "weights").write_bytes(b"3")
-    prints |= {evaluate.fingerprint(tmp_path), evaluate.fingerprint(tmp_path)}
-    assert len(prints) == 3
+    weights, tokenizer, prints = tmp_path / "weights", tmp_path / "tokenizer", []
+    for contents in ("1", "2"), ("1", "3"), ("3", "3"), ("3", "3"):
+        weights.write_text(contents[0])
+        tokenizer.write_text(contents[1])
+        prints.append(evaluate.fingerprint(weights, tokenizer))
+    assert len(set(prints)) == len(set(prints[:3])) == 3
 
 
-def test_old_dialogues_are_not_taken_for_new_ones(tmp_path, monkeypatch):
-    """results.json deleted, other settings, stopped in the middle: what is published was played under these."""
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    (tmp_path / "p.jsonl").write_text('{"id": "x", "question": "?", "answer": "7"}\n')
-    out, stopped = tmp_path / "out", []
-
-    def play(model, problems, name, out, parts, store):
-        if stopped:
-            raise KeyboardInterrupt
-        answer = str(rollout.SEED)
-        (out / f"dialogues-{name}.jsonl").write_text(evaluate.to_line(spoke("x", 1, answer, benchmark="p")))
-
-    def run(seed: int) -> list[dict]:
-        for module, name, value in (
-            *((evaluate, "MODEL", f"{tmp_path}/m"), (evaluate, "BENCHMARKS", f"{tmp_path}/p.jsonl")),
-            *((evaluate, "OUT", str(out)), (rollout, "MAX_ATTEMPTS", 1), (rollout, "SEED", seed)),
-        ):
-            monkeypatch.setattr(module, name, value)
-        evaluate.main()
-        return records_of(out / "dialogues-m.jsonl")
-
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
-    monkeypatch.setattr(evaluate, "evaluate_model", play)
-    assert run(6)[0]["attempts"][0]["answer"] == "6"
-    (out / "results.json").unlink()
-    stopped.append(True)
-    with pytest.raises(KeyboardInterrupt):
-        run(7)
-    stopped.clear()
-    assert run(7)[0]["attempts"][0]["answer"] == "7"
-    assert json.loads((out / "results.json").read_text())["models"]["m"]["p"]["accuracy"] == [1.0]
+def test_the_fingerprint_covers_every_file_that_grades():
+    """They are grader.py and what it imports of plumbing, also indirectly, but for constants and files."""
+    grading, left = set(), ["grader.py"]
+    while left:
+        file = left.pop()
+        grading.add(file)
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            files = {name.replace(".", "/") + ".py" for name in names if name.startswith("plumbing.")}
+            left += [f for f in files - grading if (ROOT / f).is_file()]
+    assert set(evaluate.GRADING_FILES) == grading - {"plumbing/constants.py", "plumbing/files.py"}
 
 
-def test_a_line_cut_inside_a_character_is_dropped(tmp_path):
-    path = tmp_path / "rank-0.jsonl"
-    whole = evaluate.to_line({"text": "größer"})
-    path.write_bytes(whole.encode() + whole.encode().split(b"\x9f")[0])  # ß is C3 9F
-    assert evaluate.read_records(path) == evaluate.last_rows(path) == [{"text": "größer"}]
+def test_plan_of_each_protocol(monkeypatch):
+    problems = {("b", name): {} for name in "xy"}
+    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(evaluate, "RESAMPLES", 0)
+    assert [i.K for i in evaluate.list_items(problems)] == [3, 3, 2, 2, 1, 1]  # the longest first
+    assert len(set(evaluate.list_items(problems))) == 6
+    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    assert [i.K for i in evaluate.list_items(problems)] == [3, 3]
 
 
-def test_ranks_that_share_an_engine_play_one_stripe(tmp_path, monkeypatch):
-    """And one of them writes: four ranks on two engines."""
-    problems = [{"benchmark": "b", "id": str(i)} for i in range(7)]
-    monkeypatch.setattr(rollout, "TENSOR_PARALLEL", 2)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(evaluate, "Engine", lambda *_, **__: SimpleNamespace(tokenizer=None, shutdown=lambda: None))
-    monkeypatch.setattr(evaluate, "Chat", lambda tokenizer: None)
-    stripes = []
-
-    def play(engine, chat, items, on_end, name):
-        stripes.append([item.key for item in items])
-        for key in stripes[-1]:
-            on_end(dict(zip(evaluate.KEY, key, strict=True)))
-
-    monkeypatch.setattr(evaluate, "evaluate", play)
-    written = []
-    for rank in range(4):  # a folder each: here they come one after the other, and would see what is done
-        monkeypatch.setenv("RANK", str(rank))
-        parts = tmp_path / f"parts-{rank}"
-        evaluate.evaluate_model(tmp_path, problems, "m", tmp_path, parts, None)
-        made = tmp_path / "dialogues-m.jsonl" if rank == 0 else parts / f"rank-{rank}.jsonl"
-        written.append([evaluate.key_of(r) for r in evaluate.read_records(made)])
-    assert stripes[0] == stripes[1] == written[0]
-    assert stripes[2] == stripes[3] == written[2]
-    assert written[1] == written[3] == []
-    assert sorted(stripes[0] + stripes[2]) == sorted(item.key for item in evaluate.plan(problems))
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SystemExit, match=r"TENSOR_PARALLEL=2: 3 ranks \(torchrun\) are no multiple of it"):
-        evaluate.check_constants()
-
-
-# The real engine -----------------------------------------------------------------------------------------------------
+# Runs of evaluate.py --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory) -> Path:
     """Two random models with the toy's tokenizer, and problems: toy, real mathematics, one longer than the context."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = toy.make_tokenizer()
+    tokenizer = median.make_tokenizer()
     for seed, name in enumerate(("one", "two/policy")):
-        toy.make_model(tokenizer, seed).save_pretrained(folder / name)
+        median.make_model(tokenizer, seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    problems = toy.make_problems(5, 0, held_out=True)
+    problems = median.make_problems(5, 0, held_out=True)
     texts = (
         r"Compute $\sqrt{49}\,$ – “exactly”.",
         r"Let $f(x)=x^2-\frac{1}{2}$ for $x\ge 0$. Find $f(3)$.\n",
         "9" * 600,
     )
     problems += [{"id": f"real/{i}", "question": text, "answer": r"\frac{17}{2}"} for i, text in enumerate(texts)]
-    (folder / "mixed.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems), encoding="utf-8")
+    (folder / "mixed.jsonl").write_text("".join(map(to_line, problems)), encoding="utf-8")
     return folder
 
 
-def evaluation_command(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> tuple[list[str], dict]:
-    """The command and how to run it; of an argument that is given twice, the last one counts."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launch, "evaluate.py", f"MODEL={tiny}/one,{tiny}/two/policy", f"OUT={out}"]
-    command += [
-        f"BENCHMARKS={tiny}/mixed.jsonl",
-        "MAX_ATTEMPTS=2",
-        "RESAMPLES=3",
-        "CONTEXT=512",
-        "MAX_ATTEMPT_TOKENS=8",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return [*command, *arguments], {"cwd": ROOT, "env": environment}
+def list_arguments(tiny: Path, out: Path) -> list[str]:
+    arguments = [f"MODEL={tiny}/one,{tiny}/two/policy", f"OUT={out}", f"BENCHMARKS={tiny}/mixed.jsonl"]
+    return [*arguments, "MAX_ATTEMPTS=2", "RESAMPLES=24", "CONTEXT=512", "MAX_ATTEMPT_TOKENS=32"]
 
 
-def evaluation(tiny: Path, out: Path, *arguments: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    command, how = evaluation_command(tiny, out, *arguments, ranks=ranks)
-    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
+def start(*command: str) -> subprocess.Popen:
+    environment = alone() | {"HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny):
-    done = evaluation(tiny, tiny / "out")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def records_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+def evaluated(tiny) -> subprocess.Popen:
+    """An evaluation that is killed in the middle and resumed; what had ended when it was killed is not played again."""
+    out, arguments = tiny / "out", list_arguments(tiny, tiny / "out")
+    process = start("evaluate.py", *arguments)
+    while process.poll() is None and not any(p.read_bytes().count(b"\n") > 10 for p in out.glob(".one.*/*.jsonl")):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.01)
+    process.kill()
+    process.communicate()
+    (part,) = out.glob(".one.*/rank-0.jsonl")
+    records = read_jsonl(part)
+    assert 10 <= len(records) < 8 * (2 + 24)  # it was killed before its end
+    text = records[3]["attempts"][0]["text"]
+    records[3]["attempts"][0]["text"] = "as it was written"
+    part.unlink()
+    lines = "".join(map(to_line, records)) + to_line(records[0])[:30]  # the kill cut the last one in two
+    part.with_name("rank-5.jsonl").write_text(lines, encoding="utf-8")  # of a rank that is not there this time
+    process = start("evaluate.py", *arguments)
+    process.printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    dialogues = out / "dialogues-one.jsonl"
+    content = dialogues.read_text(encoding="utf-8")
+    assert content.count("as it was written") == 1
+    dialogues.write_text(content.replace('"as it was written"', json.dumps(text, ensure_ascii=False)), encoding="utf-8")
+    return process
 
 
 def test_evaluation_end_to_end(tiny, evaluated):
     results = json.loads((tiny / "out" / "results.json").read_text())
     assert list(results["models"]) == ["one", "two"]
-    models = {name: records_of(tiny / "out" / f"dialogues-{name}.jsonl") for name in ("one", "two")}
+    models = {name: read_jsonl(tiny / "out" / f"dialogues-{name}.jsonl") for name in ("one", "two")}
     assert {k: results[k] for k in ("models", "comparisons")} == evaluate.summarise(models)  # all follows from these
+    runs = [(K, False, 0) for K in (1, 2)] + [(1, True, i) for i in range(24)]
     for records in models.values():
-        assert len(records) == 8 * (2 + 3)
-        assert {r["benchmark"] for r in records} == {"mixed"}
-        assert [len(r["attempts"]) for r in records if r["id"] == "real/2"] == [0] * 5
-        granted = [len(r["attempts"]) == r["K"] for r in records if r["id"] != "real/2"]
-        assert all(granted)  # a random model is never right
-        assert all(0 < a["tokens"] <= 8 for r in records for a in r["attempts"])
+        names = {r["id"] for r in records}
+        assert len(names) == 8
+        assert len(records) == 8 * len(runs)
+        assert {evaluate.item_of(r) for r in records} == {("mixed", name, *run) for name in names for run in runs}
+        assert [r["attempts"] for r in records if r["id"] == "real/2"] == [[]] * len(runs)
+        others = [r for r in records if r["id"] != "real/2"]
+        assert all(len(r["attempts"]) == r["K"] for r in others)  # a random model is never right
+        assert all(0 < a["tokens"] <= 32 for r in records for a in r["attempts"])
+    one, two = ([a["text"] for r in records for a in r["attempts"]] for records in models.values())
+    assert one != two
     assert results["models"]["one"]["mixed"]["n"] == 8
     assert results["models"]["one"]["mixed"]["metrics"]["out_of_context"]["value"] == [1 / 8, 1 / 8]
-    assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated.stdout
+    assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated.printed
     made = {"accuracy.png", "accuracy.svg", "results.json", "results.csv", "report.html"}
     made |= {f"dialogues-{name}.jsonl" for name in models}
     assert {p.name for p in (tiny / "out").iterdir()} == made  # nothing half-done is left
 
 
-def test_two_ranks_give_the_same(tiny, evaluated):
-    done = evaluation(tiny, tiny / "ranks", ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("dialogues-one.jsonl", "dialogues-two.jsonl", "results.json", "results.csv", "report.html"):
+def test_two_ranks_that_nobody_kills_give_the_same(tiny, evaluated):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py"]
+    process = start(*launch, *list_arguments(tiny, tiny / "ranks"))
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert printed.count("pass@k") == 2  # rank 0 speaks for all
+    for name in ("dialogues-one.jsonl", "dialogues-two.jsonl", "results.json", "results.csv"):
         assert (tiny / "ranks" / name).read_bytes() == (tiny / "out" / name).read_bytes()
 
 
-def test_second_call_plays_nothing_and_other_settings_stop(tiny, evaluated):
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tiny / "out").iterdir()}
-    again = evaluation(tiny, tiny / "out", "GATHER_HOURS=1")
-    assert again.returncode == 0
-    assert again.stdout == evaluated.stdout
-    for path, (content, time_ns) in before.items():
-        assert path.read_bytes() == content
-        assert path.stat().st_mtime_ns == time_ns or not path.name.startswith("dialogues")
-    other = evaluation(tiny, tiny / "out", "MAX_ATTEMPTS=3", "PROMPT=single_turn")
-    assert other.returncode == 1
-    assert "MAX_ATTEMPTS: 2 there, 3 now" in other.stderr
-    assert "PROMPT: multi_attempt there, single_turn now" in other.stderr
-    assert "Traceback" not in other.stderr
+@pytest.fixture
+def call(monkeypatch):
+    """Calls evaluate.py's main() in this process, where it must not come to play; constants are restored afterwards."""
+    for module, name, _ in list_constants({"evaluate": evaluate, "rollout": rollout, "report": report}):
+        module = {"evaluate": evaluate, "rollout": rollout, "report": report}[module]
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+    def refuse(name: str, *arguments: object) -> None:
+        raise AssertionError(f"{name} is played")
+
+    monkeypatch.setattr(evaluate, "evaluate_model", refuse)
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        evaluate.main()
+
+    return call
 
 
-def test_killed_evaluation_goes_on_where_it_stopped(tiny):
-    """Killed in the middle and started again: what had ended, on any rank, is not played again."""
-    out = tiny / "killed"
-    arguments = ["RESAMPLES=24", "MAX_ATTEMPT_TOKENS=32", f"MODEL={tiny}/one"]
-    command, how = evaluation_command(tiny, out, *arguments)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how)
-    while process.poll() is None and not any(p.read_bytes().count(b"\n") > 10 for p in out.glob(".one.*/*.jsonl")):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.01)
-    process.kill()
-    process.wait()
-    (part,) = out.glob(".one.*/*.jsonl")
-    assert part.name == "rank-0.jsonl"
-    played = records_of(part)
-    assert 10 <= len(played) < 8 * (2 + 24)  # it was killed before its end
-    played[3]["attempts"][0]["text"] = "as it was written"
-    part.unlink()
-    with part.with_name("rank-5.jsonl").open("w", encoding="utf-8") as file:  # and a line that the kill cut in two
-        file.write("".join(map(evaluate.to_line, played)) + evaluate.to_line(played[0])[:30])
-    again = evaluation(tiny, out, *arguments)
-    assert again.returncode == 0, again.stderr[-3000:]
-    records = records_of(out / "dialogues-one.jsonl")
-    runs = [(False, K, 0) for K in (1, 2)] + [(True, 1, i) for i in range(24)]
-    assert sorted((r["id"], r["control"], r["K"], r["sample"]) for r in records) == sorted(
-        (name, *run) for name in {r["id"] for r in records} for run in runs
-    )
-    assert len(records) == 8 * len(runs)
-    by_key = {evaluate.key_of(r): r for r in records}
-    assert all(by_key[evaluate.key_of(r)] == r for r in played)
-    assert not part.parent.exists()
+def test_second_call_plays_nothing(tiny, evaluated, call, capsys):
+    before = {p: p.read_bytes() for p in (tiny / "out").iterdir()}
+    call(*list_arguments(tiny, tiny / "out"), "MAX_SEQUENCES=200")  # decides on speed only
+    printed = capsys.readouterr().out
+    assert printed.split("benchmark  ")[1] == evaluated.printed.split("benchmark  ")[1]
+    assert "engine.MAX_SEQUENCES = 200 (command line; the file says 256)" in printed
+    assert all(path.read_bytes() == content for path, content in before.items() if path.name != "report.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL=/no/such"], "MODEL=/no/such: neither a folder with a model"),
+        (["BENCHMARKS=no/such.jsonl"], "no/such.jsonl: no such problem file"),
+        (["MAX_ATTEMPT=3"], "MAX_ATTEMPT: no such constant; the nearest is MAX_ATTEMPTS"),
+        (["PROTOCOL=both"], "PROTOCOL=both: expected 'paper' or 'prefix'"),
+        (["TEMPERATURE=0"], "TEMPERATURE=0.0: must be above 0"),
+        (["MAX_ATTEMPTS=3", "PROMPT=single_turn"], "MAX_ATTEMPTS: 2 there, 3 now\n  PROMPT: multi_attempt there, "),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_played(tiny, evaluated, call, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        call(*list_arguments(tiny, tiny / "out"), *arguments)
+
+
+def test_old_dialogues_are_not_taken_for_new_ones(tiny, tmp_path, call, monkeypatch):
+    """results.json deleted, other settings, stopped in the middle: what is published was played under these."""
+    (tmp_path / "p.jsonl").write_text('{"id": "x", "question": "?", "answer": "7"}\n')
+    dialogues, stops = tmp_path / "out" / "dialogues-one.jsonl", []
+
+    def play(name: str, model: Path, problems: dict, out: Path, parts: Path) -> None:
+        if stops:
+            raise KeyboardInterrupt
+        dialogues.write_text(to_line(played("x", 1, str(evaluate.SEED), benchmark="p")))
+
+    def play_with(seed: int) -> str:
+        paths = [f"MODEL={tiny}/one", f"BENCHMARKS={tmp_path}/p.jsonl", f"OUT={tmp_path}/out"]
+        call(*paths, "MAX_ATTEMPTS=1", f"SEED={seed}")
+        return read_jsonl(dialogues)[0]["attempts"][0]["answer"]
+
+    monkeypatch.setattr(evaluate, "evaluate_model", play)
+    assert play_with(6) == "6"
+    (tmp_path / "out" / "results.json").unlink()
+    stops.append("here")
+    with pytest.raises(KeyboardInterrupt):
+        play_with(7)
+    stops.clear()
+    assert play_with(7) == "7"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["models"]["one"]["p"]["accuracy"] == [1.0]
 
 
 @pytest.mark.parametrize("feedback", ["verified", "intrinsic"])
 def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, monkeypatch, feedback):
     """What a dialogue becomes does not depend on what else is played: sampled ones, the prefix protocol, controls."""
     monkeypatch.setattr(rollout, "FEEDBACK", feedback)
-    monkeypatch.setattr(evaluate, "PROTOCOL", "prefix")
-    monkeypatch.setattr(evaluate, "SAMPLES", 2)
-    monkeypatch.setattr(evaluate, "RESAMPLES", 3)
     monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
-    problems = [p | {"benchmark": "test"} for p in rollout.load_problems(toy / "test.jsonl")[:12]]
-    chat, items, ended = rollout.Chat(engine.tokenizer), evaluate.plan(problems), []
+    for name, value in {"PROTOCOL": "prefix", "SAMPLES": 2, "RESAMPLES": 3}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    problems = {("test", p["id"]): p for p in load_problems(toy / "test.jsonl")[:12]}
+    items, records, part = evaluate.list_items(problems), [], []
     assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36
-    whole = {evaluate.key_of(r): r for r in evaluate.evaluate(engine, chat, items, ended.append)}
-    assert len(whole) == len(ended) == 60
-    part = evaluate.evaluate(engine, chat, items[1::3])
-    assert {evaluate.key_of(r) for r in part} == {item.key for item in items[1::3]}
-    assert all(r == whole[evaluate.key_of(r)] for r in part)
-    first, second = (
-        {r["id"]: r["attempts"] for r in whole.values() if r["K"] == 3 and r["sample"] == i} for i in (0, 1)
-    )
+    evaluate.play_items(engine, items, problems, records.append, "")
+    whole = {evaluate.item_of(r): r for r in records}
+    assert len(whole) == len(records) == 60
+    evaluate.play_items(engine, items[1::3], problems, part.append, "")
+    assert {evaluate.item_of(r) for r in part} == set(items[1::3])
+    assert all(r == whole[evaluate.item_of(r)] for r in part)
+    first, second = ({r["id"]: r["attempts"] for r in records if r["K"] == 3 and r["sample"] == i} for i in (0, 1))
     assert first != second
-    found = evaluate.measure(list(whole.values()))
+    metrics = evaluate.measure(records)
     if feedback == "verified":
-        assert found["accuracy"].value.tolist() == sorted(found["accuracy"].value)  # within more attempts, never fewer
-        assert "i_to_c" not in found
+        accuracy = metrics["accuracy"].value.tolist()
+        assert accuracy == sorted(accuracy)  # within more attempts, never fewer
+        assert "i_to_c" not in metrics
     else:
-        assert all(len(r["attempts"]) == r["K"] for r in whole.values())
-        net = np.subtract(metric(found, "i_to_c"), metric(found, "c_to_i"))
-        assert net.tolist() == pytest.approx(metric(found, "gain"), abs=1e-8)
-
-
-def test_plan_of_each_protocol(monkeypatch):
-    problems = [{"benchmark": "b", "id": name} for name in "xy"]
-    monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 3)
-    monkeypatch.setattr(evaluate, "RESAMPLES", 0)
-    assert [i.K for i in evaluate.plan(problems)] == [3, 3, 2, 2, 1, 1]  # the longest first
-    assert len({i.key for i in evaluate.plan(problems)}) == 6
-    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
-    assert [i.K for i in evaluate.plan(problems)] == [3, 3]
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("MODEL=no/such", "no/such: no model folder"),
-        ("BENCHMARKS=no/such.jsonl", "no/such.jsonl: no such problem file"),
-        ("MAX_ATTEMPT=3", "MAX_ATTEMPT: no such constant; the nearest is MAX_ATTEMPTS"),
-        ("PROTOCOL=both", "PROTOCOL=both: must be one of paper, prefix"),
-        ("TEMPERATURE=0", "TEMPERATURE=0.0: must be above 0 where SAMPLES or RESAMPLES are drawn"),
-    ],
-)
-def test_bad_input_is_one_line(tiny, tmp_path, argument, message):
-    done = evaluation(tiny, tmp_path / "out", argument)
-    assert done.returncode == 1
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-# data/demo.py --------------------------------------------------------------------------------------------------------
-def test_t_intervals_over_seeds():
-    def seed(*accuracy: float) -> dict:
-        return {
-            "a": {"n": 10, "accuracy": list(accuracy), "low": [0, 0], "high": [1, 1]},
-            "ideal": {"accuracy": [0.5, 0.75]},
-        }
-
-    merged = demo.over_seeds([seed(0.3, 0.99), seed(0.4, 1.0), seed(0.5, 1.0)])
-    assert merged["a"]["n"] == 30
-    assert merged["a"]["accuracy"] == pytest.approx([0.4, 0.99667], abs=1e-5)
-    half = 4.303 * 0.1 / 3**0.5  # t at 2 degrees of freedom
-    assert (merged["a"]["low"][0], merged["a"]["high"][0]) == pytest.approx((0.4 - half, 0.4 + half), abs=6e-4)
-    assert merged["a"]["high"][1] == 1.0
-    assert merged["ideal"]["accuracy"] == [0.5, 0.75]
-    assert demo.over_seeds([seed(0.3, 0.4)]) == seed(0.3, 0.4)
-
-
-def test_forced_dialogue_equals_a_played_one():
-    """What the probe puts there are the very ids that the model would have sampled and been answered, but no action."""
-    chat = rollout.Chat(toy.make_tokenizer())
-    problem = toy.make_problems(1, 0, held_out=True)[0]
-    dialogue = demo.forced(chat, problem, "13")
-    assert chat.tokenizer.decode(dialogue.ids) == toy.prompt_text(problem["question"], 2) + toy.failure_text(13, 1)
-    assert dialogue.mask == [0] * len(dialogue.ids)
-    first = dialogue.attempts[0]
-    assert chat.tokenizer.decode(dialogue.ids[first.start : first.end]) == toy.response_text(13)
-    assert dialogue.max_attempts - len(dialogue.attempts) == 1
-
-
-def test_probe_takes_wrong_shown_numbers():
-    problems = toy.make_problems(50, 0, held_out=True)
-    played = [spoke(p["id"], K, "1", "24") for p in problems[:48] for K in (1, 2)]
-    played += [spoke(problems[48]["id"], 2, problems[48]["answer"]), spoke(problems[49]["id"], 2, "1", None)]
-    cases = demo.probe_cases(problems, played)
-    assert [problem["id"] for problem, _, _ in cases] == [p["id"] for p in problems[:48]]
-    for problem, own, other in cases:
-        assert own == "24"
-        assert other not in ("1", "24", problem["answer"])
-        assert int(other) in toy.shown_numbers(problem["question"])[0]
-    assert cases == demo.probe_cases(problems, played)
-
-
-def test_last_row_of_a_file_that_is_being_written(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert demo.last_row(path) is None
-    path.write_text('{"step": 1}')
-    assert demo.last_row(path) is None
-    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert demo.last_row(path) == {"step": 2}
-
-
-def test_report_says_the_numbers(tmp_path):
-    def curve(*accuracy: float) -> dict:
-        bounds = [evaluate.wilson(round(a * 1000), 1000) for a in accuracy]
-        return {"n": 1000, "accuracy": list(accuracy), "low": [b[0] for b in bounds], "high": [b[1] for b in bounds]}
-
-    share = {"n": 500, "own": curve(0.06), "other": curve(0.004)}
-    results = {
-        "models": {name: {"test": curve(0.4, 0.65, 0.75, 0.76, 0.77)} for name in demo.MODELS},
-        "control": {name: curve(0.3, 0.4, 0.5, 0.6, 0.7) for name in demo.MODELS},
-        "ideal": {"accuracy": [0.53, 0.75, 0.83, 0.91, 0.95]},
-        "probe": dict.fromkeys(demo.MODELS, share),
-    }
-    rows = demo.table(results).split("\n")
-    assert rows[2].split("|")[2].strip() == "40.0 ±3.1"  # the longer side of Wilson's 36.98 to 43.06
-    assert len({len(row) for row in rows}) == 1
-    text = demo.meaning(results)
-    assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
-    assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
-    report.draw({"toy": demo.panel(results)}, tmp_path)
-    svg = (tmp_path / "accuracy.svg").read_text()
-    labels = ("multi-attempt RL", "single-turn RL", "warm start", "single-turn RL, resampled", "ideal reader")
-    assert all(f">{label}<" in svg for label in labels)
-    assert isinstance(demo.panel(results)[-1], Curve)
-
-
-def test_readme_between_its_markers():
-    readme = "# x\n<!-- reproduce:begin -->\nold\n<!-- reproduce:end -->\nrest"
-    once = demo.renew_readme(readme, r"| \1 new |")
-    assert once == "# x\n<!-- reproduce:begin -->\n| \\1 new |\n<!-- reproduce:end -->\nrest"
-    assert demo.renew_readme(once, r"| \1 new |") == once
-    assert demo.renew_readme("no markers", "new") == "no markers"
-
-
-STUB = """
-import json, pathlib, sys, threading
-given = dict(a.split("=", 1) for a in sys.argv[1:])
-folder = pathlib.Path("runs") / given["RUN"]
-folder.mkdir(parents=True)
-if given["MODEL"] == "broken":
-    sys.exit("this arm is broken")
-if given["MODEL"] == "after":
-    assert (folder.parent / "first" / "policy").is_dir()
-row = {"step": 1, "generated_tokens": 120, "token_budget": 100, "reward": 0.5, "accuracy": 0.5}
-(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
-if given["MODEL"] == "slow":
-    threading.Event().wait(600)
-(folder / "config.json").write_text(pathlib.Path("config.json").read_text().replace("NAME", given["RUN"]))
-(folder / "policy").mkdir()
-"""
-
-
-@pytest.fixture
-def trainings(tmp_path, monkeypatch):
-    """How to make demo.Trainings whose ppo.py is STUB; the model says what becomes of it."""
-    monkeypatch.chdir(tmp_path)
-    Path("ppo.py").write_text(STUB)
-    Path("problems.jsonl").write_text("{}")
-    config = demo.constants_of(["MODEL=fine", "RUN=NAME", "TOKEN_BUDGET=100", "TRAIN_DATA=problems.jsonl"])
-    Path("config.json").write_text(json.dumps(ppo.config_of(config)))
-
-    def make(name: str, model: str, after: str = "") -> demo.Training:
-        before = Path("runs/demo", after) if after else None
-        arguments = [f"MODEL={model}", "TOKEN_BUDGET=100", "TRAIN_DATA=problems.jsonl"]
-        return demo.Training(name, Path("runs/demo", name), arguments, before)
-
-    return make
-
-
-def test_trainings_run_side_by_side_and_in_order(trainings, capsys):
-    runs = [trainings("first", "fine"), trainings("last", "after", after="first"), trainings("second", "fine")]
-    demo.train(runs)
-    assert all((run.folder / "policy").is_dir() for run in runs)
-    assert capsys.readouterr().err.count("100%") >= 3
-    written = {run.log: run.log.stat().st_mtime_ns for run in runs}
-    demo.train(runs[::2])  # finished with the constants that they would have: not started again
-    assert all(log.stat().st_mtime_ns == written[log] for log in written)
-    Path("problems.jsonl").write_text("{ }")
-    with pytest.raises(SystemExit, match="first did not get to its end"):  # other constants: ppo.py has its say
-        demo.train(runs[:1])
-
-
-def test_a_training_that_fails_ends_the_others(trainings):
-    start = time.monotonic()
-    with pytest.raises(SystemExit, match=r"this arm is broken(.|\n)*second did not get to its end.*second\.log"):
-        demo.train([trainings("first", "slow"), trainings("second", "broken"), trainings("third", "fine")])
-    assert time.monotonic() - start < 60  # the other one was ended, not waited for
-    assert not Path("runs/demo/first/policy").exists() and not Path("runs/demo/third").exists()
-
-
-def test_random_model_is_what_the_tests_take_it_for(tiny):
-    """The fixture's models differ, or the tests above would not see one model's results under the other's name."""
-    one, two = (toy.AutoModelForCausalLM.from_pretrained(tiny / name) for name in ("one", "two/policy"))
-    assert not torch.equal(one.model.embed_tokens.weight, two.model.embed_tokens.weight)
+        assert all(len(r["attempts"]) == r["K"] for r in records)
+        net = np.subtract(metric(metrics, "i_to_c"), metric(metrics, "c_to_i"))
+        assert net.tolist() == pytest.approx(metric(metrics, "gain"), abs=1e-8)
