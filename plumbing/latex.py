@@ -1,4 +1,9 @@
-"""LaTeX answer -> tree."""
+"""A LaTeX answer -> its text without dress -> tokens -> the tree that it means. Nothing is ever executed.
+
+tidy_answer() removes what only decorates and writes in one way what has several spellings. read_tree() reads the result
+by recursive descent: each method of Reader reads one level of the grammar, from a list of answers down to a number or a
+letter, and returns its tree.
+"""
 
 import functools
 import itertools
@@ -7,47 +12,17 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from plumbing.tree import (
-    CURRENCIES,
-    EULER,
-    IMAGINARY,
-    INFINITY,
-    MAX_BITS,
-    MAX_ROWS,
-    MINUS_ONE,
-    PI,
-    REALS,
-    Node,
-    Unreadable,
-    add,
-    call,
-    determinant,
-    divide,
-    is_name,
-    matrix,
-    multiply,
-    negative,
-    number,
-    plain_unit,
-    power,
-)
+from plumbing import tree
+from plumbing.tree import Node, Unreadable
 
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
-MAX_ITEMS: int = 100  # items of a list, cells of a matrix, terms of a sum
+MAX_ITEMS: int = 100  # items of a list, cells of a matrix
 MAX_MATRICES: int = 6  # in one answer; the product of many is a huge expression
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 
 
-class Token(NamedTuple):
-    kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
-    value: str
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answer -> text without dress
-# ---------------------------------------------------------------------------------------------------------------------
-
+# Answer -> text without dress -----------------------------------------------------------------------------------------
 UNICODE = {  # signs and their LaTeX
     **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×✕", r"\times "), **dict.fromkeys("·⋅∙•", r"\cdot "),
     **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u200a\u3000", " "), **dict.fromkeys("’‘′ʹ", "'"),
@@ -59,8 +34,7 @@ UNICODE = {  # signs and their LaTeX
     "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}",
     "\u200b": "", "\ufeff": "",
 }  # fmt: skip
-words = str.split
-GREEK = words("alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega")
+GREEK = tree.words("alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega")
 UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
 UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
@@ -72,8 +46,8 @@ CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|intege
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
 
 
-def repeating(match: re.Match) -> str:
-    r"""0.1\overline{6} -> \frac{15}{90}"""
+def write_as_fraction(match: re.Match) -> str:
+    r"""A repeating decimal: 0.1\overline{6} -> \frac{15}{90}"""
     whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
     top = int(whole + fixed + period) - int(whole + fixed)
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
@@ -94,7 +68,7 @@ def undress_text(match: re.Match) -> str:
     return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
 
 
-DRESS = [  # what to replace by what, in this order
+DRESS = [  # patterns and what replaces them; applied in this order, each to the result of those before it
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?", r"\\cr "),
@@ -107,6 +81,7 @@ DRESS = [  # what to replace by what, in this order
         (r"\\\$(?=\})", "dollars"),  # \text{\$}
         (TEXT.pattern, undress_text),
         (r"\^\{?\s*\\circ\s*\}?\s*(C|F)(?![A-Za-z])", r"\\text{degrees \1}"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"\\circ "),
         (r"\\(?:left|right)\s*\.", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
         (r"\\(?:(?:display|text|script)style|(?:no)?limits|rm|bf|it|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
@@ -136,22 +111,22 @@ DRESS = [  # what to replace by what, in this order
         (r">=", r"\\ge "),
         (r"!=", r"\\ne "),
         (r"\.\.\.+", r"\\ldots "),
-        (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", repeating),
+        (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", write_as_fraction),
     ]
 ]
 
 
-def closing_brace(text: str) -> int:
-    """Where the group that the text starts with ends, or -1."""
+def find_closing_brace(text: str) -> int:
+    """Where the brace that the text starts with is closed, or -1."""
     depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
     return next((at for at, depth in enumerate(depths) if not depth), -1)
 
 
 @functools.lru_cache(maxsize=8192)
-def tidy(answer: str, thousands: bool = True) -> str:
-    r"""The answer without its dress.
+def tidy_answer(answer: str, thousands: bool = True) -> str:
+    r"""The answer without its dress; with `thousands`, 1,234 is one number.
 
-    >>> tidy(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
+    >>> tidy_answer(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
     '(\\frac12, 1000\\text{cm})'
     """
     text = answer.strip().rstrip("\\")
@@ -163,7 +138,7 @@ def tidy(answer: str, thousands: bool = True) -> str:
     for pattern, replacement in DRESS:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"')
-    while text[:1] == "{" and closing_brace(text) == len(text) - 1:
+    while text[:1] == "{" and find_closing_brace(text) == len(text) - 1:
         text = text[1:-1].lstrip().rstrip(" .,;")
     if clause := CLAUSE.search(text):
         text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;") or text
@@ -172,22 +147,13 @@ def tidy(answer: str, thousands: bool = True) -> str:
     return re.sub(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # 3 3/4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text -> tree: constructors that keep rational arithmetic exact, tokens, and a recursive-descent reader
-# ---------------------------------------------------------------------------------------------------------------------
+# Text -> tokens -------------------------------------------------------------------------------------------------------
+class Token(NamedTuple):
+    kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
+    value: str
 
 
-FUNCTIONS = set(
-    words("sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec arccsc arcsinh")
-    + words("arccosh arctanh asin acos atan ln log lg exp sqrt abs floor ceil gcd lcm max min arg Re Im sgn sign")
-)
-SPELLINGS = {f"arc{name}": f"a{name}" for name in words("sin cos tan cot sec csc sinh cosh tanh")}
-SPELLINGS |= {"log": "ln", "sgn": "sign"}
 NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo"), "infty") | {name: name for name in GREEK}
-UNITS = set(  # words that are no product of letters; any run of five letters is a word, too
-    words("cm mm km ft in kg lb lbs oz ml mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins")
-    + words("sec secs day days week year mph kph rad deg Hz eV USD Rs am pm AM PM per men boys ways pts yes no Yes No")
-)
 COMMANDS = {  # other names of one command
     r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
     r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{",
@@ -195,16 +161,15 @@ COMMANDS = {  # other names of one command
     r"\cdots": r"\ldots", r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\land": ",",
     r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",", r"\equiv": "=", r"\overrightarrow": r"\vec",
 }  # fmt: skip
-FLIPPED = {">": "<", r"\ge": r"\le"}
 RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in"}
 SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
-MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix"}
-NO_FACTOR = {r"\cr", r"\end", r"\circ", r"\pm", r"\mp", r"\to", r"\rightarrow", r"\implies", r"\Rightarrow", r"\pmod"}
-NO_FACTOR |= RELATIONS | set(SET_SIGNS) | set(CLOSING.values())
+CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set")}
+MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix", "cases"}
+NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values())  # what no factor of a product starts with
+NO_FACTOR |= set(tree.words(r"\cr \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod"))
 CHANGES_MEANING = re.compile(r"\b(?:not?|non|never|without|except|undefined|wrong|than|least|most|or)\b", re.I)
 TOKEN = re.compile(
     r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
@@ -213,16 +178,16 @@ TOKEN = re.compile(
 )
 
 
-def tokens_of(text: str) -> Iterator[Token]:
+def tokenize(text: str) -> Iterator[Token]:
     """Numbers, commands, words and letters; a run of letters is a known name, a word, or a product of letters."""
     for match in TOKEN.finditer(text):
         kind, value = match.lastgroup, match[match.lastgroup]
         if kind == "run":
             if value in ("and", "or"):
                 yield Token("char", ",")
-            elif value in FUNCTIONS or value in NAMES:
+            elif value in tree.FUNCTIONS or value in NAMES:
                 yield Token("cmd", "\\" + NAMES.get(value, value))
-            elif value in UNITS or len(value) > 4:
+            elif value in tree.UNIT_WORDS or len(value) > 4:
                 yield Token("word", value)
             else:
                 yield from (Token("name", letter) for letter in value)
@@ -233,11 +198,12 @@ def tokens_of(text: str) -> Iterator[Token]:
             yield Token(kind, value)
 
 
+# Tokens -> tree -------------------------------------------------------------------------------------------------------
 class Reader:
     """Recursive descent over the tokens of one answer; each method reads one level of the grammar."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = list(tokens_of(text))
+        self.tokens = list(tokenize(text))
         self.at = 0
         self.depth = self.matrices = 0
         self.in_bars = False  # inside |...|, where a bar closes and does not open
@@ -250,6 +216,7 @@ class Reader:
         return self.peek(-1)
 
     def accept(self, *values: str) -> str | None:
+        """Take the next token if it is one of these signs."""
         token = self.peek()
         if token.kind in ("char", "cmd") and token.value in values:
             return self.take().value
@@ -265,36 +232,39 @@ class Reader:
             raise Unreadable(f"unexpected {self.peek().value!r}")
         return items[0] if len(items) == 1 else Node("list", tuple(items))
 
-    def items(self, *closing: str) -> list[Node]:
-        """Items between commas up to a closing sign, which is left, or the end."""
-        found: list[Node] = []
+    def items(self, closing: str) -> list[Node]:
+        """What stands between commas up to a closing sign, which is left, or the end."""
+        items: list[Node] = []
         while True:
             while self.accept(",", ";"):
                 pass
-            if self.peek().kind == "end" or self.peek().value in closing:
-                return found
-            found.append(self.item())
-            if len(found) > MAX_ITEMS:
+            if self.peek().kind == "end" or self.peek().value == closing:
+                return items
+            items.append(self.item())
+            if len(items) > MAX_ITEMS:
                 raise Unreadable("too many items")
             if self.peek().value not in (",", ";"):
-                return found
+                return items
 
     def item(self) -> Node:
         """Words, then mathematics, then a unit: The answer is 5 cm."""
-        found = []
+        words = []
         while self.peek().kind == "word":
-            found.append(self.take().value)
+            words.append(self.take().value)
             self.accept(":")  # Answer: 5
-        before = " ".join(found)
-        if found and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
+        before = " ".join(words)
+        if words and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
             return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
         value = self.relation()
-        behind = f"mod {self.argument()}" if self.accept(r"\pmod") else self.unit()
-        if CHANGES_MEANING.search(f"{before} {behind}"):
+        after = f"mod {self.argument()}" if self.accept(r"\pmod") else self.unit()
+        if CHANGES_MEANING.search(f"{before} {after}"):
             raise Unreadable("words that cannot be ignored")
-        unit = plain_unit(behind or before)
-        unit = unit if behind or unit in CURRENCIES else ""
-        return Node("unit", (value, unit)) if unit else value
+        unit = tree.normalize_unit(after or before)
+        if unit and (
+            after or unit in tree.CURRENCIES
+        ):  # of the words before a value only "dollars" and the like are units
+            return Node("unit", (value, unit))
+        return value
 
     def unit(self) -> str:
         parts = []
@@ -313,17 +283,7 @@ class Reader:
         while sign := self.accept(*RELATIONS):
             signs.append(sign)
             terms.append(self.ratio())
-        if r"\approx" in signs:  # x = 1/3 \approx 0.33 is x = 1/3, but x \approx 3 is x = 3
-            end = signs.index(r"\approx")
-            exact = end > 0 or not is_name(terms[0])
-            signs, terms = (signs[:end], terms[: end + 1]) if exact else (["="], terms[:2])
-        if signs == [r"\in"]:
-            return terms[1]
-        if r"\in" in signs:
-            raise Unreadable("mixed relations")
-        if signs and all(sign in FLIPPED for sign in signs):  # a > b is b < a
-            signs, terms = [FLIPPED[sign] for sign in reversed(signs)], terms[::-1]
-        return Node("rel", (tuple(signs), *terms)) if signs else terms[0]
+        return tree.make_relation(signs, terms)
 
     def ratio(self) -> Node:
         parts = [self.union()]
@@ -341,8 +301,8 @@ class Reader:
     def sum(self) -> Node:
         terms = [self.product()]
         while sign := self.accept("+", "-"):
-            terms.append(negative(self.product()) if sign == "-" else self.product())
-        return add(*terms) if len(terms) > 1 else terms[0]
+            terms.append(tree.negative(self.product()) if sign == "-" else self.product())
+        return tree.add(*terms) if len(terms) > 1 else terms[0]
 
     def product(self) -> Node:
         start = self.at  # of the last factor
@@ -350,14 +310,14 @@ class Reader:
         while True:
             if sign := self.accept("*", "/"):
                 start = self.at
-                factors.append(self.signed() if sign == "*" else power(self.signed(), MINUS_ONE))
+                factors.append(self.signed() if sign == "*" else tree.power(self.signed(), tree.MINUS_ONE))
             elif self.starts_factor():
                 if self.peek().kind == self.peek(-1).kind == "num" and start == self.at - 1:
                     raise Unreadable("two numbers side by side")
                 start = self.at
                 factors.append(self.powered())
             else:
-                return multiply(*factors) if len(factors) > 1 else factors[0]
+                return tree.multiply(*factors) if len(factors) > 1 else factors[0]
 
     def starts_factor(self) -> bool:
         token = self.peek()
@@ -367,27 +327,22 @@ class Reader:
         return token.kind in ("num", "name") or (token.kind == "char" and opens)
 
     def signed(self) -> Node:
-        minus = False
+        is_negative = False
         while sign := self.accept("+", "-"):
-            minus ^= sign == "-"
-        return negative(self.powered()) if minus else self.powered()
+            is_negative ^= sign == "-"
+        return tree.negative(self.powered()) if is_negative else self.powered()
 
     def powered(self) -> Node:
-        r"""A base with what is written behind it: x^2, n!, 50%, 30^\circ."""
+        r"""A base with what follows it: x^2, n!, 50%, 30\circ."""
         value = self.atom()
         for _ in range(MAX_DEPTH):
-            if self.accept("^"):
-                if self.peek().value == "{" and self.peek(1).value == r"\circ" and self.peek(2).value == "}":
-                    self.at += 3
-                    value = Node("unit", (value, "degree"))
-                elif self.peek().value != r"\circ":
-                    value = power(value, self.exponent())
-            elif self.accept(r"\circ"):
-                value = Node("unit", (value, "degree"))
-            elif self.accept("!"):
-                value = call("factorial", value)
-            elif self.accept("%"):
-                value = Node("unit", (value, "percent"))
+            sign = self.accept("^", r"\circ", "!", "%")
+            if sign == "^":
+                value = tree.power(value, self.exponent())
+            elif sign == "!":
+                value = tree.call("factorial", value)
+            elif sign:
+                value = Node("unit", (value, "percent" if sign == "%" else "degree"))
             else:
                 return value
         raise Unreadable("too many signs")
@@ -395,21 +350,18 @@ class Reader:
     def exponent(self) -> Node:
         sign = self.accept("+", "-")
         value = self.argument()
-        return negative(value) if sign == "-" else value
+        return tree.negative(value) if sign == "-" else value
 
     def argument(self, one_digit: bool = False) -> Node:
         r"""An argument as TeX takes it, a group or one token; \frac43 takes one digit, but 10^23 means 10^{23}."""
         token = self.peek()
         if one_digit and token.kind == "num" and len(token.value) > 1 and token.value.isdigit():
             self.tokens[self.at] = Token("num", token.value[1:])
-            return number(int(token.value[0]))
+            return tree.number(int(token.value[0]))
         return self.atom(is_argument=True)
 
-    def group(self, opening: str) -> list[Node]:
-        outside, self.in_bars = self.in_bars, opening == "|"
-        items = self.items(CLOSING[opening])
-        self.in_bars = outside
-        return items
+    def fraction(self) -> Node:
+        return tree.divide(self.argument(one_digit=True), self.argument(one_digit=True))
 
     def atom(self, is_argument: bool = False) -> Node:
         self.depth += 1
@@ -429,26 +381,23 @@ class Reader:
         self.depth -= 1
         return value
 
+    def group(self, opening: str) -> list[Node]:
+        """The items after an opening bracket, up to its closing sign, which is left."""
+        outside, self.in_bars = self.in_bars, opening == "|"
+        items = self.items(CLOSING[opening])
+        self.in_bars = outside
+        return items
+
     def bracket(self, opening: str) -> Node:
         items = self.group(opening)
         closing = self.take().value
-        if closing not in (CLOSING[opening], *(")", "]") * (opening in "([")):
+        half_open = opening in ("(", "[") and closing in (")", "]")
+        if closing != CLOSING[opening] and not half_open:
             raise Unreadable("a bracket is open")
-        if len(items) == 1 and opening == "{":
-            return items[0]
-        if opening == r"\{" and items and all(item.kind == "rel" for item in items):  # {x : 1 < x}
-            return items[0] if len(items) == 1 else Node("list", tuple(items))
-        if opening in ("{", r"\{"):
-            return Node("set", tuple(items))
-        if not items or (opening in BARS and len(items) > 1):
-            raise Unreadable("brackets around nothing")
-        if opening in BARS:
-            return call(BARS[opening], items[0])
-        if len(items) > 1 or closing != CLOSING[opening]:
-            return Node("tuple", (opening, closing, *items))
-        if items[0].kind == "num" and self.peek().value == "_":
-            return self.with_base(str(items[0].args[0]))
-        return items[0]
+        value = tree.make_bracket(opening, closing, items)
+        if opening != "{" and value.kind == "num" and self.peek().value == "_":
+            return self.with_base(str(value.args[0]))
+        return value
 
     def with_base(self, digits: str) -> Node:
         self.expect("_")
@@ -456,25 +405,25 @@ class Reader:
 
     def numeral(self, text: str, is_argument: bool) -> Node:
         r"""A number; a mixed number (3\frac{3}{4} is a sum); digits with a base."""
-        if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > MAX_BITS:
+        if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > tree.MAX_BITS:
             raise Unreadable("too large")
-        value = number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
-        if not is_argument and self.peek().value == "_":
-            return self.with_base(text)
-        if is_argument or not text.isdigit():
+        value = tree.number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
+        if is_argument:
             return value
+        if self.peek().value == "_":
+            return self.with_base(text)
         start = self.at
-        if self.accept(r"\frac"):
-            part = divide(self.argument(True), self.argument(True))
+        if text.isdigit() and self.accept(r"\frac"):
+            part = self.fraction()
             if part.kind == "num" and 0 <= part.args[0] < 1:
-                return add(value, part)
+                return tree.add(value, part)
             self.at = start
         return value
 
     def symbol(self, name: str, is_argument: bool) -> Node:
         """A letter with its primes and subscript; f(x) is one thing, n(n+1) a product."""
         if name in ("i", "e") and self.peek().value not in ("_", "'"):
-            return IMAGINARY if name == "i" else EULER
+            return tree.IMAGINARY if name == "i" else tree.EULER
         while mark := self.accept("'", "_"):
             name += "'" if mark == "'" else "_" + self.plain_group()
         if not is_argument and self.peek().value == "(":
@@ -499,31 +448,30 @@ class Reader:
         return "".join(parts)
 
     def command(self, name: str, is_argument: bool) -> Node:
-        bare = name[1:]
         if name == r"\frac":
-            return divide(self.argument(True), self.argument(True))
+            return self.fraction()
         if name == r"\binom":
-            return call("binom", self.argument(True), self.argument(True))
+            return tree.call("binom", self.argument(one_digit=True), self.argument(one_digit=True))
         if name == r"\sqrt":
-            index = number(2)
+            index = tree.number(2)
             if self.accept("["):
                 index = self.sum()
                 self.expect("]")
-            return call("root", self.argument(), index)
-        if bare in FUNCTIONS:
-            return self.function(bare)
+            return tree.call("root", self.argument(), index)
+        if name[1:] in tree.FUNCTIONS:
+            return self.function(name[1:])
         if name == r"\begin":
-            return self.matrix()
-        if name in (r"\pi", r"\infty", r"\emptyset"):
-            return {r"\pi": PI, r"\infty": INFINITY, r"\emptyset": Node("set")}[name]
+            return self.environment()
+        if name in CONSTANTS:
+            return CONSTANTS[name]
         if name == r"\mathbb":
             letter = self.plain_group()
-            return REALS if letter == "R" else Node("sym", (name + letter,))
+            return tree.REALS if letter == "R" else Node("sym", (name + letter,))
         if name in ACCENTS:
             return self.symbol(name + self.plain_group(), is_argument)
         if name in (r"\angle", r"\triangle"):
             return self.atom(is_argument)
-        if bare.isalpha() and name not in NO_FACTOR:
+        if name[1:].isalpha() and name not in NO_FACTOR:
             return self.symbol(name, is_argument)
         raise Unreadable(f"unexpected {name!r}")
 
@@ -540,29 +488,19 @@ class Reader:
             args = inner.args[2:] if inner.kind == "tuple" else inner.args if inner.kind == "set" else (inner,)
         else:
             factors = [self.signed()]
-            while self.starts_factor() and self.peek().value[1:] not in FUNCTIONS:
+            while self.starts_factor() and self.peek().value[1:] not in tree.FUNCTIONS:
                 factors.append(self.powered())
-            args = (multiply(*factors),)
-        if name == "sqrt":
-            value = call("root", *args, number(2))
-        elif name == "lg" or (name == "log" and base):
-            value = divide(call("ln", *args), call("ln", base or number(10)))
-        elif name in ("tanh", "coth"):  # by functions whose size shows how many digits are needed
-            top, bottom = ("sinh", "cosh") if name == "tanh" else ("cosh", "sinh")
-            value = divide(call(top, *args), call(bottom, *args))
-        else:
-            value = call(SPELLINGS.get(name, name), *args)
-        if exponent == MINUS_ONE and "a" + name in SPELLINGS.values():
-            return call("a" + name, *args)
-        return power(value, exponent) if exponent else value
+            args = (tree.multiply(*factors),)
+        return tree.apply_function(name, args, base, exponent)
 
-    def matrix(self) -> Node:
+    def environment(self) -> Node:
+        r"""A matrix, a determinant, or the parts of \begin{cases} as a list."""
         name = self.plain_group()
         self.matrices += 1
-        if self.matrices > MAX_MATRICES:
-            raise Unreadable("too many matrices")
+        if self.matrices > MAX_MATRICES or name not in MATRICES:
+            raise Unreadable("too many matrices, or none")
         if name == "array":
-            self.plain_group()
+            self.plain_group()  # its columns
         rows: list[list[Node]] = [[]]
         while not self.accept(r"\end"):
             if self.accept(r"\cr"):
@@ -572,43 +510,34 @@ class Reader:
             if self.peek().kind == "end" or sum(map(len, rows)) > MAX_ITEMS:
                 raise Unreadable("a matrix without end")
         rows = [row for row in rows if row]
-        if self.plain_group() != name or name not in MATRICES | {"cases"}:
-            raise Unreadable("no matrix")
+        if self.plain_group() != name or not rows:
+            raise Unreadable("no rows, or another end")
         if name == "cases":
             return Node("list", tuple(cell for row in rows for cell in row))
-        if len({len(row) for row in rows}) != 1:
-            raise Unreadable("rows of different lengths")
-        if name == "vmatrix":
-            if not rows or len(rows) != len(rows[0]) or len(rows) > MAX_ROWS:
-                raise Unreadable("no square")
-            return determinant(rows)
-        if not rows:
-            raise Unreadable("an empty matrix")
-        return matrix(rows)
+        return tree.determinant(rows) if name == "vmatrix" else tree.matrix(rows)
 
 
-def sign_choices(text: str) -> list[str]:
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+
+
+def choose_signs(text: str) -> list[str]:
     r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
-    signs = re.findall(r"\\(?:pm|mp)(?![A-Za-z])", text)
+    signs, parts = PLUS_MINUS.findall(text), PLUS_MINUS.split(text)
     if len(signs) > MAX_SIGNS:
         raise Unreadable("too many signs")
-    tied = r"\mp" in signs
-    choices = ["+" * len(signs), "-" * len(signs)] if tied else itertools.product("+-", repeat=len(signs))
-    texts = []
-    for choice in choices:
-        pairs = zip(signs, choice, strict=True)
-        values = iter([sign if name == r"\pm" else {"+": "-", "-": "+"}[sign] for name, sign in pairs])
-        texts.append(re.sub(r"\\(?:pm|mp)(?![A-Za-z])", lambda m, values=values: next(values) + " ", text))
-    return texts
+    upper = ["+ " if sign == r"\pm" else "- " for sign in signs]
+    lower = ["- " if sign == r"\pm" else "+ " for sign in signs]
+    choices = [upper, lower] if r"\mp" in signs else itertools.product("+-", repeat=len(signs))
+    return ["".join(itertools.chain(*zip(["", *choice], parts, strict=True))) for choice in choices]
 
 
 @functools.lru_cache(maxsize=8192)
-def read(text: str) -> Node | None:
+def read_tree(text: str) -> Node | None:
     """The tree of a tidied answer, or None where the reader does not know it."""
     if len(text) > MAX_CHARS:
         return None
     try:
-        trees = [Reader(choice).answer() for choice in sign_choices(text)]
+        trees = [Reader(choice).answer() for choice in choose_signs(text)]
     except Unreadable:
         return None
     return trees[0] if len(trees) == 1 else Node("list", tuple(trees))

@@ -1,4 +1,4 @@
-"""The value of a tree to many digits."""
+"""The value of a tree: a number to as many digits as a comparison takes, or a set of real numbers as sympy has it."""
 
 import math
 import threading
@@ -7,22 +7,8 @@ import zlib
 from fractions import Fraction
 from typing import Any
 
-from plumbing.latex import SPELLINGS, words
-from plumbing.tree import (
-    IMAGINARY,
-    MAX_BITS,
-    MAX_FACTORIAL,
-    SCALES,
-    Node,
-    Unreadable,
-    bits,
-    call,
-    multiply,
-    number,
-    parts_of,
-    rewrite,
-    symbols,
-)
+from plumbing import tree
+from plumbing.tree import INVERSES, MAX_BITS, MAX_FACTORIAL, Node, Unreadable, words
 
 import mpmath
 
@@ -40,6 +26,31 @@ class NeedsWorker(Exception):
     """The verdict needs sympy, or more work than the calling process should do."""
 
 
+class Context(threading.local):
+    """What each thread has of its own: mpmath's context, which holds the precision, and when a verdict takes too long.
+
+    `mp.peak` is the largest magnitude that an evaluation met, in bits. `deadline` is in processor time of the thread.
+    """
+
+    def __init__(self) -> None:
+        self.mp = mpmath.MPContext()
+        self.mp.peak = 0
+        self.deadline = math.inf
+
+    def start_verdict(self, seconds: float) -> None:
+        """Limit the processor time from now on; with math.inf, that is in a worker, the amount of work as well."""
+        self.deadline = time.thread_time() + seconds
+
+    def require_worker_for(self, work: float) -> None:
+        """Raises NeedsWorker if this much work, or the time that has passed, is too much for the calling process."""
+        if self.deadline < math.inf and (work > LOCAL_WORK or time.thread_time() > self.deadline):
+            raise NeedsWorker
+
+
+CONTEXT = Context()
+
+
+# Tree -> number -------------------------------------------------------------------------------------------------------
 def rounded(name: str):
     """floor or ceil; a value that is a whole number must not miss it by a rounding error."""
 
@@ -66,7 +77,7 @@ def root(mp, value, index):
 
 
 def bounded(exact, general):
-    """A function that is exact for small whole numbers and otherwise dear: mpmath's gamma at high precision."""
+    """A function that is exact for small whole numbers; for others mpmath's, which is slow with many digits."""
 
     def apply(mp, *values):
         if all(mp.isint(value) and 0 <= mp.re(value) <= MAX_FACTORIAL for value in values):
@@ -94,10 +105,8 @@ RULES = {  # how a node is computed from its parts
     "Re": lambda mp, value: mp.re(value),
     "Im": lambda mp, value: mp.im(value),
 }
-for _name in words("sin cos tan cot sec csc sinh cosh tanh coth sech csch ln exp arg sign"):
+for _name in words("sin cos tan cot sec csc sinh cosh tanh coth sech csch ln exp arg sign") + sorted(INVERSES):
     RULES[_name] = lambda mp, value, name=_name: getattr(mp, name)(value)
-    if "a" + _name in SPELLINGS.values():
-        RULES["a" + _name] = lambda mp, value, name="a" + _name: getattr(mp, name)(value)
 
 
 def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
@@ -109,8 +118,8 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
         return values[node]
     if kind == "const" and args[0] != "oo":
         return {"pi": +mp.pi, "e": +mp.e, "i": mp.j}[args[0]]
-    if kind == "unit" and args[1] in SCALES:
-        return evaluate(multiply(args[0], SCALES[args[1]]), values, mp, real)
+    if kind == "unit" and args[1] in tree.SCALES:
+        return evaluate(tree.multiply(args[0], tree.SCALES[args[1]]), values, mp, real)
     parts = [evaluate(arg, values, mp, real) for arg in args if isinstance(arg, Node)]
     name = args[0] if kind == "call" else kind
     try:
@@ -131,140 +140,136 @@ def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
     return value
 
 
-class Context(threading.local):
-    """mpmath keeps its precision in a context, one for each thread; `peak` is the largest magnitude met, in bits.
-
-    `deadline` is when, by the thread's processor time, the verdict must go to a worker.
-    """
-
-    def __init__(self) -> None:
-        self.mp = mpmath.MPContext()
-        self.mp.peak = 0
-        self.deadline = 0.0
-
-
-CONTEXT = Context()
-
-
-def place(name: str, position: int, index: int) -> Fraction:
-    """The value of the symbol at this position at one of the places where expressions are compared."""
+# Two trees -> whether their values agree ------------------------------------------------------------------------------
+def choose_value(name: str, position: int, index: int) -> Fraction:
+    """The value of the unknown at this position in the list of all, at one of the places of comparison."""
     if name[0] in "nmkN":  # by custom a whole number
-        return Fraction(
-            index + 2 if position == 0 else (index * (2 * position + 3) + position) % (2 * position + 5) + 1
-        )
+        value = index + 2 if position == 0 else (index * (2 * position + 3) + position) % (2 * position + 5) + 1
+        return Fraction(value)
     top = (7919 * position + 2741 * (position + 1) * (index + 1)) % 9973 + 1200
     return Fraction(top, -4096 if index % 4 == 3 else 4096)  # 0.3 to 2.7, now and then negative
 
 
-def same_value(a: Node, b: Node, local: bool) -> bool:
-    r"""Whether two expressions have the same value at every place where both have one, of which there must be some.
+class Comparison:
+    """Two expressions, their unknowns, and the precision that the numbers in them ask for."""
 
-    The precision grows with the numbers in the answers and with those met on the way, so that neither 10^{-200} nor
-    e^{-500} is lost beside 1. A difference of two tiny values counts unless it vanishes with more precision, as
-    rounding errors do.
-    """
-    if a == b or a.kind == b.kind == "num":
-        return a == b
-    parts = [*parts_of(a), *parts_of(b)]
-    names = symbols(a, b)
-    steps = {"floor", "ceil"} & {part.args[0] for part in parts if part.kind == "call"}
-    points = (5 * POINTS if steps else POINTS) if names else 1
-    lowest = 2 * (sum(bits(part.args[0]) for part in parts if part.kind == "num") + GUARD_BITS)
-    mp = CONTEXT.mp
+    def __init__(self, a: Node, b: Node) -> None:
+        self.a, self.b = a, b
+        self.parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
+        self.unknowns = tree.find_unknowns(a, b)
+        bits = sum(tree.count_bits(part.args[0]) for part in self.parts if part.kind == "num")
+        self.precision = 2 * (bits + GUARD_BITS)
 
-    def values(index: int, real: bool, precision: int) -> tuple[Any, Any]:
-        if local and (len(parts) * precision**2 > LOCAL_WORK or time.thread_time() > CONTEXT.deadline):
-            raise NeedsWorker("long numbers, or many comparisons")
+    def evaluate_at(self, index: int, real: bool, precision: int) -> tuple[Any, Any]:
+        CONTEXT.require_worker_for(len(self.parts) * precision**2)
+        mp = CONTEXT.mp
         mp.prec, mp.peak = precision, 0
-        places = [place(name.args[0], position, index) for position, name in enumerate(names)]
-        at = {name: mp.mpf(value.numerator) / value.denominator for name, value in zip(names, places, strict=True)}
-        return evaluate(a, at, mp, real), evaluate(b, at, mp, real)
+        values = {}
+        for position, unknown in enumerate(self.unknowns):
+            value = choose_value(unknown.args[0], position, index)
+            values[unknown] = mp.mpf(value.numerator) / value.denominator
+        return evaluate(self.a, values, mp, real), evaluate(self.b, values, mp, real)
 
-    def differ(index: int, real: bool) -> bool:
-        if lowest > 4 * GUARD_BITS:  # a difference mostly shows with few digits, too
-            left, right = values(index, real, 2 * GUARD_BITS)
+    def differ_at(self, index: int, real: bool) -> bool:
+        """Whether the values differ at one place. The precision grows with the numbers that are met on the way, so that
+        neither 10^{-200} nor e^{-500} is lost beside 1."""
+        mp, precision = CONTEXT.mp, self.precision
+        if precision > 4 * GUARD_BITS:  # a difference mostly shows with few digits, too
+            left, right = self.evaluate_at(index, real, 2 * GUARD_BITS)
             if abs(left - right) > mp.ldexp(1, 2 * mp.peak - GUARD_BITS):
                 return True
-        precision = lowest
-        left, right = values(index, real, precision)
+        left, right = self.evaluate_at(index, real, precision)
         if mp.peak > GUARD_BITS // 2:
             precision += 4 * mp.peak
-            left, right = values(index, real, precision)
-            if lowest + mp.peak > precision:
+            left, right = self.evaluate_at(index, real, precision)
+            if self.precision + mp.peak > precision:
                 raise Undefined("a pole, where values grow with the precision")
         difference, largest = abs(left - right), max(abs(left), abs(right))
-        if difference <= mp.ldexp(largest, -precision // 2) or largest > mp.ldexp(1, -precision // 4):
-            return difference > mp.ldexp(largest, -precision // 2)
-        finer_left, finer_right = values(index, real, 2 * precision)
-        return abs(finer_left - finer_right) > mp.ldexp(difference, -precision // 2)
+        if difference <= mp.ldexp(largest, -precision // 2):
+            return False
+        if largest > mp.ldexp(1, -precision // 4):
+            return True
+        # Both are tiny. Their difference counts unless it vanishes with more digits, as rounding errors do.
+        left, right = self.evaluate_at(index, real, 2 * precision)
+        return abs(left - right) > mp.ldexp(difference, -precision // 2)
 
-    for real in (True, False) if names and IMAGINARY not in parts else (False,):
-        found = False
+
+def have_same_value(a: Node, b: Node) -> bool:
+    """Whether two expressions agree at every place where both have a value, of which there must be one; among the real
+    numbers if they have values there, else among the complex ones."""
+    if a == b or a.kind == b.kind == "num":
+        return a == b
+    comparison = Comparison(a, b)
+    has_steps = any(part.kind == "call" and part.args[0] in ("floor", "ceil") for part in comparison.parts)
+    points = 1
+    if comparison.unknowns:
+        points = 5 * POINTS if has_steps else POINTS
+    for real in (True, False) if comparison.unknowns and tree.IMAGINARY not in comparison.parts else (False,):
+        compared = False
         for index in range(points):
             try:
-                if differ(index, real):
+                if comparison.differ_at(index, real):
                     return False
-                found = True
+                compared = True
             except Undefined:
                 continue
-        if found:
+        if compared:
             return True
     return False
 
 
-def proportional(a: Node, b: Node, positive: bool, local: bool) -> bool:
+def are_proportional(a: Node, b: Node, positive: bool) -> bool:
     """Whether a = c b with a constant c != 0 (> 0), that is a(x) b(y) = a(y) b(x) for all x and y."""
-    names = symbols(a, b)
-    if not names or same_value(a, number(0), local) or same_value(b, number(0), local):
+    unknowns, zero = tree.find_unknowns(a, b), tree.number(0)
+    if not unknowns or have_same_value(a, zero) or have_same_value(b, zero):
         return False
-    other = {name: Node("sym", (name.args[0] + "'",)) for name in names}
-    if not same_value(multiply(a, rewrite(b, other)), multiply(rewrite(a, other), b), local):
+    renamed = {unknown: Node("sym", (unknown.args[0] + "'",)) for unknown in unknowns}
+    a_of_y, b_of_y = tree.substitute(a, renamed), tree.substitute(b, renamed)
+    if not have_same_value(tree.multiply(a, b_of_y), tree.multiply(a_of_y, b)):
         return False
-    return not positive or same_value(multiply(a, call("abs", b)), multiply(call("abs", a), b), local)
+    return not positive or have_same_value(tree.multiply(a, tree.call("abs", b)), tree.multiply(tree.call("abs", a), b))
 
 
-REGIONS = {"union", "intersection", "minus"}
+# Tree -> set of real numbers; only workers import sympy ---------------------------------------------------------------
+def make_sympy_term(node: Node) -> Any:
+    """An expression in one unknown, whatever its name."""
+    import sympy
+
+    kind, args = node
+    if kind == "num":
+        return sympy.Rational(args[0].numerator, args[0].denominator)
+    if kind == "sym":
+        return sympy.Symbol("x", real=True)
+    constants = {"pi": sympy.pi, "e": sympy.E, "oo": sympy.oo}
+    if kind == "const" and args[0] in constants:
+        return constants[args[0]]
+    functions = {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow, "root": sympy.root, "abs": sympy.Abs}
+    functions |= {"ln": sympy.log, "exp": sympy.exp, "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan}
+    function = functions.get(args[0] if kind == "call" else kind)
+    if function is None:
+        raise Unreadable(kind)
+    return function(*(make_sympy_term(arg) for arg in args if isinstance(arg, Node)))
 
 
-class Algebra:
-    """Trees as sympy's sets; only workers make one, and only out of what Reader has read and bounded."""
+def make_sympy_set(node: Node) -> Any:
+    """An interval, a set, what an inequality describes, or several of these, as sympy has them in one form."""
+    import sympy
 
-    def __init__(self) -> None:
-        import sympy
-
-        self.sp, self.x = sympy, sympy.Symbol("x", real=True)
-        self.functions = {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow, "root": sympy.root, "abs": sympy.Abs}
-        self.functions |= {"ln": sympy.log, "exp": sympy.exp, "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan}
-        self.constants = {"pi": sympy.pi, "e": sympy.E, "oo": sympy.oo}
-
-    def scalar(self, node: Node) -> Any:
-        kind, args = node
-        if kind == "num":
-            return self.sp.Rational(args[0].numerator, args[0].denominator)
-        if kind == "sym":
-            return self.x
-        if kind == "const" and args[0] in self.constants:
-            return self.constants[args[0]]
-        function = self.functions.get(args[0] if kind == "call" else kind)
-        if function is None:
-            raise Unreadable(kind)
-        return function(*(self.scalar(arg) for arg in args if isinstance(arg, Node)))
-
-    def region(self, node: Node) -> Any:
-        sp, (kind, args) = self.sp, node
-        if kind == "tuple":
-            return sp.Interval(self.scalar(args[2]), self.scalar(args[3]), args[0] == "(", args[1] == ")")
-        if kind == "set":
-            return sp.FiniteSet(*map(self.scalar, args))
-        if kind in REGIONS or kind == "list":
-            joined = {"intersection": sp.Intersection, "minus": sp.Complement}.get(kind, sp.Union)
-            regions = [self.region(part) for part in args]
-            if kind == "list" and all(part.kind == "rel" for part in args) and sp.Intersection(*regions):
-                joined = sp.Intersection  # 1 < x, x < 2; but x < 1, x > 2 are two parts
-            return joined(*regions)
-        if kind != "rel":
-            raise Unreadable(kind)
-        relations = {"<": sp.Lt, r"\le": sp.Le, r"\ne": sp.Ne, "=": sp.Eq}
-        values = [self.scalar(term) for term in args[1:]]
-        steps = zip(args[0], values, values[1:], strict=False)
-        return sp.Intersection(*(sp.solveset(relations[sign](a, b), self.x, sp.S.Reals) for sign, a, b in steps))
+    kind, args = node
+    if kind == "tuple":
+        return sympy.Interval(make_sympy_term(args[2]), make_sympy_term(args[3]), args[0] == "(", args[1] == ")")
+    if kind == "set":
+        return sympy.FiniteSet(*map(make_sympy_term, args))
+    if kind == "rel":
+        relations = {"<": sympy.Lt, r"\le": sympy.Le, r"\ne": sympy.Ne, "=": sympy.Eq}
+        values = [make_sympy_term(term) for term in args[1:]]
+        steps = [relations[sign](a, b) for sign, a, b in zip(args[0], values, values[1:], strict=False)]
+        x = sympy.Symbol("x", real=True)
+        return sympy.Intersection(*(sympy.solveset(step, x, sympy.S.Reals) for step in steps))
+    join = {"union": sympy.Union, "list": sympy.Union, "intersection": sympy.Intersection, "minus": sympy.Complement}
+    if kind not in join:
+        raise Unreadable(kind)
+    parts = [make_sympy_set(part) for part in args]
+    if kind == "list" and all(part.kind == "rel" for part in args):  # 1 < x, x < 2; but x < 1, x > 2 are two parts
+        return sympy.Intersection(*parts) or sympy.Union(*parts)
+    return join[kind](*parts)
