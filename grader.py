@@ -1,6 +1,6 @@
 r"""Decide whether a model's answer to a math problem is right.
 
-    response --extract_answer--> answer --tidy_answer--> text --read_tree--> tree --is_same--> verdict
+    response --extract_answer--> answer --tidy_answer--> text --read_answer--> tree --is_same--> verdict
 
 What "correct" means here:
 - The answer is the content of the last complete \boxed{} or \fbox{} (its braces balance); without one the status is
@@ -31,6 +31,8 @@ time limit (plumbing/workers.py), so that no answer can hang or exhaust the call
     python grader.py < cases.jsonl    # a line {"pred" or "response", "gold"} -> a line {"answer", "correct", "status"}
 """
 
+import functools
+import itertools
 import json
 import logging
 import math
@@ -41,7 +43,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 
 from plumbing import tree
-from plumbing.latex import MAX_CHARS, MAX_ITEMS, read_tree, tidy_answer
+from plumbing.latex import MAX_ITEMS, read_tree, undress
 from plumbing.numeric import (
     CONTEXT,
     LOCAL_SECONDS,
@@ -52,9 +54,22 @@ from plumbing.numeric import (
     have_same_value,
     make_sympy_set,
 )
-from plumbing.tree import EULER, FLIPPED, INFINITY, REALS, SCALES, Node, find_unknowns, is_name, iterate_parts
+from plumbing.tree import (
+    EULER,
+    FLIPPED,
+    INFINITY,
+    REALS,
+    SCALES,
+    Node,
+    Unreadable,
+    find_unknowns,
+    is_name,
+    iterate_parts,
+)
 from plumbing.workers import Pool, serve_requests
 
+MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
+MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 VERDICT_SECONDS: float = 0.3  # processor time of a verdict that takes a worker; if that is too little: "timeout"
 WALL_FACTOR: float = 10.0  # and this many times as long by the clock, for a machine that is busy
 WORKER_BYTES: int = 2**30  # address space of a worker; a verdict that wants more is a "timeout", too
@@ -106,6 +121,62 @@ def extract_answer(response: str) -> str | None:
             break
         last.insert(0, box)
     return ", ".join(response[start:end].strip() for _, start, end in last)
+
+
+# Answer -> text -> tree -----------------------------------------------------------------------------------------------
+FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
+CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
+
+
+def find_closing_brace(text: str) -> int:
+    """Where the brace that the text starts with is closed, or -1."""
+    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
+    return next((at for at, depth in enumerate(depths) if not depth), -1)
+
+
+@functools.lru_cache(maxsize=8192)
+def tidy_answer(answer: str, thousands: bool = True) -> str:
+    r"""The answer without its dress; with `thousands`, 1,234 is one number.
+
+    >>> tidy_answer(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
+    '(\\frac12, 1000\\text{cm})'
+    """
+    text = answer.strip().rstrip("\\")
+    while match := FENCES.fullmatch(text):
+        text = next(part for part in match.groups() if part is not None).strip()
+    text = undress(text).lstrip(' ,;:`"').rstrip(' .,;:`"')
+    while text[:1] == "{" and find_closing_brace(text) == len(text) - 1:
+        text = text[1:-1].lstrip().rstrip(" .,;")
+    if clause := CLAUSE.search(text):
+        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;") or text
+    if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
+        text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
+    return re.sub(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # 3 3/4
+
+
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+
+
+def choose_signs(text: str) -> list[str]:
+    r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
+    signs, parts = PLUS_MINUS.findall(text), PLUS_MINUS.split(text)
+    upper = ["+ " if sign == r"\pm" else "- " for sign in signs]
+    lower = ["- " if sign == r"\pm" else "+ " for sign in signs]
+    choices = [upper, lower] if r"\mp" in signs else itertools.product("+-", repeat=len(signs))
+    return ["".join(itertools.chain(*zip(["", *choice], parts, strict=True))) for choice in choices]
+
+
+@functools.lru_cache(maxsize=8192)
+def read_answer(text: str) -> Node | None:
+    """The tree of a tidied answer, or None where it cannot be read."""
+    if len(text) > MAX_CHARS or len(PLUS_MINUS.findall(text)) > MAX_SIGNS:
+        return None
+    try:
+        trees = [read_tree(choice) for choice in choose_signs(text)]
+    except Unreadable:
+        return None
+    return trees[0] if len(trees) == 1 else Node("list", tuple(trees))
 
 
 # Two trees -> the same answer or not: units, names, sets, relations ---------------------------------------------------
@@ -307,7 +378,7 @@ def judge(answer: str, gold: str, tolerance: float | None = None, seconds: float
         return False
     if is_same_text(text_a, text_b):
         return True
-    a, b = read_tree(text_a), read_tree(text_b)
+    a, b = read_answer(text_a), read_answer(text_b)
     for node, text in ((a, text_b), (b, text_a)):
         if node and choice_letter(node) and (label := LABELLED.fullmatch(text)):
             return label[1].upper() == choice_letter(node)
@@ -316,7 +387,7 @@ def judge(answer: str, gold: str, tolerance: float | None = None, seconds: float
     if tolerance is not None and is_within(a, b, tolerance):
         return True
     if {a.kind, b.kind} == {"list", "num"} and "," in answer + gold:  # 123,456 is also the list 123, 456
-        a, b = (read_tree(tidy_answer(text, thousands=False)) or node for text, node in ((answer, a), (gold, b)))
+        a, b = (read_answer(tidy_answer(text, thousands=False)) or node for text, node in ((answer, a), (gold, b)))
         commas = DECIMAL_COMMA.fullmatch(answer) or DECIMAL_COMMA.fullmatch(gold)
         if commas and split_number(answer.replace(",", ".")) == split_number(gold.replace(",", ".")):
             return True

@@ -1,11 +1,10 @@
-"""A LaTeX answer -> its text without dress -> tokens -> the tree that it means. Nothing is ever executed.
+"""LaTeX -> text without dress -> tokens -> the tree that it means. Nothing is ever executed.
 
-tidy_answer() removes what only decorates and writes in one way what has several spellings. read_tree() reads the result
-by recursive descent: each method of Reader reads one level of the grammar, from a list of answers down to a number or a
+undress() removes what only decorates and writes in one way what has several spellings. read_tree() reads the result by
+recursive descent: each method of Reader reads one level of the grammar, from a list of answers down to a number or a
 letter, and returns its tree.
 """
 
-import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -15,11 +14,8 @@ from typing import NamedTuple
 from plumbing import tree
 from plumbing.tree import Node, Unreadable
 
-MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix
-MAX_MATRICES: int = 6  # in one answer; the product of many is a huge expression
-MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 
 
 # Answer -> text without dress -----------------------------------------------------------------------------------------
@@ -39,11 +35,8 @@ UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " fo
 UNICODE_TABLE = str.maketrans(UNICODE)
 SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
-FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
 TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
-CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b")
-THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
 
 
 def write_as_fraction(match: re.Match) -> str:
@@ -116,35 +109,18 @@ DRESS = [  # patterns and what replaces them; applied in this order, each to the
 ]
 
 
-def find_closing_brace(text: str) -> int:
-    """Where the brace that the text starts with is closed, or -1."""
-    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
-    return next((at for at, depth in enumerate(depths) if not depth), -1)
+def undress(text: str) -> str:
+    r"""The text without what only decorates it.
 
-
-@functools.lru_cache(maxsize=8192)
-def tidy_answer(answer: str, thousands: bool = True) -> str:
-    r"""The answer without its dress; with `thousands`, 1,234 is one number.
-
-    >>> tidy_answer(r"$\left(\dfrac12,\;1{,}000\text{ cm}\right).$")
+    >>> undress(r"\left(\dfrac12,\;1{,}000\text{ cm}\right)")
     '(\\frac12, 1000\\text{cm})'
     """
-    text = answer.strip().rstrip("\\")
-    while match := FENCES.fullmatch(text):
-        text = next(part for part in match.groups() if part is not None).strip()
     if r"\begin" not in text:
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
     text = text.translate(UNICODE_TABLE)
     for pattern, replacement in DRESS:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\s+", " ", text).lstrip(' ,;:`"').rstrip(' .,;:`"')
-    while text[:1] == "{" and find_closing_brace(text) == len(text) - 1:
-        text = text[1:-1].lstrip().rstrip(" .,;")
-    if clause := CLAUSE.search(text):
-        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;") or text
-    if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
-        text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
-    return re.sub(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)  # 3 3/4
+    return re.sub(r"\s+", " ", text)
 
 
 # Text -> tokens -------------------------------------------------------------------------------------------------------
@@ -167,7 +143,7 @@ CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
 CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set")}
-MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix", "cases"}
+MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "cases"}
 NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values())  # what no factor of a product starts with
 NO_FACTOR |= set(tree.words(r"\cr \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod"))
 CHANGES_MEANING = re.compile(r"\b(?:not?|non|never|without|except|undefined|wrong|than|least|most|or)\b", re.I)
@@ -205,7 +181,7 @@ class Reader:
     def __init__(self, text: str) -> None:
         self.tokens = list(tokenize(text))
         self.at = 0
-        self.depth = self.matrices = 0
+        self.depth = 0
         self.in_bars = False  # inside |...|, where a bar closes and does not open
 
     def peek(self, ahead: int = 0) -> Token:
@@ -225,12 +201,6 @@ class Reader:
     def expect(self, value: str) -> None:
         if not self.accept(value):
             raise Unreadable(f"{value!r} is missing")
-
-    def answer(self) -> Node:
-        items = self.items("")
-        if self.peek().kind != "end" or not items:
-            raise Unreadable(f"unexpected {self.peek().value!r}")
-        return items[0] if len(items) == 1 else Node("list", tuple(items))
 
     def items(self, closing: str) -> list[Node]:
         """What stands between commas up to a closing sign, which is left, or the end."""
@@ -400,7 +370,7 @@ class Reader:
         return value
 
     def with_base(self, digits: str) -> Node:
-        self.expect("_")
+        self.take()  # the _
         return Node("based", (digits.lstrip("0"), self.argument()))
 
     def numeral(self, text: str, is_argument: bool) -> Node:
@@ -494,11 +464,10 @@ class Reader:
         return tree.apply_function(name, args, base, exponent)
 
     def environment(self) -> Node:
-        r"""A matrix, a determinant, or the parts of \begin{cases} as a list."""
+        r"""A matrix, or the parts of \begin{cases} as a list."""
         name = self.plain_group()
-        self.matrices += 1
-        if self.matrices > MAX_MATRICES or name not in MATRICES:
-            raise Unreadable("too many matrices, or none")
+        if name not in MATRICES:
+            raise Unreadable("no matrix")
         if name == "array":
             self.plain_group()  # its columns
         rows: list[list[Node]] = [[]]
@@ -514,30 +483,13 @@ class Reader:
             raise Unreadable("no rows, or another end")
         if name == "cases":
             return Node("list", tuple(cell for row in rows for cell in row))
-        return tree.determinant(rows) if name == "vmatrix" else tree.matrix(rows)
+        return tree.matrix(rows)
 
 
-PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-
-
-def choose_signs(text: str) -> list[str]:
-    r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
-    signs, parts = PLUS_MINUS.findall(text), PLUS_MINUS.split(text)
-    if len(signs) > MAX_SIGNS:
-        raise Unreadable("too many signs")
-    upper = ["+ " if sign == r"\pm" else "- " for sign in signs]
-    lower = ["- " if sign == r"\pm" else "+ " for sign in signs]
-    choices = [upper, lower] if r"\mp" in signs else itertools.product("+-", repeat=len(signs))
-    return ["".join(itertools.chain(*zip(["", *choice], parts, strict=True))) for choice in choices]
-
-
-@functools.lru_cache(maxsize=8192)
-def read_tree(text: str) -> Node | None:
-    """The tree of a tidied answer, or None where the reader does not know it."""
-    if len(text) > MAX_CHARS:
-        return None
-    try:
-        trees = [Reader(choice).answer() for choice in choose_signs(text)]
-    except Unreadable:
-        return None
-    return trees[0] if len(trees) == 1 else Node("list", tuple(trees))
+def read_tree(text: str) -> Node:
+    """The tree of an undressed text; raises Unreadable where the reader does not know what it means."""
+    reader = Reader(text)
+    items = reader.items("")
+    if reader.peek().kind != "end" or not items:
+        raise Unreadable(f"unexpected {reader.peek().value!r}")
+    return items[0] if len(items) == 1 else Node("list", tuple(items))

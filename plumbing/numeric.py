@@ -174,10 +174,6 @@ class Comparison:
         """Whether the values differ at one place. The precision grows with the numbers that are met on the way, so that
         neither 10^{-200} nor e^{-500} is lost beside 1."""
         mp, precision = CONTEXT.mp, self.precision
-        if precision > 4 * GUARD_BITS:  # a difference mostly shows with few digits, too
-            left, right = self.evaluate_at(index, real, 2 * GUARD_BITS)
-            if abs(left - right) > mp.ldexp(1, 2 * mp.peak - GUARD_BITS):
-                return True
         left, right = self.evaluate_at(index, real, precision)
         if mp.peak > GUARD_BITS // 2:
             precision += 4 * mp.peak

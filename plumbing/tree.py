@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 MAX_BITS: int = 30_000  # size of a number: 2^{30000} and 1e10000 are beyond
 MAX_FACTORIAL: int = 3000  # factorials and binomials of whole numbers up to this are computed exactly
-MAX_ROWS: int = 5  # of a determinant; its expansion grows with the factorial of this
 
 
 class Node(NamedTuple):
@@ -67,18 +66,12 @@ def add(*terms: Node) -> Node:
 
 
 def multiply(*factors: Node) -> Node:
-    """A product; matrices are multiplied in their order, each of the other factors scales the result."""
+    """A product; a matrix is scaled cell by cell. Products of matrices are left as they are."""
     matrices = [factor for factor in factors if shape(factor)]
-    if not matrices:
+    if len(matrices) != 1:
         return combine("mul", factors, 1)
     scalar = multiply(*(factor for factor in factors if not shape(factor)))
-    product, *others = matrices
-    for other in others:
-        if shape(product)[1] != shape(other)[0]:
-            raise Unreadable("matrices that do not fit")
-        columns = list(zip(*(row.args for row in other.args), strict=True))
-        product = matrix((add(*map(multiply, row.args, column)) for column in columns) for row in product.args)
-    return matrix((multiply(scalar, cell) for cell in row.args) for row in product.args)
+    return matrix((multiply(scalar, cell) for cell in row.args) for row in matrices[0].args)
 
 
 def negative(value: Node) -> Node:
@@ -111,16 +104,6 @@ def matrix(rows: Iterable[Iterable[Node]]) -> Node:
 
 def shape(node: Node) -> tuple[int, int] | None:
     return (len(node.args), len(node.args[0].args)) if node.kind == "matrix" else None
-
-
-def determinant(rows: Sequence[Sequence[Node]]) -> Node:
-    """Expanded along the first row."""
-    if not rows:
-        return ONE
-    if any(len(row) != len(rows) for row in rows) or len(rows) > MAX_ROWS:
-        raise Unreadable("not a square, or too large")
-    minors = (determinant([row[:at] + row[at + 1 :] for row in rows[1:]]) for at in range(len(rows)))
-    return add(*(multiply(number((-1) ** at), rows[0][at], minor) for at, minor in enumerate(minors)))
 
 
 # Functions ------------------------------------------------------------------------------------------------------------

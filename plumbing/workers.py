@@ -1,9 +1,8 @@
 """Answers from processes that can be ended: a question may take forever or all memory, and costs its asker neither.
 
 A worker is a fresh interpreter at the other end of two pipes, which inherits nothing of the caller: no threads, no
-CUDA, no __main__. It imports what it needs once and then forks a child for each request. The kernel ends the child by
-an alarm, whatever it is stuck in and even if the caller is gone. Replacing a child takes a millisecond; replacing a
-worker takes as long as its imports.
+CUDA, no __main__. The kernel ends it by an alarm, whatever it is stuck in and even if the caller is gone, and another
+one takes its place, which costs no more than its imports.
 """
 
 import contextlib
@@ -17,39 +16,25 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NoReturn
+from typing import Any
 
 WORKERS: int = 2  # processes; of the grader each holds sympy, about 60 MB
 
 
 # In a worker ----------------------------------------------------------------------------------------------------------
 def serve_requests(answer: Callable[..., Any], seconds: float, clock_seconds: float, address_space: int) -> None:
-    """Answer each request on stdin, a JSON list of arguments, by a line of JSON; null if there was no answer in time.
-
-    The limits of a request are processor time, time by the clock, and bytes of memory. Ends when stdin is closed, as it
-    is when the caller ends.
+    """Answer each request on stdin, a JSON list of arguments, by a line of JSON, until stdin is closed, as it is when
+    the caller ends. The process dies of a request that takes more processor time, time by the clock or bytes of memory.
     """
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     print("ready", flush=True)
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            answer_and_exit(answer, json.loads(line), seconds, clock_seconds)
-        if os.waitpid(child, 0)[1] != 0:
-            print("null", flush=True)
-
-
-def answer_and_exit(answer: Callable[..., Any], request: list, seconds: float, clock_seconds: float) -> NoReturn:
-    try:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # either signal ends the process
         signal.setitimer(signal.ITIMER_REAL, clock_seconds)
-        reply = json.dumps(answer(*request)) + "\n"
-        signal.setitimer(signal.ITIMER_PROF, 0)  # no alarm after the reply: one request, one line
+        reply = json.dumps(answer(*json.loads(line)))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(sys.stdout.fileno(), reply.encode())
-        os._exit(0)
-    finally:
-        os._exit(1)
+        print(reply, flush=True)
 
 
 # In the calling process -----------------------------------------------------------------------------------------------
@@ -79,7 +64,7 @@ class Pool:
             self.started = True
 
     def submit(self, request: list, convert: Callable[[Any], Any]) -> Future:
-        """`convert` of the reply as a future; the reply to a request that failed is None."""
+        """`convert` of the reply as a future; the reply to a request that a worker died of is None."""
         self.start()
         future: Future = Future()
         self.requests.put((request, convert, future))
@@ -87,7 +72,7 @@ class Pool:
 
 
 def pass_on_requests(requests: queue.SimpleQueue[tuple[list, Callable, Future]], command: Sequence[str]) -> None:
-    """In a thread: one request after the other to a worker. One that ends, which none should, is replaced."""
+    """In a thread: one request after the other to a worker, and to another one after it has died."""
     process = None
     while True:
         with contextlib.suppress(OSError):  # no process to be had now: try again at the next request
@@ -110,7 +95,7 @@ def start_worker(command: Sequence[str]) -> subprocess.Popen:
 
 
 def ask_worker(process: subprocess.Popen, request: list) -> str:
-    """The line that a worker replies, or nothing if it ended instead."""
+    """The line that a worker replies, or nothing if it died instead."""
     try:
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
