@@ -1,10 +1,9 @@
 """The grader: its rules by example, that it never raises, hangs or executes, and that its workers are bounded."""
 
+import contextlib
 import json
 import os
 import pathlib
-import re
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from fractions import Fraction
 import grader
 from plumbing import workers
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,35 +44,17 @@ def end_workers_at_last():
     end_workers()
 
 
-# -- extraction --------------------------------------------------------------------------------------------------------
-
-
+# Extraction -----------------------------------------------------------------------------------------------------------
 EXTRACTED = [
-    (r"so \boxed{7}", "7"),
-    (r"\boxed{6}, no, it is \boxed{7}", "7"),
-    (r"\boxed{7} and then \boxed{8", "7"),
-    (r"\boxed{\frac{1}{\sqrt{2}}} follows", r"\frac{1}{\sqrt{2}}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{ x = \boxed{3} }", "3"),
-    (r"\fbox{7}", "7"),
-    (r"\boxed {7}", "7"),
-    ("$$\n\\boxed{\n7\n}\n$$", "7"),
-    (r"either $\boxed{1}$ and $\boxed{2}$.", "1, 2"),
-    (r"\boxed{1}, \boxed{2} and \boxed{3}", "1, 2, 3"),
-    (r"$x = \boxed{1}$ and $y = \boxed{2}$", "1, 2"),
-    (r"\boxed{1} red and \boxed{2} blue ones", "1, 2"),
-    (r"it is \boxed{1} and so the answer is \boxed{2}", "2"),
-    (r"$$\boxed{1}$$ $$\boxed{2}$$", "2"),
-    ("\\boxed{1}\n\n\\boxed{2}", "2"),
-    (r"\boxed{7}<|im_end|> \boxed{8}", "7"),
-    (r"\\boxed{7}", "7"),
-    (r"\boxed{}", ""),
-    ("the answer is 7", None),
-    (r"\boxed{7", None),
-    (r"\boxed", None),
-    ("boxed{7}", None),
-    ("", None),
-]
+    (r"so \boxed{7}", "7"), (r"\boxed{6}, no, it is \boxed{7}", "7"), (r"\boxed{7} and then \boxed{8", "7"),
+    (r"\boxed{\frac{1}{\sqrt{2}}} follows", r"\frac{1}{\sqrt{2}}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{ x = \boxed{3} }", "3"), (r"\fbox{7}", "7"), (r"\boxed {7}", "7"), ("$$\n\\boxed{\n7\n}\n$$", "7"),
+    (r"either $\boxed{1}$ and $\boxed{2}$.", "1, 2"), (r"\boxed{1}, \boxed{2} and \boxed{3}", "1, 2, 3"),
+    (r"$x = \boxed{1}$ and $y = \boxed{2}$", "1, 2"), (r"\boxed{1} red and \boxed{2} blue ones", "1, 2"),
+    (r"it is \boxed{1} and so the answer is \boxed{2}", "2"), (r"$$\boxed{1}$$ $$\boxed{2}$$", "2"),
+    ("\\boxed{1}\n\n\\boxed{2}", "2"), (r"\boxed{7}<|im_end|> \boxed{8}", "7"), (r"\\boxed{7}", "7"), (r"\boxed{}", ""),
+    ("the answer is 7", None), (r"\boxed{7", None), (r"\boxed", None), ("boxed{7}", None), ("", None),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("response", "answer"), EXTRACTED)
@@ -80,196 +62,176 @@ def test_extract(response, answer):
     assert grader.extract_answer(response) == answer
 
 
-# -- the rules ---------------------------------------------------------------------------------------------------------
+# The rules ------------------------------------------------------------------------------------------------------------
+EQUAL = r"""
+# numbers
+7 == 7.0 == 07 == +7 == 7 == 7.
+1234567 == 1,234,567 == 1{,}234{,}567 == 1{,}\!234{,}\!567 == 1,\!234,\!567 == 1\,234\,567 == 1 234 567
+0.5 == .5 == 1/2 == \frac{1}{2} == \frac12 == \dfrac{1}2 == \frac{3}{6} == ½ == 5\times 10^{-1} == 5e-1
+6.02e23 == 6.02\times 10^{23} == 10^{23}\cdot 6.02 == 6.02 × 10²³ == 6.02E23 == 602 * 10^21
+5/4 == 1\frac{1}{4} == 1 1/4 == 1\frac14 == 1.25
+-5/4 == -1\frac{1}{4} == -1 1/4 == -\frac{5}{4} == \frac{5}{-4} == -{5 \over 4}
+59319/1225 == 48 519/1225 == 48\frac{519}{1225}
+1.22 == 1,22 == 1.220
+0.1\overline{6} == 1/6 == 0.1\bar{6}
+100!/98! == 9900
+2^{100} == 4^{50} == 1267650600228229401496703205376
+# dress
+12 == $12$ == \(12\) == \[12\] == {12} == \boxed{12} == \text{12} == \displaystyle 12 == **12** == 12\,
+(1, \frac{3}{2}) == \left(1,\tfrac32\right) == (1,1.5) == \big( 1 ,\; 3/2 \big) == $(1, 1.5)$.
+2\sqrt{3} == 2√3 == 2*sqrt(3) == 2 \sqrt3 == \sqrt{12} == \frac{6}{\sqrt 3}
+\frac{\sqrt2}{2} == \mathbf{\frac{\sqrt{2}}{2}} == {\large\frac{\sqrt2}{2}.} == (\frac{\sqrt{2}}{2}.)
+x^2 == x² == x**2 == x*x == x^{2}
+\pi r^2 == πr² == r^2\pi == pi r^2
+# units and words
+5\text{ cm} == 5 == 5 cm == 5\,\mathrm{cm} == 5 centimeters == \text{5 cm} == 5 \mbox{ cm}.
+12\text{ m}^2 == 12 == 12\text{ square meters} == 12\,\mathrm{m^2} == 12 \text{ m}^{2}
+\$4.50 == 4.5 == 4.50 dollars == 4.50\text{ dollars} == \$ 4.50
+60\text{ km/h} == 60 == 60 \mathrm{~km} / \mathrm{h} == 60 kilometers per hour
+40^\circ == 40 == 40° == 40 degrees == 40^{\circ} == 40\text{ degrees} == \frac{2\pi}{9}
+25\% == 25 == 0.25 == \frac14 == 25 percent == 25%
+-5^\circ == -5 == -5\text{ degrees} == -5°
+25^\circ C == 25 == 25^\circ\text{C} == 25 degrees C
+4.5e33 == 4.5\times 10^{33}\,\mathrm{erg\,s^{-1}}
+2k == 2k\text{ units}
+\approx 8.24\text{ mph} == 8.24 == x \approx 8.24
+3 \pmod 7 == 3 == x \equiv 3 \pmod{7}
+3 m == 3\text{ m}
+8 == \text{The answer is } 8 == x = 8 == = 8 == 8 apples
+\text{east} == East == EAST == \textbf{east} == east. == \mathbf{east}
+\text{VW} == VW == "VW" == \!\text{VW}\!
+\text{4:30 p.m.} == 4:30 P.M. == 4:30 pm
+# choices
+B == (B) == B. == \text{B} == \text{(B)} == b == B) == \mathrm{B} == \textbf{(B)} == (B) 12 == Choice B
+# lists
+1,2,3 == 3, 2, 1 == \{1,2,3\} == 1, 2 \text{ and } 3 == 1 or 2 or 3 == x = 1, 2, 3 == 1;2;3 == 1, 2, 2, 3
+\pm 3 == 3, -3 == \{-3,3\} == x = \pm 3
+1\pm\sqrt{2} == 1+\sqrt2, 1-\sqrt2
+4 == \{4\}
+x=1, y=2 == y=2, x=1 == (1,2)
+(1,2),(3,4) == (3,4),(1,2) == \{(1,2),(3,4)\}
+123,456 == 123, 456 == 123456
+\begin{cases} a+b=\frac12 \\ a-b=3 \end{cases} == a-b=3, a+b=0.5
+(5,8),(8,5) == (x,y)=(5,8) \text{ and } (8,5)
+# intervals
+(-\infty,1) == x<1 == 1>x == x \in (-\infty, 1) == -x>-1 == 2x<2 == \{x \mid x<1\}
+(1,2] == 1<x\le 2 == x>1 \text{ and } x\le 2 == \{x\in\mathbb{R} : 1<x\leqslant 2\} == 1<f(x)\le 2
+(-\infty,1)\cup(2,\infty) == x<1 \text{ or } x>2
+[-1,1] == -1\le x\le 1 == |x|\le 1 == x^2 \le 1
+(-\infty,0)\cup(0,\infty) == (0,\infty)\cup(-\infty,0) == x\ne 0 == \mathbb{R}\setminus\{0\}
+\mathbb{R} == (-\infty,\infty) == (-\infty, +\infty) == \text{all real numbers}
+\emptyset == \varnothing == \{\} == ∅
+# matrices
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} == \begin{bmatrix}1\\2\end{bmatrix} == \begin{pmatrix}\frac22\\2.0\end{pmatrix}
+\begin{pmatrix}3\\4\end{pmatrix} == \begin{pmatrix}3\\[4pt]4\end{pmatrix} == \frac12\begin{pmatrix}6\\8\end{pmatrix}
+    == \begin{pmatrix}1\\2\end{pmatrix}+2\begin{pmatrix}1\\1\end{pmatrix}
+\left[\begin{array}{cc}1&2\\3&4\end{array}\right] == \begin{pmatrix}1&2\\3&4\\\end{pmatrix}
+# equations
+y=2x+3 == 2x+3 == 2x-y+3=0 == y-3=2x == 3+2x=y
+x^2+y^2=1 == 2x^2+2y^2-2=0
+f(x)=x+1 == x+1 == y=x+1
+f(n)=n == n=f(n)
+\frac{NO}{BO}=\frac{1}{\sqrt6} == \frac{\sqrt6}{6}
+x=5 == 2x=10 == 5 == x=2+3=5 == x \approx 5
+\frac13 == \frac13 \approx 0.33 == x = \frac13 \approx 0.33
+# expressions
+(x+1)(x-1) == x^2-1 == -1+x^2
+\sin 2x == 2\sin x\cos x == \sin(2x)
+\sec^2 x == 1+\tan^2 x
+\sqrt{x^2} == |x|
+\sqrt{5+2\sqrt6} == \sqrt2+\sqrt3
+\frac{1}{1-i} == \frac{1+i}{2}
+\tanh x == \frac{e^x-e^{-x}}{e^x+e^{-x}}
+\sum_{k=0}^{n} F_k F_{n-k} == \sum_{k=0}^{n} F_{n-k} F_k
+\log_2 8 == 3 == \frac{\ln 8}{\ln 2}
+\sqrt[3]{-8} == -2
+\binom{n}{2} == \frac{n(n-1)}{2}
+(-1)^n == \cos(n\pi)
+\lfloor n/2\rfloor == \frac{n}{2}-\frac{1-(-1)^n}{4}
+e^{i\pi} == -1
+\arctan 1 == \frac{\pi}{4} == \tan^{-1} 1
+a_n + b == b+a_{n}
+204_5 == 204_{5}
+3:2 == 3 : 2
+"""
+DIFFERENT = r"""
+# numbers
+7 != 8 != -7 != 70 != 0.7 != 7x != 7i != 7\sqrt2 != 7,8 != 7 or 8 != \frac17 != ? != \ldots != 7\pm 1
+1/3 != 0.333 != 0.3333333333333333 != 3 != 33\%
+0.1 != 0.10001 != 10 != 0.01
+\pi != 3.14 != 22/7 != 3.14159265358979
+0.25 != 25 != 0.0025
+2\frac14 != \frac12 != 2.4
+1 != 0.99999999999999999999 != 1+10^{-300} != 1+e^{-700} != \tanh 500 != \coth 500
+1,2 != 1.2
+\frac{1}{100!} != \frac{1}{101!} != 0
+\sqrt2\cdot 10^{-200} != \sqrt3\cdot 10^{-200} != 0
+2^{2024} != 2^{2023}
+4.5e33 != 4.5 != 4.5e32 != 4.6e33
+# units and words
+5\text{ cm} != 5\text{ m} != 5 inches != 6 cm != 5\text{ cm}^2
+\$5 != 5 euros != \$6
+\text{4:30 p.m.} != \frac{2}{15} != 4:30 a.m. != 4:31 p.m.
+\text{yes} != \text{no} != 7 != not yes
+\text{ellipse} != \text{not ellipse} != e
+0 != \text{nothing} != \emptyset
+42 != \text{not } 42 != 42 is wrong != \text{less than } 42 != 42 at most != 42\text{ or more}
+# choices
+B != C != (A) != \text{Bob} != 12 != (C) 12 != (B) or (C) != (B)^2 != (B)\sqrt2 != \text{non}(B)
+# lists
+1,2 != 1 != 1,2,3 != (1,2) != 12 != 1,3
+3 != 3,4
+\pm 3 != 3
+(1,2),(3,4) != (1,2) != (2,1),(3,4)
+# intervals
+(1,2) != [1,2] != (1,2] != (2,1) != (1,2,3)
+[0,1)\cup(2,3] != [0,1) != [0,1)\cup(2,3) != [0,3]
+x<1 != x>1 != x\le 1 != x<2 != (1,\infty) != y<1 != \mathbb{R}
+# matrices
+\begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}1&2\end{pmatrix} != \begin{pmatrix}1\\3\end{pmatrix} != (1,2)
+# equations
+y=2x+3 != y=2x-3 != x=2y+3 != 0
+x=5 != y=5 != x=6
+2x+z=1 != 1
+x^2=1 != x^2=-1
+# expressions
+x != y != X != \sqrt{x^2} != 2x
+m+k != 2m != 2k != m+n != k+N
+f(x) != g(x) != f(y) != f(2x) != f(-x)
+i != -i != 1
+\cot x != \tan x
+(-1)^n != 1 != (-1)^{n+1}
+\sum_{k=0}^{n} F_k != \sum_{k=0}^{n-1} F_k
+\lfloor\sqrt{n-1}\rfloor != \lfloor\sqrt{n-2}\rfloor
+204_5 != 204_6 != 203_5
+\infty != -\infty != 0 != \infty-\infty
+3:2 != 2:3
+"""
 
-EQUAL = {
-    "numbers": [
-        ("7", "7.0", "07", "+7", " 7 ", "7."),
-        ("1234567", "1,234,567", r"1{,}234{,}567", r"1{,}\!234{,}\!567", r"1,\!234,\!567", r"1\,234\,567", "1 234 567"),
-        ("0.5", ".5", "1/2", r"\frac{1}{2}", r"\frac12", r"\dfrac{1}2", r"\frac{3}{6}", "½", r"5\times 10^{-1}",
-         "5e-1"),
-        ("6.02e23", r"6.02\times 10^{23}", r"10^{23}\cdot 6.02", r"6.02 × 10²³", "6.02E23", "602 * 10^21"),
-        ("5/4", r"1\frac{1}{4}", "1 1/4", r"1\frac14", "1.25"),
-        ("-5/4", r"-1\frac{1}{4}", "-1 1/4", r"-\frac{5}{4}", r"\frac{5}{-4}", r"-{5 \over 4}"),
-        ("59319/1225", "48 519/1225", r"48\frac{519}{1225}"),
-        ("1.22", "1,22", "1.220"),  # a decimal comma, where a decimal answers it
-        (r"0.1\overline{6}", "1/6", r"0.1\bar{6}"),
-        ("100!/98!", "9900"),
-        ("2^{100}", "4^{50}", "1267650600228229401496703205376"),
-    ],
-    "dress": [
-        ("12", "$12$", r"\(12\)", r"\[12\]", "{12}", r"\boxed{12}", r"\text{12}", r"\displaystyle 12", "**12**",
-         r"12\,"),
-        (r"(1, \frac{3}{2})", r"\left(1,\tfrac32\right)", "(1,1.5)", r"\big( 1 ,\; 3/2 \big)", "$(1, 1.5)$."),
-        (r"2\sqrt{3}", "2√3", "2*sqrt(3)", r"2 \sqrt3", r"\sqrt{12}", r"\frac{6}{\sqrt 3}"),
-        (r"\frac{\sqrt2}{2}", r"\mathbf{\frac{\sqrt{2}}{2}}", r"{\large\frac{\sqrt2}{2}.}", r"(\frac{\sqrt{2}}{2}.)"),
-        (r"x^2", "x²", "x**2", "x*x", "x^{2}"),
-        (r"\pi r^2", "πr²", r"r^2\pi", "pi r^2"),
-    ],
-    "units and words": [
-        (r"5\text{ cm}", "5", "5 cm", r"5\,\mathrm{cm}", "5 centimeters", r"\text{5 cm}", r"5 \mbox{ cm}."),
-        (r"12\text{ m}^2", "12", r"12\text{ square meters}", r"12\,\mathrm{m^2}", r"12 \text{ m}^{2}"),
-        (r"\$4.50", "4.5", "4.50 dollars", r"4.50\text{ dollars}", r"\$ 4.50"),
-        (r"60\text{ km/h}", "60", r"60 \mathrm{~km} / \mathrm{h}", "60 kilometers per hour"),
-        (r"40^\circ", "40", "40°", "40 degrees", r"40^{\circ}", r"40\text{ degrees}", r"\frac{2\pi}{9}"),
-        (r"25\%", "25", "0.25", r"\frac14", "25 percent", "25%"),
-        (r"-5^\circ", "-5", r"-5\text{ degrees}", "-5°"),
-        (r"25^\circ C", "25", r"25^\circ\text{C}", "25 degrees C"),
-        ("4.5e33", r"4.5\times 10^{33}\,\mathrm{erg\,s^{-1}}"),
-        ("2k", r"2k\text{ units}"),
-        (r"\approx 8.24\text{ mph}", "8.24", r"x \approx 8.24"),
-        (r"3 \pmod 7", "3", r"x \equiv 3 \pmod{7}"),
-        ("3 m", r"3\text{ m}"),
-        ("8", r"\text{The answer is } 8", "x = 8", "= 8", "8 apples"),
-        (r"\text{east}", "East", "EAST", r"\textbf{east}", "east.", r"\mathbf{east}"),
-        (r"\text{VW}", "VW", '"VW"', r"\!\text{VW}\!"),
-        (r"\text{4:30 p.m.}", "4:30 P.M.", "4:30 pm"),
-    ],
-    "choices": [
-        ("B", "(B)", "B.", r"\text{B}", r"\text{(B)}", "b", "B)", r"\mathrm{B}", r"\textbf{(B)}", "(B) 12", "Choice B"),
-    ],
-    "lists": [
-        ("1,2,3", "3, 2, 1", r"\{1,2,3\}", r"1, 2 \text{ and } 3", "1 or 2 or 3", "x = 1, 2, 3", r"1;2;3",
-         "1, 2, 2, 3"),
-        (r"\pm 3", "3, -3", r"\{-3,3\}", r"x = \pm 3"),
-        (r"1\pm\sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
-        ("4", r"\{4\}"),
-        ("x=1, y=2", "y=2, x=1", "(1,2)"),
-        ("(1,2),(3,4)", "(3,4),(1,2)", r"\{(1,2),(3,4)\}"),
-        ("123,456", "123, 456", "123456"),  # two readings
-        (r"\begin{cases} a+b=\frac12 \\ a-b=3 \end{cases}", "a-b=3, a+b=0.5"),
-        ("(5,8),(8,5)", r"(x,y)=(5,8) \text{ and } (8,5)"),
-    ],
-    "intervals": [
-        (r"(-\infty,1)", "x<1", "1>x", r"x \in (-\infty, 1)", "-x>-1", "2x<2", r"\{x \mid x<1\}"),
-        (r"(1,2]", r"1<x\le 2", r"x>1 \text{ and } x\le 2", r"\{x\in\mathbb{R} : 1<x\leqslant 2\}", r"1<f(x)\le 2"),
-        (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2"),
-        (r"[-1,1]", r"-1\le x\le 1", r"|x|\le 1", r"x^2 \le 1"),
-        (r"(-\infty,0)\cup(0,\infty)", r"(0,\infty)\cup(-\infty,0)", r"x\ne 0", r"\mathbb{R}\setminus\{0\}"),
-        (r"\mathbb{R}", r"(-\infty,\infty)", r"(-\infty, +\infty)", r"\text{all real numbers}"),
-        (r"\emptyset", r"\varnothing", r"\{\}", "∅"),
-    ],
-    "matrices": [
-        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}",
-         r"\begin{pmatrix}\frac22\\2.0\end{pmatrix}"),
-        (r"\begin{pmatrix}3\\4\end{pmatrix}", r"\begin{pmatrix}3\\[4pt]4\end{pmatrix}",
-         r"\frac12\begin{pmatrix}6\\8\end{pmatrix}",
-         r"\begin{pmatrix}1\\2\end{pmatrix}+2\begin{pmatrix}1\\1\end{pmatrix}"),
-        (r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]", r"\begin{pmatrix}1&2\\3&4\\\end{pmatrix}"),
-    ],
-    "equations": [
-        ("y=2x+3", "2x+3", "2x-y+3=0", "y-3=2x", "3+2x=y"),
-        ("x^2+y^2=1", "2x^2+2y^2-2=0"),
-        ("f(x)=x+1", "x+1", "y=x+1"),
-        ("f(n)=n", "n=f(n)"),
-        (r"\frac{NO}{BO}=\frac{1}{\sqrt6}", r"\frac{\sqrt6}{6}"),
-        ("x=5", "2x=10", "5", "x=2+3=5", r"x \approx 5"),
-        (r"\frac13", r"\frac13 \approx 0.33", r"x = \frac13 \approx 0.33"),
-    ],
-    "expressions": [
-        ("(x+1)(x-1)", "x^2-1", "-1+x^2"),
-        (r"\sin 2x", r"2\sin x\cos x", r"\sin(2x)"),
-        (r"\sec^2 x", r"1+\tan^2 x"),
-        (r"\sqrt{x^2}", "|x|"),
-        (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"),
-        (r"\frac{1}{1-i}", r"\frac{1+i}{2}"),
-        (r"\tanh x", r"\frac{e^x-e^{-x}}{e^x+e^{-x}}"),
-        (r"\sum_{k=0}^{n} F_k F_{n-k}", r"\sum_{k=0}^{n} F_{n-k} F_k"),
-        (r"\log_2 8", "3", r"\frac{\ln 8}{\ln 2}"),
-        (r"\sqrt[3]{-8}", "-2"),
-        (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
-        (r"(-1)^n", r"\cos(n\pi)"),
-        (r"\lfloor n/2\rfloor", r"\frac{n}{2}-\frac{1-(-1)^n}{4}"),
-        (r"e^{i\pi}", "-1"),
-        (r"\arctan 1", r"\frac{\pi}{4}", r"\tan^{-1} 1"),
-        ("a_n + b", "b+a_{n}"),
-        (r"204_5", "204_{5}"),
-        ("3:2", "3 : 2"),
-    ],
-}  # fmt: skip
 
-DIFFERENT = {
-    "numbers": [
-        ("7", "8", "-7", "70", "0.7", "7x", "7i", r"7\sqrt2", "7,8", "7 or 8", r"\frac17", "?", r"\ldots", r"7\pm 1"),
-        ("1/3", "0.333", "0.3333333333333333", "3", r"33\%"),
-        ("0.1", "0.10001", "10", "0.01"),
-        (r"\pi", "3.14", "22/7", "3.14159265358979"),
-        ("0.25", "25", "0.0025"),
-        (r"2\frac14", r"\frac12", "2.4"),
-        ("1", "0.99999999999999999999", "1+10^{-300}", "1+e^{-700}", r"\tanh 500", r"\coth 500"),
-        ("1,2", "1.2"),
-        (r"\frac{1}{100!}", r"\frac{1}{101!}", "0"),
-        (r"\sqrt2\cdot 10^{-200}", r"\sqrt3\cdot 10^{-200}", "0"),
-        ("2^{2024}", "2^{2023}"),
-        ("4.5e33", "4.5", "4.5e32", "4.6e33"),
-    ],
-    "units and words": [
-        (r"5\text{ cm}", r"5\text{ m}", "5 inches", "6 cm", r"5\text{ cm}^2"),
-        (r"\$5", "5 euros", r"\$6"),
-        (r"\text{4:30 p.m.}", r"\frac{2}{15}", "4:30 a.m.", "4:31 p.m."),
-        (r"\text{yes}", r"\text{no}", "7", "not yes"),
-        (r"\text{ellipse}", r"\text{not ellipse}", "e"),
-        ("0", r"\text{nothing}", r"\emptyset"),
-        ("42", r"\text{not } 42", "42 is wrong", r"\text{less than } 42", "42 at most", r"42\text{ or more}"),
-    ],
-    "choices": [
-        ("B", "C", "(A)", r"\text{Bob}", "12", "(C) 12", "(B) or (C)", "(B)^2", r"(B)\sqrt2", r"\text{non}(B)"),
-    ],
-    "lists": [
-        ("1,2", "1", "1,2,3", "(1,2)", "12", "1,3"),
-        ("3", "3,4"),
-        (r"\pm 3", "3"),
-        ("(1,2),(3,4)", "(1,2)", "(2,1),(3,4)"),
-    ],
-    "intervals": [
-        ("(1,2)", "[1,2]", "(1,2]", "(2,1)", "(1,2,3)"),
-        (r"[0,1)\cup(2,3]", "[0,1)", r"[0,1)\cup(2,3)", r"[0,3]"),
-        ("x<1", "x>1", r"x\le 1", "x<2", r"(1,\infty)", "y<1", r"\mathbb{R}"),
-    ],
-    "matrices": [
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}",
-         "(1,2)"),
-    ],
-    "equations": [
-        ("y=2x+3", "y=2x-3", "x=2y+3", "0"),
-        ("x=5", "y=5", "x=6"),
-        ("2x+z=1", "1"),
-        ("x^2=1", "x^2=-1"),
-    ],
-    "expressions": [
-        ("x", "y", "X", r"\sqrt{x^2}", "2x"),
-        ("m+k", "2m", "2k", "m+n", "k+N"),  # no two symbols share their values
-        ("f(x)", "g(x)", "f(y)", "f(2x)", "f(-x)"),
-        ("i", "-i", "1"),
-        (r"\cot x", r"\tan x"),
-        ("(-1)^n", "1", "(-1)^{n+1}"),
-        (r"\sum_{k=0}^{n} F_k", r"\sum_{k=0}^{n-1} F_k"),
-        (r"\lfloor\sqrt{n-1}\rfloor", r"\lfloor\sqrt{n-2}\rfloor"),
-        ("204_5", "204_6", "203_5"),
-        (r"\infty", r"-\infty", "0", r"\infty-\infty"),
-        ("3:2", "2:3"),
-    ],
-}  # fmt: skip
+def read_table(table: str, sign: str) -> dict[str, list[list[str]]]:
+    """{topic: groups of answers} of a table in which lines that begin with spaces continue the line before."""
+    topics = table.replace("\n    ", " ").split("# ")[1:]
+    groups = {topic.splitlines()[0]: topic.splitlines()[1:] for topic in topics}
+    return {topic: [line.split(f" {sign} ") for line in lines] for topic, lines in groups.items()}
+
+
+EQUAL, DIFFERENT = read_table(EQUAL, "=="), read_table(DIFFERENT, "!=")
 
 
 @pytest.mark.parametrize("topic", EQUAL)
-def test_equal(topic):
-    for first, *others in EQUAL[topic]:
-        for other in others:
-            assert grader.is_equivalent(other, first), (other, first)
-            assert grader.is_equivalent(first, other), (first, other)
-
-
-@pytest.mark.parametrize("topic", DIFFERENT)
-def test_different(topic):
-    for first, *others in DIFFERENT[topic]:
-        for other in others:
-            assert not grader.is_equivalent(other, first), (other, first)
-            assert not grader.is_equivalent(first, other), (first, other)
+def test_equal_and_different(topic):
+    for table, expected in ((EQUAL, True), (DIFFERENT, False)):
+        for first, *others in table.get(topic, []):
+            for other in others:
+                assert grader.is_equivalent(other, first) == expected, (other, first)
+                assert grader.is_equivalent(first, other) == expected, (first, other)
 
 
 def test_reflexive():
     """What the reader cannot read still agrees with itself."""
+    assert set(DIFFERENT) <= set(EQUAL)  # each topic is tested
+    assert grader.is_equivalent(" 7 ", "7")
     assert grader.is_equivalent(r"1\cup0,1,-1,-1,2", r"1\cup0,1,-1,2,2")
     unreadable = [r"\left\{1,2", "a^", r"\foo{1}{2", "{x", r"\text{if } x>0 \text{ then}", "((((", r"\frac", "1 2 3 x"]
     examples = [text for table in (EQUAL, DIFFERENT) for groups in table.values() for group in groups for text in group]
@@ -278,6 +240,7 @@ def test_reflexive():
 
 
 def test_grade():
+    assert grader.submit(r"\boxed{\frac{1}{2}}", "0.5").done()  # a cheap verdict is there at once
     assert grader.grade(r"\boxed{8}", "8") == grader.Verdict("8", True, "correct")
     assert grader.grade(r"\boxed{9}", "8") == grader.Verdict("9", False, "wrong")
     assert grader.grade("8", "8") == grader.Verdict(None, False, "no_answer")
@@ -292,8 +255,7 @@ def test_tolerance_only_where_stated():
     assert {answer: grader.is_equivalent(answer, "3.15", tolerance=0.02) for answer in answers} == answers
 
 
-# -- any text ----------------------------------------------------------------------------------------------------------
-
+# Any text -------------------------------------------------------------------------------------------------------------
 PIECES = [
     *"0123456789+-*/^_=<>()[]{}|,.;:!%'$&~ \\xyzabniePE", r"\frac", r"\sqrt", r"\left", r"\right", r"\{", r"\}", r"\pm",
     r"\cup", r"\infty", r"\sin", r"\log", r"\text{", r"\boxed{", r"\begin{pmatrix}", r"\end{pmatrix}", r"\\", r"\le",
@@ -328,19 +290,17 @@ def test_arithmetic_agrees_with_python(a, b, sign):
     assert not grader.is_equivalent(text, str(value + Fraction(1, 10**30)))
 
 
-# -- hostile input -----------------------------------------------------------------------------------------------------
-
+# Hostile input --------------------------------------------------------------------------------------------------------
 HUGE = [
     "100000000!", "9!!!!!!", "((9!)!)!", "9^{9^{9^{9}}}", "10^{10^{10}}", "1e999999999", "2^{-100000000}", "1/0", "0^0",
     r"\sqrt{2^{1000000}}", r"\sin(10^{10^{10}})", r"\binom{10^9}{5\cdot 10^8}", "(x+1)^{100000}", r"\log_1 2",
     r"\tan\frac{\pi}{2}", "(x!)^{3000}", "x!^{x!^{50}}", "2999!/2998!+x!", r"\sin(x)^{20000}+x!",
     r"\sum_{n=1}^{\infty}\sin(n^n)", "0." + "3" * 5000, "1" * 5000, "{" * 100_000, "(" * 900, "-" * 900 + "1",
-    "1" + "!" * 900,
-    ",".join(map(str, range(20_000))), r"\frac" * 200, r"\frac" * 50_000, r"1\pm " * 40 + "1", "|" * 900, " " * 100_000,
-    r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", "x" * 999, "$" * 999, ", " * 499, r"\(" * 499, r"\text{" * 190,
-    "*".join(f"x_{{{i}}}" for i in range(150)),
-    r"\begin{pmatrix}x&x\\x&x\end{pmatrix}" * 24, "1 000!" * 150, "`" * 900, "e9!" * 300,
-    r"\left(" * 150, "x" + "'" * 900, r"\text{prime}(10^{15})",
+    "1" + "!" * 900, ",".join(map(str, range(20_000))), r"\frac" * 200, r"\frac" * 50_000, r"1\pm " * 40 + "1",
+    "|" * 900, " " * 100_000, r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", "x" * 999, "$" * 999, ", " * 499,
+    r"\(" * 499, r"\text{" * 190, "*".join(f"x_{{{i}}}" for i in range(150)),
+    r"\begin{pmatrix}x&x\\x&x\end{pmatrix}" * 24, "1 000!" * 150, "`" * 900, "e9!" * 300, r"\left(" * 150,
+    "x" + "'" * 900, r"\text{prime}(10^{15})",
 ]  # fmt: skip
 
 
@@ -370,14 +330,11 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = f"touch {tmp_path}/pwned"
     payloads = [
-        f'__import__("os").system("{command}")', f"S('__import__(\"os\").system(\"{command}\")')",
-        f"$({command})",
+        f'__import__("os").system("{command}")', f"S('__import__(\"os\").system(\"{command}\")')", f"$({command})",
         f"`{command}`", f"; {command}", rf"\immediate\write18{{{command}}}", rf"\input{{|{command}}}", "exit()",
-        "quit()",
-        f"(lambda: __import__('os').system('{command}'))()", "Symbol('x').__class__.__mro__",
-        "open('pwned','w')",
-        rf"\text{{__import__('os').system('{command}')}}", f"x if __import__('os').system('{command}') else y",
-        "{{7*7}}",
+        "quit()", f"(lambda: __import__('os').system('{command}'))()", "Symbol('x').__class__.__mro__",
+        "open('pwned','w')", rf"\text{{__import__('os').system('{command}')}}",
+        f"x if __import__('os').system('{command}') else y", "{{7*7}}",
     ]  # fmt: skip
     for payload in payloads:
         for gold in ("42", payload):
@@ -387,13 +344,11 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# -- workers -----------------------------------------------------------------------------------------------------------
-
-
+# Workers --------------------------------------------------------------------------------------------------------------
 def end_workers():
     grader.POOL.reset()
-    for pid in workers_of(os.getpid()):
-        os.kill(pid, signal.SIGKILL)
+    for worker in workers_of(os.getpid()):
+        worker.kill()
 
 
 def until(condition):
@@ -404,29 +359,13 @@ def until(condition):
     return condition()
 
 
-def workers_of(pid: int) -> list[int]:
+def workers_of(pid: int) -> list[psutil.Process]:
     found = []
-    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-            command = stat.with_name("cmdline").read_bytes()
-        except OSError:  # it ended meanwhile
-            continue
-        if parent == pid and b"--worker" in command:
-            found.append(int(stat.parent.name))
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if "--worker" in child.cmdline():
+                found.append(child)
     return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_cheap_verdicts_are_done_at_once():
-    assert grader.submit(r"\boxed{\frac{1}{2}}", "0.5").done()
-    assert grader.submit("no box", "0.5").done()
 
 
 def test_hanging_worker_costs_one_verdict(new_pool, monkeypatch):
@@ -441,8 +380,8 @@ def test_hanging_worker_costs_one_verdict(new_pool, monkeypatch):
 
 def test_killed_worker_is_replaced():
     assert grader.is_equivalent("|x|<3", "(-3,3)")
-    for pid in workers_of(os.getpid()):
-        os.kill(pid, signal.SIGKILL)
+    for worker in workers_of(os.getpid()):
+        worker.kill()
     statuses = [grader.submit_answer("|x|<3", "(-3,3)").result().status for _ in range(6)]
     assert statuses.count("timeout") <= workers.WORKERS
     assert statuses[-1] == "correct"
@@ -452,15 +391,12 @@ def test_memory_of_workers_is_bounded():
     for bound in range(20):
         assert grader.is_equivalent(f"|x|<{bound + 1}", f"(-{bound + 1},{bound + 1})")
     assert until(lambda: len(workers_of(os.getpid())) == workers.WORKERS)
-    limit = re.compile(rf"Max address space\s+{grader.WORKER_BYTES}\s")
-    for pid in workers_of(os.getpid()):  # one that has just started sets its limit first of all
-        assert until(lambda pid=pid: limit.search(pathlib.Path(f"/proc/{pid}/limits").read_text()))
+    for worker in workers_of(os.getpid()):  # one that has just started has not set its limit
+        assert until(lambda worker=worker: worker.rlimit(psutil.RLIMIT_AS)[1] == grader.WORKER_BYTES)
 
 
 def test_the_caller_imports_no_sympy_and_starts_no_process_for_cheap_verdicts():
-    script = (
-        "import sys, grader; grader.is_equivalent('1/2', '0.50'); print('sympy' in sys.modules, grader.POOL.started)"
-    )
+    script = "import sys, grader; grader.is_equivalent('1', '1.0'); print('sympy' in sys.modules, grader.POOL.started)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "False False\n"
 
@@ -498,17 +434,15 @@ signal.pause()
     try:
         assert parent.stdout.readline() == "True\n"
         assert until(lambda: len(workers_of(parent.pid)) == workers.WORKERS)
-        pids = workers_of(parent.pid)
+        started = workers_of(parent.pid)
     finally:
         parent.kill()
         parent.wait()
         parent.stdout.close()
-    assert until(lambda: not any(map(alive, pids)))
+    assert until(lambda: all(not w.is_running() or w.status() == psutil.STATUS_ZOMBIE for w in started))
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
+# The command ----------------------------------------------------------------------------------------------------------
 def test_command():
     cases = [
         {"pred": r"\frac{1}{2}", "gold": "0.5"},
