@@ -42,30 +42,9 @@ import sys
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 
-from plumbing import tree
+from plumbing import numeric, tree
 from plumbing.latex import MAX_ITEMS, read_tree, undress
-from plumbing.numeric import (
-    CONTEXT,
-    LOCAL_SECONDS,
-    NeedsWorker,
-    Undefined,
-    are_proportional,
-    evaluate,
-    have_same_value,
-    make_sympy_set,
-)
-from plumbing.tree import (
-    EULER,
-    FLIPPED,
-    INFINITY,
-    REALS,
-    SCALES,
-    Node,
-    Unreadable,
-    find_unknowns,
-    is_name,
-    iterate_parts,
-)
+from plumbing.tree import Node, Unreadable
 from plumbing.workers import Pool, serve_requests
 
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
@@ -213,12 +192,12 @@ def is_same(a: Node, b: Node) -> bool:
         return False
     if choice_letter(a) and choice_letter(b):
         return choice_letter(a) == choice_letter(b)
-    return have_same_value(a, b)
+    return numeric.have_same_value(a, b)
 
 
 def choice_letter(node: Node) -> str:
     """The letter of a choice, A to H in either case, or nothing."""
-    name = node.args[0] if node.kind == "sym" or node == EULER else ""
+    name = node.args[0] if node.kind == "sym" or node == tree.EULER else ""
     return name.upper() if len(name) == 1 and name in "ABCDEFGHabcdefgh" else ""
 
 
@@ -239,12 +218,12 @@ def is_same_quantity(a: Node, b: Node) -> bool:
             return True
     if unit_a and unit_b:
         return unit_a == unit_b and is_same(value_a, value_b)
-    scale = SCALES.get(unit_a or unit_b)
+    scale = tree.SCALES.get(unit_a or unit_b)
     if scale is None or {value_a.kind, value_b.kind} & NO_SCALAR:
         return False
     if unit_a:
-        return have_same_value(tree.multiply(value_a, scale), value_b)
-    return have_same_value(value_a, tree.multiply(value_b, scale))
+        return numeric.have_same_value(tree.multiply(value_a, scale), value_b)
+    return numeric.have_same_value(value_a, tree.multiply(value_b, scale))
 
 
 def split_definition(node: Node) -> tuple[Node, Node] | None:
@@ -252,11 +231,11 @@ def split_definition(node: Node) -> tuple[Node, Node] | None:
     if node.kind != "rel" or set(node.args[0]) != {"="}:
         return None
     _, first, *_, last = node.args
-    if is_name(first):
+    if tree.is_name(first):
         return first, last
-    if is_name(last):
+    if tree.is_name(last):
         return last, first
-    return (first, last) if not find_unknowns(first, last) and is_same(first, last) else None
+    return (first, last) if not tree.find_unknowns(first, last) and is_same(first, last) else None
 
 
 def list_elements(node: Node) -> list[Node]:
@@ -284,17 +263,17 @@ def is_same_relation(a: Node, b: Node) -> bool:
         return False
     if all(is_same(x, y) for x, y in zip(terms_a, terms_b, strict=True)):
         return True
-    if len(signs_a) > 1 or {part.kind for term in terms_a + terms_b for part in iterate_parts(term)} & NO_SCALAR:
+    if len(signs_a) > 1 or {part.kind for term in terms_a + terms_b for part in tree.iterate_parts(term)} & NO_SCALAR:
         return False
     side_a, side_b = (tree.add(first, tree.negative(second)) for first, second in (terms_a, terms_b))
-    return are_proportional(side_a, side_b, positive=signs_a[0] in FLIPPED.values())
+    return numeric.are_proportional(side_a, side_b, positive=signs_a[0] in tree.FLIPPED.values())
 
 
 def is_region(node: Node) -> bool:
     """A set of real numbers that is no single interval, or is written as an inequality."""
     inequality = node.kind == "rel" and set(node.args[0]) <= {"<", r"\le", r"\ne"}
     several = node.kind == "list" and any(map(is_region, node.args))
-    return node.kind in REGIONS or node == REALS or inequality or several
+    return node.kind in REGIONS or node == tree.REALS or inequality or several
 
 
 def make_interval(node: Node) -> Node:
@@ -306,12 +285,12 @@ def make_interval(node: Node) -> Node:
     if len(bare) != 1:
         return node
     at = bare[0]
-    if terms[at] in [part for term in terms[:at] + terms[at + 1 :] for part in iterate_parts(term)]:
+    if terms[at] in [part for term in terms[:at] + terms[at + 1 :] for part in tree.iterate_parts(term)]:
         return node
     opening = "[" if at and signs[at - 1] == r"\le" else "("
     closing = "]" if signs[at:] and signs[at] == r"\le" else ")"
-    start = terms[at - 1] if at else tree.negative(INFINITY)
-    end = terms[at + 1] if terms[at + 1 :] else INFINITY
+    start = terms[at - 1] if at else tree.negative(tree.INFINITY)
+    end = terms[at + 1] if terms[at + 1 :] else tree.INFINITY
     return Node("tuple", (opening, closing, start, end))
 
 
@@ -319,18 +298,18 @@ def is_same_region(a: Node, b: Node) -> bool:
     """Unions part by part, relations by their sides, everything else by sympy's sets."""
     if a.kind == b.kind == "rel" and is_same_relation(a, b):
         return True
-    unknowns_a, unknowns_b = find_unknowns(a), find_unknowns(b)
+    unknowns_a, unknowns_b = tree.find_unknowns(a), tree.find_unknowns(b)
     if unknowns_a and unknowns_b and unknowns_a != unknowns_b:
         return False
     a, b = make_interval(a), make_interval(b)
     if a.kind == b.kind == "tuple":
-        return is_same(a, b) if REALS not in (a, b) else a == b
+        return is_same(a, b) if tree.REALS not in (a, b) else a == b
     if {a.kind, b.kind} <= {"union", "list"} and has_same_elements(Node("list", a.args), Node("list", b.args)):
         return True
-    if max(len(find_unknowns(a)), len(find_unknowns(b))) > 1 or not (is_set_of_reals(a) and is_set_of_reals(b)):
+    if not all(is_set_of_reals(node) and len(tree.find_unknowns(node)) <= 1 for node in (a, b)):
         return False
-    CONTEXT.require_worker_for(math.inf)
-    return make_sympy_set(a) == make_sympy_set(b)
+    numeric.CONTEXT.require_worker_for(math.inf)
+    return numeric.make_sympy_set(a) == numeric.make_sympy_set(b)
 
 
 def is_set_of_reals(node: Node) -> bool:
@@ -364,10 +343,10 @@ def is_same_text(a: str, b: str) -> bool:
     return bare_a == bare_b
 
 
-def judge(answer: str, gold: str, tolerance: float | None = None, seconds: float = LOCAL_SECONDS) -> bool:
+def judge(answer: str, gold: str, tolerance: float | None = None, seconds: float = numeric.LOCAL_SECONDS) -> bool:
     """Whether an answer is right; NeedsWorker where that takes sympy, or more processor time than `seconds`, unless
     these are math.inf, as in a worker."""
-    CONTEXT.start_verdict(seconds)
+    numeric.CONTEXT.start_verdict(seconds)
     number_a, number_b = split_number(answer), split_number(gold)
     if number_a and number_b and tolerance is None:
         return number_a == number_b
@@ -400,10 +379,12 @@ def judge(answer: str, gold: str, tolerance: float | None = None, seconds: float
 
 def is_within(a: Node, b: Node, tolerance: float) -> bool:
     """Whether two constants differ by at most the tolerance that the problem states."""
-    CONTEXT.mp.prec = 100
+    values = [node.args[0] if node.kind == "unit" else node for node in (a, b)]
+    mp = numeric.CONTEXT.mp
+    mp.prec = 100
     try:
-        x, y = (evaluate(node.args[0] if node.kind == "unit" else node, {}, CONTEXT.mp, False) for node in (a, b))
-    except Undefined:
+        x, y = (numeric.evaluate(value, {}, mp, real=False) for value in values)
+    except numeric.Undefined:
         return False
     return bool(abs(x - y) <= tolerance)
 
@@ -426,7 +407,7 @@ def submit_answer(answer: str, gold: str, tolerance: float | None = None) -> Fut
     """The verdict on a bare answer as a future: already done where it is cheap, else it comes from a worker."""
     try:
         return finished(make_verdict(answer, judge(answer, gold, tolerance)))
-    except NeedsWorker:
+    except numeric.NeedsWorker:
         return POOL.submit([answer, gold, tolerance], lambda correct: make_verdict(answer, correct))
     except Exception:  # a fault of ours must cost one verdict, not the run that waits for it
         logging.getLogger(__name__).exception("grading failed: %.200r against %.200r", answer, gold)

@@ -7,7 +7,7 @@ A node has a kind and arguments, which are nodes or texts:
 - "tuple", opening and closing bracket first: a point, or an interval; "union", "intersection", "minus" of sets.
 - "text", words; "based", digits and their base.
 
-The functions in lower case below build nodes. They keep rational arithmetic exact and leave everything else as it is.
+The functions below build nodes. They compute rational numbers exactly and leave everything else as it is.
 """
 
 import math
