@@ -494,7 +494,7 @@ def evaluate_model(name: str, model: Path, problems: Problems, out: Path, parts:
     if "RANK" in os.environ:
         import torch.distributed as dist
 
-        # One group for each model, as the engine's shutdown ends it, too. A fast rank may wait long for the slowest one.
+        # One group for each model, as the engine's shutdown also ends it. A fast rank may wait long for a slow one.
         store = dist.PrefixStore(name, next(dist.rendezvous("env://"))[0])
         dist.init_process_group("gloo", timeout=timedelta(days=7), store=store, rank=RANK, world_size=RANKS)
 

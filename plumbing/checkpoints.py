@@ -98,7 +98,7 @@ def load(folder: Path, parts: list[Part]) -> tuple[int, int]:
     there = list_checkpoints(folder)
     if not there:
         return 0, 0
-    state = {"parts": collect_state(parts), "step": 0, "generated": 0}
+    state: dict[str, Any] = {"parts": collect_state(parts), "step": 0, "generated": 0}
     try:
         dcp.load(state, checkpoint_id=there[-1])
     except (Exception, CheckpointException) as error:  # whatever a damaged or foreign file makes of its reader
@@ -136,7 +136,8 @@ def best_so_far(folder: Path, metric: str) -> tuple[int, float]:
     """(step, value) of the highest metric in the log, the first of equals; (0, -1) where there is none. Rank 0's log
     decides for all ranks."""
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if metric in row]
-    best = max(rows, key=lambda row: (row[metric], -row["step"]), default={metric: -1.0, "step": 0})
+    nothing: dict[str, Any] = {metric: -1.0, "step": 0}
+    best = max(rows, key=lambda row: (row[metric], -row["step"]), default=nothing)
     found = [(best["step"], best[metric])]
     dist.broadcast_object_list(found, src=0)
     return found[0]

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ class Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
 
     def stop(self, phase: str) -> None:
@@ -43,7 +43,7 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """The seconds so far; counting begins anew."""
-        taken, self.seconds = dict(self.seconds), Counter()
+        taken, self.seconds = self.seconds, defaultdict(float)
         return taken
 
 
