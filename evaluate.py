@@ -198,8 +198,8 @@ def make_record(chat: Chat, dialogue: Dialogue, item: Item) -> dict[str, Any]:
     attempts = []
     for a in dialogue.attempts:
         text = chat.decode(dialogue.ids[a.start : a.end], skip_special_tokens=True)
-        judged = {"answer": a.answer, "status": a.status, "ending": a.ending, "tokens": a.end - a.start}
-        attempts.append({"text": text} | judged)
+        judged = {"answer": a.answer, "status": a.status, "ending": a.ending}
+        attempts.append({"text": text, **judged, "tokens": a.end - a.start})
     return item._asdict() | {"attempts": attempts}
 
 
@@ -297,7 +297,7 @@ def sample_curves(samples: Sequence[dict[str, Any]]) -> dict[str, Sequence[float
     """From one problem's n independent samples, by the number of them that is drawn, 0..n: that number ("samples"); the
     probability that one of them is right ("pass") and that their vote is ("majority"); their expected tokens ("cost"),
     and what these are if drawing ends at a right one ("cost_until_right")."""
-    nothing = {"answer": None, "status": "no_answer", "tokens": 0}  # where the question fills the context
+    nothing: dict[str, Any] = {"answer": None, "status": "no_answer", "tokens": 0}  # where the question fills the context
     attempts = [r["attempts"][0] if r["attempts"] else nothing for r in samples]
     right = [a["tokens"] for a in attempts if a["status"] == "correct"]
     wrong = [a["tokens"] for a in attempts if a["status"] != "correct"]
@@ -367,7 +367,7 @@ def compare(first: Estimate, second: Estimate) -> dict[str, Any]:
     return result
 
 
-def summarise(models: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(models: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """{"models", "comparisons"} of results.json, from the records of each model."""
     measured: dict[str, dict[str, dict[str, Estimate]]] = {}  # model -> benchmark -> metric
     sizes: dict[str, int] = {}  # problems of each benchmark
@@ -465,10 +465,10 @@ def identify_weights(model: Path) -> str:
 
 def list_settings(benchmarks: dict[str, Path]) -> dict[str, Any]:
     """What the numbers depend on, besides the model."""
-    names = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "SYSTEM_TURNS", "MAX_ATTEMPT_TOKENS", "CONTEXT")
-    settings = {name: getattr(rollout, name) for name in names}
-    names = ("SEED", "PROTOCOL", "SAMPLES", "RESAMPLES", "TEMPERATURE", "CONFIDENCE", "BOOTSTRAP", "DTYPE")
-    settings |= {name: globals()[name] for name in names}
+    of_rollout = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "SYSTEM_TURNS", "MAX_ATTEMPT_TOKENS", "CONTEXT")
+    settings = {name: getattr(rollout, name) for name in of_rollout}
+    own = ("SEED", "PROTOCOL", "SAMPLES", "RESAMPLES", "TEMPERATURE", "CONFIDENCE", "BOOTSTRAP", "DTYPE")
+    settings |= {name: globals()[name] for name in own}
     settings["grader"] = fingerprint(*(Path(__file__).parent / file for file in GRADING_FILES))
     return settings | {f"benchmark {name}": fingerprint(path) for name, path in benchmarks.items()}
 

@@ -131,7 +131,7 @@ def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> d
     if missing:
         raise ValueError(f"row {number} has no column {' and '.join(missing)}; it has {', '.join(row)}")
     given = last_box(row["solution"]) if source.answer == "solution" else row[source.answer]
-    problem = {"id": f"{name}/{row.get('id', row.get('unique_id', number))}"}
+    problem: dict[str, Any] = {"id": f"{name}/{row.get('id', row.get('unique_id', number))}"}
     problem |= {"question": str(row[question]).strip(), "answer": GOLD.get(name, str)(given).strip()}
     if not problem["question"] or (not problem["answer"] and name != TRAINING):
         raise ValueError(f"row {number} has an empty question or answer")

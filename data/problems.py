@@ -82,7 +82,7 @@ def to_problem(row: Any, name: str, where: str) -> dict[str, Any]:
     """
     if not isinstance(row, dict) or None in row:  # None: where csv keeps cells that no column has a name for
         raise SystemExit(f"{where}: must be an object, or a row as long as the header, not {str(row)[:80]}")
-    row, problem = dict(row), {}
+    row, problem = dict(row), dict[str, Any]()
     for field, names in COLUMNS.items():
         column = next((c for name in names for c in row if c.lower() == name), None)
         value = row.pop(column, None)

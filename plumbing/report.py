@@ -180,9 +180,8 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
     for number, (axes, (title, lines)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
         by_step = any(curve.steps is not None for curve in lines)
         places = [curve.steps or range(1, len(curve.accuracy) + 1) for curve in lines]
-        for order, (curve, x) in enumerate(
-            zip(reversed(lines), reversed(places), strict=True), 2
-        ):  # the first curve on top
+        from_below = zip(reversed(lines), reversed(places), strict=True)  # the first curve comes to lie on top
+        for order, (curve, x) in enumerate(from_below, 2):
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(x, curve.low, curve.high, color=curve.color, alpha=0.13, linewidth=0, zorder=order)
             mark = "o" if curve.line == "-" and not by_step else None
@@ -194,7 +193,7 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
             axes.set(title=title, xlabel="training step", xmargin=0)
         else:
             top = min(1.0, max(max(curve.high or curve.accuracy) for curve in lines) * 1.08 + 0.01)
-            axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, last + 1))
+            axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, int(last) + 1))
             axes.set(xlim=(0.9, last + 0.1), ylim=(0, top))
         named = [(curve, x) for curve, x in zip(lines, places, strict=True) if curve.label]
         (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -229,7 +228,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return placed
 
 
-def learning_curves(runs: dict[str, Sequence[dict[str, Any]]], color_of: dict[str, str]) -> dict[str, list[Curve]]:
+def learning_curves(runs: dict[str, list[dict[str, Any]]], color_of: dict[str, str]) -> dict[str, list[Curve]]:
     """A panel for each metric of TRAINING, a curve for each run. runs: the rows of each metrics.jsonl."""
     panels: dict[str, list[Curve]] = {}
     for metric in TRAINING:
@@ -245,7 +244,7 @@ def write_files(
     out: Path,
     results: dict[str, Any],
     problems: dict[tuple[str, str], dict[str, Any]],
-    records: dict[str, Sequence[dict[str, Any]]],
+    records: dict[str, list[dict[str, Any]]],
     folders: dict[str, Path],
     find_repeats: Callable[[Sequence[dict[str, Any]]], list[bool]],
 ) -> None:
@@ -273,7 +272,7 @@ def write_files(
 def page_data(
     results: dict[str, Any],
     problems: dict[tuple[str, str], dict[str, Any]],
-    records: dict[str, Sequence[dict[str, Any]]],
+    records: dict[str, list[dict[str, Any]]],
     find_repeats: Callable[[Sequence[dict[str, Any]]], list[bool]],
 ) -> dict[str, Any]:
     """What the page shows: the results, and for each problem a dialogue of each model, with the largest K."""
@@ -310,7 +309,7 @@ def make_page(out: Path, data: dict[str, Any], figures: dict[str, str]) -> str:
         drawings += f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
     packed = gzip.compress(json.dumps(data, ensure_ascii=False).encode(), 9, mtime=0)
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    script = text[text.index("<script>") + len("<script>") : text.index("</script>")]
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = text.replace("__SCRIPT_HASH__", allowed).replace("__FIGURES__", drawings)
     return text.replace("__DATA__", base64.b64encode(packed).decode())
