@@ -4,7 +4,7 @@
 2. Feedback is environment: it is in the context of everything that follows, in no loss, and GAE steps over it.
 3. The critic is a second copy of the model; advantages are whitened over all actions of a rollout, on all ranks.
 4. The KL to the start model (k3) stands in the loss, not in the reward.
-5. Losses are sums over actions divided by their global number: no micro-batch, packing or rank changes a gradient.
+5. Losses are means over all actions of an optimiser step: no micro-batch, packing or rank changes a gradient.
 
     python ppo.py PRESET=toy RUN=first                                           # the toy world, one process, on a CPU
     torchrun --nproc-per-node 2 ppo.py PRESET=toy RUN=second STEPS=20            # two processes
@@ -30,16 +30,15 @@ from plumbing.chat import Chat, load_tokenizer
 from plumbing.checkpoints import Part
 from plumbing.constants import Count, Share, require
 from plumbing.engine import Engine
+from plumbing.models import Actor, Critic
 from plumbing.packing import MicroBatch
 from plumbing.ranks import all_sum, print_once
 from presets import PRESETS
-from rollout import Dialogue
+from rollout import Attempt, Dialogue
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 # The values are the paper's. A preset changes a group of them, NAME=value on the command line one; a start prints both.
 # What to train
@@ -63,8 +62,9 @@ LAMBDA: float = 0.99  # GAE: 1 = whole return (no bias), 0 = one step (little va
 CLIP: float = 0.2  # PPO: the ratio earns nothing outside 1 +- CLIP
 VALUE_CLIP: float = 0.2  # values move at most this far from those of the rollout
 ATTEMPT_GAMMA: float = 1.0  # further discount from one attempt to the next (paper 1; SCoRe 0: each on its own)
-KL_COEF: tuple[float, ...] = (0.01,)  # weight of KL (k3) to the start model, by attempt; the last for all others
-KL_IN_REWARD: float = 0.0  # weight of k1 in each action's reward (paper 0); no KL at all: no reference is loaded
+KL_COEF: tuple[float, ...] = (0.01,)  # weight of the KL to the start model, by attempt; the last for all others
+KL_ESTIMATOR: Literal["k1", "k2", "k3"] = "k3"  # k1 stands in the reward, the others in the loss; see kl_estimate
+LOSS_MEAN: Literal["actions", "dialogues", "attempts", "constant"] = "actions"  # what losses are a mean over
 ENTROPY_COEF: float = 0.0  # weight of an entropy bonus (paper: none)
 TRUNCATE_IS: float = 0.0  # weigh actions by min(trainer's / sampler's probability, this); 0 = do not
 CRITIC_WARMUP: int = 0  # first steps in which only the critic learns (paper 0)
@@ -154,16 +154,15 @@ def group_advantages(returns: Tensor, method: str) -> Tensor:
 def assign_group_advantages(dialogues: Sequence[Dialogue]) -> None:
     """Give each attempt of a step's dialogues its advantage over the others. It earns its own reward and, discounted by
     ATTEMPT_GAMMA, those of the attempts after it. The SAMPLES_PER_PROMPT dialogues of a problem follow each other."""
-    returns = torch.zeros(len(dialogues), rollout.MAX_ATTEMPTS, dtype=torch.float64)  # (D, K)
-    made = torch.zeros_like(returns, dtype=torch.bool)
+    returns = torch.full((len(dialogues), rollout.MAX_ATTEMPTS), torch.nan, dtype=torch.float64)  # (D, K)
     for d, dialogue in enumerate(dialogues):
-        for k, attempt in enumerate(dialogue.attempts):
-            returns[d, k], made[d, k] = attempt.reward, attempt.own
-    for k in reversed(range(rollout.MAX_ATTEMPTS - 1)):
-        returns[:, k] += ATTEMPT_GAMMA * returns[:, k + 1]
+        to_come = 0.0
+        for k, attempt in reversed(list(enumerate(dialogue.attempts))):
+            to_come = attempt.reward + ATTEMPT_GAMMA * to_come
+            if attempt.own:
+                returns[d, k] = to_come
     size = len(dialogues) if ESTIMATOR == "reinforce" else rollout.SAMPLES_PER_PROMPT
-    grouped = torch.where(made, returns, torch.nan).unflatten(0, (-1, size))  # (G, S, K)
-    advantages = group_advantages(grouped, ESTIMATOR).flatten(0, 1)  # (D, K)
+    advantages = group_advantages(returns.unflatten(0, (-1, size)), ESTIMATOR).flatten(0, 1)  # (G, S, K) -> (D, K)
     for dialogue, row in zip(dialogues, advantages.tolist(), strict=True):
         for attempt, advantage in zip(dialogue.attempts, row, strict=False):
             attempt.advantage = advantage
@@ -182,9 +181,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), summed over the actions -> loss, sums to log.
 
-    All (B, T) or any one shape; mask 1 = action; weights multiply each action's term. The caller divides by the number
-    of actions of the optimiser step, on all ranks together. The ratio 1.5 of a good action is clipped to 1.2 and passes
-    no gradient:
+    All (B, T) or any one shape; mask 1 = action; weights multiply each action's term. The ratio 1.5 of a good action is
+    clipped to 1.2 and passes no gradient:
     >>> logprobs = torch.tensor([1.5, 1.0]).log().requires_grad_()
     >>> loss, stats = policy_loss(logprobs, torch.zeros(2), torch.tensor([1.0, -2.0]), torch.ones(2), clip=0.2)
     >>> loss.backward()
@@ -205,12 +203,12 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, weights: Tensor | float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error of the values, clipped like the policy, summed over the actions -> loss, sums to log.
 
     A value may move by `clip` from that of the rollout; of the errors of the moved and the clipped value the larger
-    counts. All (B, T) or any one shape; mask 1 = action.
+    counts. All (B, T) or any one shape; mask 1 = action; weights multiply each action's term.
     >>> loss, _ = value_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([2.0]), torch.ones(1), clip=0.2)
     >>> round(loss.item(), 6)  # 0.5 * max((1 - 2)^2, (0.2 - 2)^2)
     1.62
@@ -219,14 +217,48 @@ def value_loss(
     values, old_values, returns = (torch.where(action, x, 0.0) for x in (values, old_values, returns))
     clipped_values = old_values + (values - old_values).clamp(-clip, clip)
     error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
-    loss = 0.5 * torch.where(action, torch.maximum(error, clipped_error), 0.0).sum()
+    loss = 0.5 * torch.where(action, weights * torch.maximum(error, clipped_error), 0.0).sum()
     return loss, {"value_clipped": (action & (clipped_error > error)).sum().float()}
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-action estimate of KL(policy || reference) that is never negative: exp(d) - 1 - d, d = log(ref / policy)."""
-    d = ref_logprobs - logprobs
-    return d.exp() - 1 - d
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimates of KL(policy || reference) from actions of the policy, one for each action, in any one shape.
+
+    With d = log(policy / reference): k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, which is never negative and has the KL
+    as its mean. What counts in a loss is the mean of the gradient: that of k2 is the gradient of KL(policy ||
+    reference); that of k3 is the gradient of KL(reference || policy), which grows exponentially where the policy has
+    left the reference; that of k1 is zero, so k1 stands in the reward instead, where it gives that of KL(policy ||
+    reference). All of this holds for actions of the present policy; after the first mini-batch it is an approximation.
+    >>> logprobs, ref_logprobs = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()  # d = log 2
+    >>> [round(kl_estimate(logprobs, ref_logprobs, k).item(), 4) for k in ("k1", "k2", "k3")]
+    [0.6931, 0.2402, 0.1931]
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k3":
+        return (-d).exp() - 1 + d
+    return d.square() / 2 if estimator == "k2" else d
+
+
+def loss_weights(mini_batch: Sequence[Dialogue]) -> list[list[float]]:
+    """The weight of each action in the losses of an optimiser step, (T,) for each of its dialogues, by LOSS_MEAN:
+
+    "actions": all alike (the paper; DAPO, arXiv 2503.14476, eq. 8). "dialogues": the mean over dialogues of the mean
+    over a dialogue's actions (GRPO, arXiv 2402.03300, eq. 3), in which actions of short dialogues weigh more;
+    "attempts": the same by attempts. "constant": the mean over dialogues of the sum over a dialogue's actions, divided
+    by MAX_ATTEMPT_TOKENS, so that no length changes a weight (Dr. GRPO, arXiv 2503.20783, eq. 1; RLOO and SCoRe).
+    """
+    actions = sum(sum(dialogue.mask) for dialogue in mini_batch)
+    attempts = sum(attempt.own for dialogue in mini_batch for attempt in dialogue.attempts)
+
+    def weight(dialogue: Dialogue, attempt: Attempt) -> float:
+        if LOSS_MEAN == "actions":
+            return 1 / actions
+        if LOSS_MEAN == "attempts":
+            return 1 / attempts / (attempt.end - attempt.start)
+        length = sum(dialogue.mask) if LOSS_MEAN == "dialogues" else rollout.MAX_ATTEMPT_TOKENS
+        return 1 / len(mini_batch) / length
+
+    return [spread(dialogue, [weight(dialogue, a) for a in dialogue.attempts]) for dialogue in mini_batch]
 
 
 # The batch ------------------------------------------------------------------------------------------------------------
@@ -236,10 +268,10 @@ class Batch:
 
     dialogues: Sequence[Dialogue]
     mini_batches: list[range]  # rows of each optimiser step
-    lengths: list[int]  # tokens of each dialogue
     ids: Tensor  # int64
     mask: Tensor  # 1 = action
-    attempt: Tensor  # int64; number of the attempt that an action belongs to, from 0
+    kl_coef: Tensor  # weight of the KL, by the attempt that an action belongs to
+    loss_weights: Tensor  # of each action in the losses of its optimiser step
     rewards: Tensor
     sampler_logprobs: Tensor
     # what prepare() fills in
@@ -250,27 +282,32 @@ class Batch:
     returns: Tensor
 
     def micro_batches(self, rows: range) -> Iterator[MicroBatch]:
-        kernel = packing.has_kernel(COMPUTE_DTYPE)
-        return packing.iterate_micro_batches(self.ids, self.mask, self.lengths, rows, kernel)
+        lengths, kernel = [len(d.ids) for d in self.dialogues], packing.has_kernel(COMPUTE_DTYPE)
+        return packing.iterate_micro_batches(self.ids, self.mask, lengths, rows, kernel)
 
 
 def make_batch(dialogues: Sequence[Dialogue]) -> Batch:
     """This rank's share of each mini-batch of a step's dialogues. Who played a dialogue does not decide who trains on
     it: each rank gets about as many tokens."""
     mine: list[Dialogue] = []
-    mini_batches = []
-    for share in packing.share_mini_batches([len(d.ids) for d in dialogues], MINI_BATCH):
+    weights: list[list[float]] = []
+    mini_batches: list[range] = []
+    for start in range(0, len(dialogues), MINI_BATCH):
+        mini_batch = dialogues[start : start + MINI_BATCH]
+        share = packing.share_of_rank([len(d.ids) for d in mini_batch])
         mini_batches.append(range(len(mine), len(mine) + len(share)))
-        mine += [dialogues[i] for i in share]
+        mine += [mini_batch[i] for i in share]
+        weights_of_all = loss_weights(mini_batch)
+        weights += [weights_of_all[i] for i in share]
     mask = packing.pad([d.mask for d in mine])
     later = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
     return Batch(
         dialogues=mine,
         mini_batches=mini_batches,
-        lengths=[len(d.ids) for d in mine],
         ids=packing.pad([d.ids for d in mine], torch.int64),
         mask=mask,
-        attempt=packing.pad([spread(d, itertools.count()) for d in mine], torch.int64),
+        kl_coef=packing.pad([spread(d, itertools.chain(KL_COEF, itertools.repeat(KL_COEF[-1]))) for d in mine]),
+        loss_weights=packing.pad(weights),
         rewards=packing.pad([rollout.token_rewards(d) for d in mine]),
         sampler_logprobs=packing.pad([d.logprobs for d in mine]),
         **{name: torch.zeros_like(mask) for name in later},
@@ -285,55 +322,7 @@ def spread(dialogue: Dialogue, values: Iterable[float]) -> list[float]:
     return spread_out
 
 
-# The models -----------------------------------------------------------------------------------------------------------
-class Actor(nn.Module):
-    """A causal language model asked for its actions alone: forward -> (logprobs, entropy), (A,) float32 each."""
-
-    def __init__(self, model: str, tokens: int):
-        super().__init__()
-        self.lm = ranks.load_model(model, packing.attention_name(COMPUTE_DTYPE))
-        self.tokens = tokens  # ids of the tokenizer; rows of a padded vocabulary beyond them are never sampled
-
-    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        hidden = hidden_states(self.lm.model, micro)  # (A, H)
-        rows, columns = micro.state
-        targets = micro.ids[rows, columns + 1]  # (A,)
-        head = self.lm.lm_head.weight[: self.tokens]  # (V, H)
-        chunks = zip(hidden.split(packing.LOGITS_CHUNK), targets.split(packing.LOGITS_CHUNK), strict=True)
-        parts = [checkpoint(score_actions, h, t, head, use_reentrant=False) for h, t in chunks]
-        logprobs, entropy = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropy)
-
-
-def hidden_states(body: nn.Module, micro: MicroBatch) -> Tensor:
-    """The states in which the actions were taken, (A, H)."""
-    out = body(input_ids=micro.ids, position_ids=micro.positions, use_cache=False, **micro.attention)
-    return out.last_hidden_state[micro.state]  # (R, L, H) -> (A, H)
-
-
-def score_actions(hidden: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, H), (A,), (V, H) -> log-probability of each target and entropy of its distribution, (A,) float32."""
-    logits = F.linear(hidden, head).float()  # (A, V)
-    log_total = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
-    entropy = log_total - (logits.softmax(-1) * logits).sum(-1)
-    return logprobs, entropy
-
-
-class Critic(nn.Module):
-    """The same model with one number in place of the vocabulary: -> value of each action's state, (A,)."""
-
-    def __init__(self, model: str):
-        super().__init__()
-        self.body = ranks.load_model(model, packing.attention_name(COMPUTE_DTYPE)).model
-        width = self.body.config.hidden_size
-        self.head = nn.Linear(width, 1, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / (width + 1))
-
-    def forward(self, micro: MicroBatch) -> Tensor:
-        return (hidden_states(self.body, micro) @ self.head.weight[0]).float()  # (A, H) -> (A,)
-
-
+# What is trained ------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Learner:
     """What is trained, with what; the critic is None where the advantages need none, the reference where no KL does."""
@@ -341,49 +330,44 @@ class Learner:
     actor: Actor
     critic: Critic | None
     reference: Actor | None
-    optimizers: dict[str, torch.optim.Optimizer]  # "actor", "critic"
+    parts: list[Part]  # actor and critic, each with its optimiser
     skipped: int = 0  # optimiser steps skipped in a row
 
     @classmethod
     def load(cls, tokens: int) -> "Learner":
         """All models from MODEL; tokens: size of the tokenizer. Optimisers come before any forward pass (FSDP2)."""
-        learner = cls(ranks.shard(Actor(MODEL, tokens), COMPUTE_DTYPE), None, None, {})
+        learner = cls(
+            ranks.shard(Actor(MODEL, tokens, COMPUTE_DTYPE, ENTROPY_COEF != 0), COMPUTE_DTYPE), None, None, []
+        )
         if ESTIMATOR == "gae":
-            learner.critic = ranks.shard(Critic(MODEL), COMPUTE_DTYPE)
-        if needs_reference():
-            reference = Actor(REFERENCE or MODEL, tokens).requires_grad_(False)
+            learner.critic = ranks.shard(Critic(MODEL, COMPUTE_DTYPE), COMPUTE_DTYPE)
+        if any(KL_COEF):
+            reference = Actor(REFERENCE or MODEL, tokens, COMPUTE_DTYPE, False).requires_grad_(False)
             learner.reference = ranks.shard(reference, COMPUTE_DTYPE)
         for name, model in (("actor", learner.actor), ("critic", learner.critic)):
             if model:
                 adam = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-                learner.optimizers[name] = adam
+                learner.parts.append(Part(name, model, adam))
         return learner
-
-    def parts(self) -> list[Part]:
-        return [Part(name, getattr(self, name), optimizer) for name, optimizer in self.optimizers.items()]
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Under their Hugging Face names. All ranks must take them all."""
         return ranks.whole_weights(self.actor.lm, COMPUTE_DTYPE)
 
 
-def needs_reference() -> bool:
-    return any(KL_COEF) or KL_IN_REWARD > 0
-
-
 def set_learning_rates(learner: Learner, progress: float) -> dict[str, float]:
     metrics = {}
-    for part in learner.parts():
+    for part in learner.parts:
         peak = ACTOR_LR if part.name == "actor" else CRITIC_LR
         metrics[f"{part.name}_lr"] = part.optimizer.param_groups[0]["lr"] = peak * learning_rate(progress)
     return metrics
 
 
 def learning_rate(progress: float) -> float:
-    """Share of the peak at `progress` in [0, 1] of training: linear over WARMUP, then half a cosine to MIN_LR."""
+    """Share of the peak at `progress` in [0, 1) of training: linear over WARMUP, then half a cosine to MIN_LR."""
     if progress < WARMUP:
         return progress / WARMUP
-    decayed = min(1.0, (progress - WARMUP) / (1 - WARMUP))
+    decayed = (progress - WARMUP) / (1 - WARMUP)
     return MIN_LR + (1 - MIN_LR) * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
@@ -412,7 +396,7 @@ def play_step(
 def evaluate_actions(model: nn.Module, batch: Batch) -> Tensor:
     """An actor's log-probability or a critic's value of each action, (B, T), 0 elsewhere."""
     result = torch.zeros_like(batch.rewards)
-    for micro in batch.micro_batches(range(len(batch.lengths))):
+    for micro in batch.micro_batches(range(len(batch.dialogues))):
         out = model(micro)
         if micro.counts:
             result[micro.action] = out[0] if isinstance(out, tuple) else out
@@ -450,7 +434,9 @@ def estimate_advantages(batch: Batch, dialogues: Sequence[Dialogue], learner: Le
     """Advantages and returns by ESTIMATOR: GAE with a critic, else each attempt against others of its group."""
     if learner.critic:
         batch.values = evaluate_actions(learner.critic, batch)
-        rewards = batch.rewards - KL_IN_REWARD * (batch.old_logprobs - batch.ref_logprobs)
+        rewards = batch.rewards
+        if KL_ESTIMATOR == "k1":
+            rewards = rewards - batch.kl_coef * kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1")
         batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, GAMMA, LAMBDA, ATTEMPT_GAMMA)
         return
     assign_group_advantages(dialogues)
@@ -458,56 +444,54 @@ def estimate_advantages(batch: Batch, dialogues: Sequence[Dialogue], learner: Le
 
 
 def update(batch: Batch, learner: Learner, train_actor: bool) -> dict[str, float]:
-    """EPOCHS passes of PPO over the rollout, an optimiser step for each mini-batch -> metrics, means over actions.
-    train_actor: whether the actor learns, too (not during CRITIC_WARMUP)."""
+    """EPOCHS passes of PPO over the rollout, an optimiser step for each mini-batch -> metrics: losses are means over
+    steps, the others over actions. train_actor: whether the actor learns, too (not during CRITIC_WARMUP)."""
     sums: Counter[str] = Counter()
     norms: dict[str, list[float]] = defaultdict(list)
-    trained = [part for part in learner.parts() if train_actor or part.name == "critic"]
+    trained = [part for part in learner.parts if train_actor or part.name == "critic"]
     for rows in batch.mini_batches * EPOCHS:
-        (actions,) = all_sum(batch.mask[rows.start : rows.stop].sum())
-        scale = dist.get_world_size() / actions  # FSDP averages over ranks; what is wanted is the mean over all actions
-        for micro in batch.micro_batches(rows):
-            if train_actor:
-                sums.update(accumulate_actor_gradient(batch, micro, learner, scale))
-            if learner.critic:
-                sums.update(accumulate_critic_gradient(batch, micro, learner.critic, scale))
-            sums["actions"] += len(micro.action[0]) if micro.counts else 0
+        for part in trained:  # one model after the other: until its last micro-batch a rank holds all of its gradient
+            accumulate = accumulate_actor_gradient if part.name == "actor" else accumulate_critic_gradient
+            for micro in batch.micro_batches(rows):
+                part.model.set_requires_gradient_sync(micro.is_last)
+                sums.update(accumulate(batch, micro, part.model))
         for name, norm in step_optimizers(learner, trained).items():
             norms[name].append(norm)
     names = sorted(sums)  # the same order on all ranks
-    totals = dict(zip(names, all_sum(*(sums[name] for name in names)), strict=True))
-    count = totals.pop("actions")
-    metrics = {name: total / count for name, total in totals.items()}
+    actions, *totals = all_sum(batch.mask.sum(), *(sums[name] for name in names))
+    steps = len(batch.mini_batches) * EPOCHS
+    counts = {name: steps if name.endswith("loss") else actions * EPOCHS for name in names}
+    metrics = {name: total / counts[name] for name, total in zip(names, totals, strict=True)}
     return metrics | {name: statistics.fmean(values) for name, values in norms.items()}
 
 
-def accumulate_actor_gradient(batch: Batch, micro: MicroBatch, learner: Learner, scale: float) -> dict[str, float]:
+def accumulate_actor_gradient(batch: Batch, micro: MicroBatch, actor: nn.Module) -> dict[str, float]:
     """Add the gradient of policy loss, KL and entropy bonus over a micro-batch -> sums to log."""
-    learner.actor.set_requires_gradient_sync(micro.is_last)
     at = micro.action
     mask = torch.full_like(batch.mask[at], float(micro.counts))  # (A,)
-    logprobs, entropy = learner.actor(micro)
-    weights: Tensor | float = 1.0
+    weights, ref_logprobs = mask * batch.loss_weights[at], batch.ref_logprobs[at]
+    logprobs, entropy = actor(micro)
+    trusted = weights
     if TRUNCATE_IS:
-        weights = (batch.old_logprobs - batch.sampler_logprobs)[at].exp().clamp(max=TRUNCATE_IS)
-    loss, stats = policy_loss(logprobs, batch.old_logprobs[at], batch.advantages[at], mask, CLIP, weights)
-    kl = mask * kl_k3(logprobs, batch.ref_logprobs[at])
-    kl_coef = torch.tensor(KL_COEF, device=kl.device)[batch.attempt[at].clamp(max=len(KL_COEF) - 1)]  # (A,)
-    entropy = (mask * entropy).sum()
-    ((loss + (kl_coef * kl).sum() - ENTROPY_COEF * entropy) * scale).backward()
-    stats |= {"policy_loss": loss, "entropy": entropy}
-    if learner.reference:
-        stats["kl_k3"] = kl.sum()
+        trusted = weights * (batch.old_logprobs - batch.sampler_logprobs)[at].exp().clamp(max=TRUNCATE_IS)
+    loss, stats = policy_loss(logprobs, batch.old_logprobs[at], batch.advantages[at], mask, CLIP, trusted)
+    stats |= {"policy_loss": loss, "entropy": (mask * entropy).sum()}
+    if any(KL_COEF):
+        stats["kl_k3"] = (mask * kl_estimate(logprobs.detach(), ref_logprobs, "k3")).sum()
+    if KL_ESTIMATOR != "k1":
+        loss = loss + (weights * batch.kl_coef[at] * kl_estimate(logprobs, ref_logprobs, KL_ESTIMATOR)).sum()
+    loss = loss - ENTROPY_COEF * (weights * entropy).sum()
+    (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; what is wanted is their sum
     return {name: value.item() for name, value in stats.items()}
 
 
-def accumulate_critic_gradient(batch: Batch, micro: MicroBatch, critic: Critic, scale: float) -> dict[str, float]:
+def accumulate_critic_gradient(batch: Batch, micro: MicroBatch, critic: nn.Module) -> dict[str, float]:
     """Add the gradient of the value loss over a micro-batch -> sums to log."""
-    critic.set_requires_gradient_sync(micro.is_last)
     at = micro.action
     mask = torch.full_like(batch.mask[at], float(micro.counts))  # (A,)
-    loss, stats = value_loss(critic(micro), batch.values[at], batch.returns[at], mask, VALUE_CLIP)
-    (loss * scale).backward()
+    values, weights = critic(micro), batch.loss_weights[at]
+    loss, stats = value_loss(values, batch.values[at], batch.returns[at], mask, VALUE_CLIP, weights)
+    (loss * dist.get_world_size()).backward()
     return {"value_loss": loss.item()} | {name: value.item() for name, value in stats.items()}
 
 
@@ -541,9 +525,9 @@ def check_constants() -> None:
     require(MINI_BATCH % world == 0, f"MINI_BATCH={MINI_BATCH} must be a multiple of the {world} ranks")
     require(MINI_BATCH % samples == 0, f"MINI_BATCH={MINI_BATCH} must be a multiple of SAMPLES_PER_PROMPT={samples}")
     require(world % ranks.shard_size() == 0, f"{world} ranks must be a multiple of SHARD_RANKS={ranks.SHARD_RANKS}")
-    require(0 <= WARMUP < 1, f"WARMUP={WARMUP}: must be a share of the training, at least 0 and less than 1")
     if ESTIMATOR != "gae":
-        require(not KL_IN_REWARD and not CRITIC_WARMUP, "KL_IN_REWARD and CRITIC_WARMUP need a critic: ESTIMATOR=gae")
+        needs_critic = KL_ESTIMATOR == "k1" or CRITIC_WARMUP > 0
+        require(not needs_critic, "KL_ESTIMATOR=k1 and CRITIC_WARMUP need a critic: ESTIMATOR=gae")
     if ESTIMATOR in ("rloo", "grpo", "dr_grpo"):
         require(samples > 1, f"ESTIMATOR={ESTIMATOR} compares dialogues of a problem: set SAMPLES_PER_PROMPT above 1")
 
@@ -561,7 +545,7 @@ def dev_accuracies(sampler: Engine, chat: Chat, dev: list[dict[str, Any]]) -> di
 
 def progress(step: int, generated: int) -> float:
     """Share of the training that is done, by the one of STEPS and TOKEN_BUDGET that ends first."""
-    return max(step / STEPS if STEPS else 0.0, generated / TOKEN_BUDGET if TOKEN_BUDGET else 0.0)
+    return min(1.0, max(step / STEPS if STEPS else 0.0, generated / TOKEN_BUDGET if TOKEN_BUDGET else 0.0))
 
 
 def train(
@@ -569,7 +553,7 @@ def train(
     problems: list[dict[str, Any]], dev: list[dict[str, Any]], offline: dict[str, list[Any]],
 ) -> None:  # fmt: skip
     """The training loop, from the newest checkpoint to the end."""
-    step, generated = checkpoints.load(folder, learner.parts())
+    step, generated = checkpoints.load(folder, learner.parts)
     print_once(f"{folder} resumes after step {step}" if step else f"{folder} begins")
     log = logs.Log(folder, RUN, step, progress(step, generated)) if dist.get_rank() == 0 else None
     goal = f"dev_accuracy_at_{rollout.MAX_ATTEMPTS}"
@@ -579,6 +563,12 @@ def train(
     sampler.load_weights(learner.policy_weights())
     clock = logs.Clock()
     is_preempted = False
+
+    def export(name: str) -> None:
+        checkpoints.export(folder / name, learner.actor.lm, learner.policy_weights(), chat.tokenizer)
+
+    if step > 0 and step == best:
+        export("best")
     while progress(step, generated) < 1 and not is_preempted:
         step += 1
         dialogues = play_step(sampler, chat, problems, offline, step)
@@ -589,8 +579,10 @@ def train(
         clock.stop("pack")
         metrics |= prepare(batch, dialogues, learner)
         clock.stop("prepare")
+        begin = progress(step - 1, generated)
         generated += int(metrics["generated"])
-        metrics |= set_learning_rates(learner, progress(step, generated))
+        # In the middle of the step's share, so that neither the first nor the last step has the learning rate 0.
+        metrics |= set_learning_rates(learner, (begin + progress(step, generated)) / 2)
         metrics |= update(batch, learner, train_actor=step > CRITIC_WARMUP)
         clock.stop("update")
         sampler.load_weights(learner.policy_weights())
@@ -600,20 +592,24 @@ def train(
             metrics |= dev_accuracies(sampler, chat, dev)
             if metrics[goal] > best_accuracy:
                 best, best_accuracy = step, metrics[goal]
-                checkpoints.export(folder / "best", learner.actor.lm, learner.policy_weights(), chat.tokenizer)
             clock.stop("dev")
         if log:
-            flops = logs.update_flops(learner.actor.lm, dialogues, ESTIMATOR == "gae", needs_reference(), EPOCHS)
+            flops = logs.update_flops(learner.actor.lm, dialogues, ESTIMATOR == "gae", any(KL_COEF), EPOCHS)
             metrics |= logs.speed_metrics(clock.take(), metrics["tokens"], flops)
             row = {"step": step, "generated_tokens": generated, "token_budget": TOKEN_BUDGET} | metrics
             log.write(row, progress(step, generated))
             log.write_dialogues(batch, chat.tokenizer, step, with_tokens=is_due)
         is_preempted = any(all_sum(len(signals)))
-        if is_due or is_preempted:  # after the logs: a run that is killed in between repeats the steps of the last rows
-            checkpoints.save(folder, step, generated, learner.parts(), best)
+        # First the row, then the checkpoint, then best/: a run that is killed in between repeats what it lacks.
+        if is_due or is_preempted:
+            checkpoints.save(folder, step, generated, learner.parts, best)
+        if step == best:
+            export("best")
         clock.stop("save")
+    if log:
+        log.close()
     if progress(step, generated) >= 1:
-        checkpoints.export(folder / "policy", learner.actor.lm, learner.policy_weights(), chat.tokenizer)
+        export("policy")
     else:
         print_once(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same command resumes it")
 
@@ -637,7 +633,7 @@ def main() -> None:
     updates = f"{EPOCHS} x {DIALOGUES // MINI_BATCH} updates of {MINI_BATCH} dialogues"
     print_once(f"{len(problems):,} problems to train on, {len(dev)} to choose the best checkpoint")
     print_once(f"a step: {DIALOGUES} dialogues of up to {rollout.MAX_ATTEMPTS} attempts, then {updates}")
-    print_once(logs.memory_plan(MODEL, COMPUTE_DTYPE, ESTIMATOR == "gae", needs_reference()))
+    print_once(logs.memory_plan(MODEL, COMPUTE_DTYPE, ESTIMATOR == "gae", any(KL_COEF)))
     if DRY_RUN:
         return
     sampler = Engine(MODEL, rollout.CONTEXT, COMPUTE_DTYPE, SEED, sleeps=True)  # first: it wants to find memory free

@@ -79,7 +79,7 @@ class Log:
                 self.writer.add_scalar(name, value, metrics["step"])
         cells = [f"{label} {row[name]:.4g}" for name, label in SHOWN.items() if row.get(name) is not None]
         self.bar.write(f"step {metrics['step']} | " + " | ".join(cells))
-        self.bar.update(min(progress, 1.0) - self.bar.n)
+        self.bar.update(progress - self.bar.n)
 
     def write_dialogues(self, batch: Any, tokenizer: Any, step: int, with_tokens: bool) -> None:
         """Some of the step's dialogues as text, and, with_tokens, as tokens with their advantages, for the report."""

@@ -33,11 +33,9 @@ def pad(rows: list[list[Any]], dtype: torch.dtype = torch.float32) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(ranks.device())
 
 
-def share_mini_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """This rank's dialogues of each mini-batch of `size` dialogues, by their index."""
-    for start in range(0, len(lengths), size):
-        shares = share_among_ranks(lengths[start : start + size], dist.get_world_size())
-        yield [start + index for index in shares[dist.get_rank()]]
+def share_of_rank(lengths: Sequence[int]) -> list[int]:
+    """This rank's dialogues of a mini-batch, by their index."""
+    return share_among_ranks(lengths, dist.get_world_size())[dist.get_rank()]
 
 
 def share_among_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:

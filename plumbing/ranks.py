@@ -87,9 +87,9 @@ def shard_size() -> int:
 
 
 def shard(model: nn.Module, compute_dtype: str) -> Any:
-    """FSDP2: a unit for each layer (the model's first ModuleList); the rest, with the embedding that may be tied to the
-    head, in the root. Where more ranks exist than share a copy there are replicas, whose gradients are averaged (HSDP).
-    """
+    """FSDP2: a unit for each layer (the model's first ModuleList), and for a critic's head, which stays in float32; the
+    rest, with the embedding that may be tied to the language model's head, in the root. Where more ranks exist than
+    share a copy there are replicas, whose gradients are averaged (HSDP)."""
     world, together = dist.get_world_size(), shard_size()
     if world == together:
         mesh = init_device_mesh(device().type, (world,), mesh_dim_names=("shard",))
@@ -104,6 +104,8 @@ def shard(model: nn.Module, compute_dtype: str) -> Any:
         model.to(device())
     for layer in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
         fully_shard(layer, **options)
+    if hasattr(model, "head"):
+        fully_shard(model.head, **options | {"mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)})
     return fully_shard(model, **options)
 
 

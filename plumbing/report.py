@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

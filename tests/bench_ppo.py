@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
 from experiments.median import make_tokenizer
-from plumbing import logs, packing, ranks
+from plumbing import logs, models, packing, ranks
 from plumbing.constants import set_constants
 from rollout import Attempt, Dialogue
 
@@ -265,15 +265,16 @@ def bench_memory(actions: int) -> None:
     lm = SimpleNamespace(model=None, lm_head=SimpleNamespace(weight=head))
     ids = torch.randint(HEAD_VOCABULARY, (1, actions + 1), device=ranks.device())
     state = (torch.zeros(actions, dtype=torch.int64, device=ids.device), torch.arange(actions, device=ids.device))
-    ppo.hidden_states = lambda body, micro: hidden
+    models.hidden_states = lambda body, micro: hidden
     head.grad, hidden.grad = torch.zeros_like(head), torch.zeros_like(hidden)  # counted as there
     before = memory_now()
-    actor, micro = SimpleNamespace(lm=lm, tokens=HEAD_VOCABULARY), SimpleNamespace(ids=ids, state=state)
-    logprobs, entropy = ppo.Actor.forward(actor, micro)
+    actor = SimpleNamespace(lm=lm, tokens=HEAD_VOCABULARY, learn_entropy=True)
+    actor.score_actions = MethodType(models.Actor.score_actions, actor)
+    logprobs, entropy = models.Actor.forward(actor, SimpleNamespace(ids=ids, state=state))
     (logprobs.sum() - 0.01 * entropy.sum()).backward()
     extra = 2**30 * ranks.peak_memory() - before
-    print(f"{actions} actions, {HEAD_VOCABULARY:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={packing.LOGITS_CHUNK}: peak "
-          f"{extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)  # fmt: skip
+    shape = f"{actions} actions, {HEAD_VOCABULARY:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={packing.LOGITS_CHUNK}"
+    print(f"{shape}: peak {extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)
 
 
 def memory_now() -> float:

@@ -64,14 +64,15 @@ def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, monkeypatch):
 
     constants(monkeypatch)
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    actor = ppo.Actor(str(toy / "warm_start"), 280)
+    actor = ppo.Actor(str(toy / "warm_start"), 280, "float32", False)
     batch = ppo.make_batch(two_dialogues())
-    expected, _ = actor(packing.make_micro_batch(batch.ids, batch.mask, batch.lengths, [0, 1], kernel=False))
+    lengths = [len(d.ids) for d in batch.dialogues]
+    expected, _ = actor(packing.make_micro_batch(batch.ids, batch.mask, lengths, [0, 1], kernel=False))
     monkeypatch.setattr(packing, "has_kernel", lambda dtype: True)
     actor.lm.set_attn_implementation(packing.attention_name("bfloat16"))
-    micro = packing.make_micro_batch(batch.ids, batch.mask, batch.lengths, [0, 1], kernel=True)
+    micro = packing.make_micro_batch(batch.ids, batch.mask, lengths, [0, 1], kernel=True)
     got, _ = actor(micro)
-    assert micro.ids.shape == (1, sum(batch.lengths)) and torch.allclose(got, expected, atol=1e-5)
+    assert micro.ids.shape == (1, sum(lengths)) and torch.allclose(got, expected, atol=1e-5)
 
 
 def test_models_whose_attention_is_another_are_refused(toy, tmp_path):

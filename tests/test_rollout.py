@@ -9,15 +9,15 @@ import types
 from collections import Counter
 from pathlib import Path
 
-import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
 import grader
 import rollout
 from rollout import Attempt, Chat, Dialogue
 from tests.conftest import ROOT, alone
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 PROBLEM = {"id": "p", "question": "What is 1 + 1?", "answer": "2"}
 

@@ -188,17 +188,17 @@ def test_the_papers_preset_in_small(runs, toy, tmp_path):
 def test_a_checkpoint_gives_back_models_and_optimisers(toy, ranks, monkeypatch, tmp_path):
     """Trained, saved and trained again is loaded and trained again; to save before the first step changes nothing."""
     learner = make_learner(toy, monkeypatch, lr=1e-3)
-    checkpoints.save(tmp_path, 1, 10, learner.parts(), best=0)
+    checkpoints.save(tmp_path, 1, 10, learner.parts, best=0)
     train_on(two_dialogues(), learner)
     unsaved = make_learner(toy, monkeypatch, lr=1e-3)
     train_on(two_dialogues(), unsaved)
     assert all(torch.equal(w, copy_weights(unsaved.actor)[n]) for n, w in copy_weights(learner.actor).items())
-    checkpoints.save(tmp_path, 2, 20, learner.parts(), best=0)
+    checkpoints.save(tmp_path, 2, 20, learner.parts, best=0)
     train_on(two_dialogues(), learner)
     resumed = make_learner(toy, monkeypatch, moved=0.1, lr=1e-3)
     assert checkpoints.load(tmp_path, resumed.parts()) == (2, 20)
     train_on(two_dialogues(), resumed)
-    for part, other in zip(learner.parts(), resumed.parts(), strict=True):
+    for part, other in zip(learner.parts, resumed.parts(), strict=True):
         expected = copy_weights(part.model)
         assert all(torch.equal(w, expected[n]) for n, w in copy_weights(other.model).items())
 

@@ -1,0 +1,63 @@
+"""The networks that are trained: a policy and a critic that compute what they are asked for at the actions alone."""
+
+from plumbing import packing, ranks
+from plumbing.packing import MicroBatch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Actor(nn.Module):
+    """A causal language model: forward -> (logprobs, entropy) of the actions, (A,) float32 each.
+
+    tokens: ids of the tokenizer; rows of a padded vocabulary beyond them are no tokens. learn_entropy: whether the
+    entropy has a gradient, which costs as much as that of the log-probabilities.
+    """
+
+    def __init__(self, model: str, tokens: int, compute_dtype: str, learn_entropy: bool):
+        super().__init__()
+        self.lm = ranks.load_model(model, packing.attention_name(compute_dtype))
+        self.tokens = tokens
+        self.learn_entropy = learn_entropy
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        hidden = hidden_states(self.lm.model, micro)  # (A, H)
+        rows, columns = micro.state
+        targets = micro.ids[rows, columns + 1]  # (A,)
+        chunks = zip(hidden.split(packing.LOGITS_CHUNK), targets.split(packing.LOGITS_CHUNK), strict=True)
+        # Each chunk's logits are computed again in the backward pass, so that they never exist for all actions.
+        parts = [checkpoint(self.score_actions, h, t, use_reentrant=False) for h, t in chunks]
+        logprobs, entropy = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropy)
+
+    def score_actions(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, H), (A,) -> log-probability of each target and entropy of its distribution, (A,) float32."""
+        logits = F.linear(hidden, self.lm.lm_head.weight)[:, : self.tokens].float()  # (A, V)
+        log_total = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
+        with torch.set_grad_enabled(self.learn_entropy and torch.is_grad_enabled()):
+            entropy = log_total - (logits.softmax(-1) * logits).sum(-1)
+        return logprobs, entropy
+
+
+class Critic(nn.Module):
+    """The same model with one number in place of the vocabulary: forward -> value of each action's state, (A,) float32.
+    Its head stays in float32: bfloat16 values near 1 are 0.004 apart."""
+
+    def __init__(self, model: str, compute_dtype: str):
+        super().__init__()
+        self.body = ranks.load_model(model, packing.attention_name(compute_dtype)).model
+        width = self.body.config.hidden_size
+        self.head = nn.Linear(width, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / (width + 1))
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        return self.head(hidden_states(self.body, micro)).sum(-1)  # (A, H) -> (A, 1) -> (A,)
+
+
+def hidden_states(body: nn.Module, micro: MicroBatch) -> Tensor:
+    """The states in which the actions were taken, (A, H)."""
+    out = body(input_ids=micro.ids, position_ids=micro.positions, use_cache=False, **micro.attention)
+    return out.last_hidden_state[micro.state]  # (R, L, H) -> (A, H)
