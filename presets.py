@@ -12,6 +12,7 @@ SCORE = {  # SCoRe (arXiv 2409.12917): two attempts, no verdict between them, ea
     "rollout.SAMPLES_PER_PROMPT": 4,
     "ESTIMATOR": "rloo",
     "ATTEMPT_GAMMA": 0.0,
+    "LOSS_MEAN": "constant",  # REINFORCE sums over the tokens of an attempt
     "WHITEN": False,
     "ENTROPY_COEF": 0.0,
 }

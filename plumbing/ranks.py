@@ -68,11 +68,16 @@ def gather_interleaved(mine: list[Any]) -> list[Any]:
 
 def load_model(model: str, attention: str) -> nn.Module:
     """A causal language model with float32 master weights: bfloat16 ones would lose updates of a learning rate of
-    5e-7. attention: the name under which transformers finds it. Raises SystemExit for models that are not computed
-    here as they were trained."""
-    from transformers import AutoModelForCausalLM
+    5e-7. attention: the name under which transformers finds it. There is no dropout: an update has to start from the
+    log-probabilities of the rollout. Raises SystemExit for models that are not computed here as they were trained."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).train()
+    config = AutoConfig.from_pretrained(model)
+    for name in config.to_dict():
+        if name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    options = {"config": config, "dtype": torch.float32, "attn_implementation": attention}
+    lm = AutoModelForCausalLM.from_pretrained(model, **options).train()
     for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(lm.config, name, None):
             raise SystemExit(f"{model}: its {name} is not computed here; take a model without (Qwen, Llama)")

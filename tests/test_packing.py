@@ -75,6 +75,13 @@ def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, monkeypatch):
     assert micro.ids.shape == (1, sum(lengths)) and torch.allclose(got, expected, atol=1e-5)
 
 
+def test_there_is_no_dropout(toy, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", attention_dropout=0.5)
+    lm.save_pretrained(tmp_path)
+    loaded, ids = load_model(str(tmp_path), "sdpa"), torch.tensor([[5, 9, 7, 11]])
+    assert loaded.training and torch.equal(loaded(ids).logits, loaded(ids).logits)
+
+
 def test_models_whose_attention_is_another_are_refused(toy, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
     lm.config.update({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0})

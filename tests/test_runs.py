@@ -47,8 +47,8 @@ def metrics_of(cwd: Path, run: str) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows]
 
 
-def weights(cwd: Path, run: str) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(cwd / "runs" / run / "policy").state_dict()
+def weights(cwd: Path, run: str, name: str = "policy") -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(cwd / "runs" / run / name).state_dict()
 
 
 def assert_same_up_to_rounding(one: list[dict], other: list[dict]) -> None:
@@ -73,7 +73,8 @@ def straight(runs, toy) -> list[dict]:
 
 def test_a_run_that_is_stopped_and_killed_resumes_to_the_same_numbers(runs, toy, straight):
     """SIGTERM in the first step: it is finished and saved, the exit code is 0. Then SIGKILL, in an update after the
-    first checkpoint and while the next one is written. The last start ends with the numbers of the undisturbed run."""
+    first checkpoint, while the next one is written, and between that one and best/, which it is the best of. The last
+    start ends with the numbers of the undisturbed run."""
     run = runs / "runs/killed"
     process = subprocess.Popen(command("killed", toy), cwd=runs, env=alone(), stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not (run / "metrics.jsonl").is_file():
@@ -83,11 +84,11 @@ def test_a_run_that_is_stopped_and_killed_resumes_to_the_same_numbers(runs, toy,
     said, _ = process.communicate()
     assert process.returncode == 0 and "stopped by SIGTERM after step" in said
     assert checkpoints.list_checkpoints(run) and not (run / "policy").exists()
-    for phase, last in {"ppo.update": 2, "torch.distributed.checkpoint.save": 1}.items():
+    for phase, last in {"ppo.update": 2, "torch.distributed.checkpoint.save": 1, "ppo.checkpoints.export": 1}.items():
         module, function = phase.rsplit(".", 1)
         # In an update the kill comes after some calls; in a save, after the writing of a file that has no name yet.
         trace = "sys.settrace(lambda *_: end() if len(calls) > 30 else calls.append(1))"
-        trigger = "os.fsync = end" if "save" in phase else trace
+        trigger = {"save": "os.fsync = end", "export": "end()"}.get(function, trace)
         program = (
             "import sys, os, signal, ppo, torch.distributed.checkpoint\n"
             f"inner, calls = {phase}, []\n"
@@ -105,8 +106,9 @@ def test_a_run_that_is_stopped_and_killed_resumes_to_the_same_numbers(runs, toy,
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         assert not (run / "policy").exists()
     assert train(runs, "killed", toy) == straight  # the dev split, too, was asked when it was due, and no other time
-    a, b = weights(runs, "straight"), weights(runs, "killed")
-    assert all(torch.equal(a[n], b[n]) for n in a)
+    for name in ("policy", "best"):
+        a, b = weights(runs, "straight", name), weights(runs, "killed", name)
+        assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 def test_what_a_run_leaves(runs, toy, straight):
