@@ -38,7 +38,7 @@ from plumbing import report
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import Count, Share, require, set_constants
 from plumbing.engine import Engine
-from plumbing.files import append_jsonl, read_jsonl, to_json, to_line, write_atomically
+from plumbing.files import append_jsonl, fingerprint, name_paths, read_jsonl, to_json, to_line, write_atomically
 from rollout import Dialogue, make_chat, new_dialogue, play, random_number
 
 import numpy as np
@@ -80,7 +80,7 @@ class Estimate:
 
     value: np.ndarray  # (K,) float64; nan where it is not defined
     resampled: np.ndarray  # (BOOTSTRAP, K) float64
-    outcomes: np.ndarray | None = None  # (problems, K) of 0 and 1 if it is a share of problems: then Wilson's interval
+    outcomes: tuple[np.ndarray, ...] = ()  # if it is a share of problems: (problems, K) of 0 and 1 for each benchmark
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """The difference on the same problems: both were resampled alike, so its interval is a paired one."""
@@ -92,8 +92,8 @@ class Estimate:
         for k, value in enumerate(self.value):
             if math.isnan(value):
                 intervals.append((math.nan, math.nan))
-            elif self.outcomes is not None:
-                intervals.append(wilson(int(self.outcomes[:, k].sum()), len(self.outcomes)))
+            elif self.outcomes:
+                intervals.append(share_interval([(int(o[:, k].sum()), len(o)) for o in self.outcomes]))
             else:
                 intervals.append(np.nanquantile(self.resampled[:, k], (tail, 1 - tail)))
         low, high = zip(*intervals, strict=True)
@@ -111,7 +111,22 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     z = statistics.NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     p, zz = successes / n, z * z / n
     center, half = p + zz / 2, z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return max(0.0, (center - half) / (1 + zz)), min(1.0, (center + half) / (1 + zz))
+    low, high = (center - half) / (1 + zz), (center + half) / (1 + zz)
+    return low if successes > 0 else 0.0, high if successes < n else 1.0  # exactly, without a rounding error
+
+
+def share_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The interval of the mean of proportions, (successes, n) of each benchmark: their distances from Wilson's bounds
+    add up as standard errors do (MOVER, Zou and Donner 2008). It, too, has a width where nothing or all is solved.
+
+    >>> [round(x, 4) for x in share_interval([(0, 30), (0, 40)])]  # the upper bounds of the two are 0.1135 and 0.0876
+    [0.0, 0.0717]
+    """
+    shares, bounds = [successes / n for successes, n in counts], [wilson(*count) for count in counts]
+    mean = statistics.fmean(shares)
+    below = math.hypot(*(p - low for p, (low, _) in zip(shares, bounds, strict=True))) / len(counts)
+    above = math.hypot(*(high - p for p, (_, high) in zip(shares, bounds, strict=True))) / len(counts)
+    return mean - below, mean + above
 
 
 def draw_resamples(benchmark: str, n: int) -> np.ndarray:
@@ -126,7 +141,7 @@ def estimate_ratio(part: np.ndarray, whole: np.ndarray, resamples: np.ndarray) -
     with np.errstate(invalid="ignore"):  # 0 / 0, such as repeats among no retries, is nan: not defined
         value, resampled = part.sum(0) / whole.sum(0), (resamples @ part) / (resamples @ whole)
     is_share_of_problems = bool((whole == 1).all() and np.isin(part, (0, 1)).all())
-    return Estimate(value, resampled, part if is_share_of_problems else None)
+    return Estimate(value, resampled, (part,) if is_share_of_problems else ())
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -355,7 +370,8 @@ def measure_controls(
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of a metric over benchmarks. Each was resampled by itself: the bootstrap is stratified."""
-    return Estimate(np.mean([e.value for e in estimates], 0), np.mean([e.resampled for e in estimates], 0))
+    outcomes = tuple(o for e in estimates for o in e.outcomes) if all(e.outcomes for e in estimates) else ()
+    return Estimate(np.mean([e.value for e in estimates], 0), np.mean([e.resampled for e in estimates], 0), outcomes)
 
 
 def compare(first: Estimate, second: Estimate) -> dict[str, Any]:
@@ -363,9 +379,10 @@ def compare(first: Estimate, second: Estimate) -> dict[str, Any]:
     exact test; its p-values are not corrected for the number of comparisons."""
     difference = (second - first).as_json()
     result: dict[str, Any] = {"difference": difference["value"], "low": difference["low"], "high": difference["high"]}
-    if first.outcomes is not None and second.outcomes is not None:
-        only_second = [int(x) for x in (second.outcomes > first.outcomes).sum(0)]
-        only_first = [int(x) for x in (first.outcomes > second.outcomes).sum(0)]
+    if len(first.outcomes) == len(second.outcomes) == 1:  # not of the average over benchmarks
+        of_first, of_second = first.outcomes[0], second.outcomes[0]
+        only_second = [int(x) for x in (of_second > of_first).sum(0)]
+        only_first = [int(x) for x in (of_first > of_second).sum(0)]
         p = [mcnemar(a, b) for a, b in zip(only_first, only_second, strict=True)]
         result |= {"only_second": only_second, "only_first": only_first, "p": p}
     return result
@@ -429,34 +446,6 @@ def play_items(
 
 
 # Settings and files ---------------------------------------------------------------------------------------------------
-def name_paths(paths: str, what: str) -> dict[str, Path]:
-    """Comma-separated paths by the names that the results give them. Raises SystemExit for a name that occurs twice.
-
-    >>> list(name_paths("data/toy/warm_start,runs/first/policy,runs/first/best", "models"))
-    ['warm_start', 'first', 'first-best']
-    """
-    names: dict[str, Path] = {}
-    for path in map(Path, paths.split(",")):
-        absolute = path.absolute()
-        name = absolute.stem if absolute.suffix in (".jsonl", ".parquet", ".csv") else absolute.name
-        run = absolute.parent.name  # if the folder is one that ppo.py writes into a run's folder
-        name = {"policy": run, "best": f"{run}-best"}.get(name, name)
-        taken = names | {AVERAGE: "the mean over benchmarks"}
-        twice = f"{taken.get(name)} and {path}: two {what} are named {name}; rename a folder or a file"
-        require(name not in taken, twice)
-        names[name] = path
-    return names
-
-
-def fingerprint(*files: Path) -> str:
-    """Hash of what the files contain."""
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
-
-
 def identify_weights(model: Path) -> str:
     """A folder's fingerprint, or the commit that a hub name stands for. Raises SystemExit if there is no such model."""
     load_tokenizer(str(model))
@@ -534,7 +523,7 @@ def main() -> None:
     rollout.check_constants()
     if SAMPLES > 0 or RESAMPLES > 0:
         require(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE}: must be above 0, because SAMPLES or RESAMPLES are drawn")
-    folders, benchmarks = name_paths(MODEL, "models"), name_paths(BENCHMARKS, "benchmarks")
+    folders, benchmarks = name_paths(MODEL, AVERAGE), name_paths(BENCHMARKS, AVERAGE)
     problems = {(name, p["id"]): p for name, path in benchmarks.items() for p in load_problems(path)}
     weights = {name: identify_weights(model) for name, model in folders.items()}
     out, settings = Path(OUT), list_settings(benchmarks)

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and JSON Lines that survive a writer that was killed."""
 
+import hashlib
 import json
 import os
 import re
@@ -52,3 +53,32 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows that a killed run logged after its last checkpoint: those steps will be repeated."""
     if path.is_file():
         write_atomically(path, "".join(to_line(row) for row in read_jsonl(path) if row["step"] <= step))
+
+
+def fingerprint(*files: Path) -> str:
+    """Hash of what the files contain."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def name_paths(paths: str, taken: str) -> dict[str, Path]:
+    """Comma-separated paths by short names: a problem file's without its ending, a run's for the folders that ppo.py
+    writes into it. Raises SystemExit for a name that occurs twice, or that is `taken`.
+
+    >>> list(name_paths("data/toy/warm_start,runs/first/policy,runs/first/best", "average"))
+    ['warm_start', 'first', 'first-best']
+    """
+    names: dict[str, Path] = {}
+    for path in map(Path, paths.split(",")):
+        absolute = path.absolute()
+        name = absolute.stem if absolute.suffix in (".jsonl", ".parquet", ".csv") else absolute.name
+        run = absolute.parent.name
+        name = {"policy": run, "best": f"{run}-best"}.get(name, name)
+        if name in names or name == taken:
+            other = names.get(name, "the program's own word")
+            raise SystemExit(f"{other} and {path} would both be named {name}; rename a folder or a file")
+        names[name] = path
+    return names

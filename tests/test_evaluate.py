@@ -51,6 +51,20 @@ def metric(estimates: dict, name: str) -> list[float | None]:
 def test_wilson_published(successes, n, low, high):
     assert evaluate.wilson(successes, n) == pytest.approx((low, high), abs=6e-5)
     assert evaluate.wilson(n - successes, n) == pytest.approx((1 - high, 1 - low), abs=6e-5)
+    assert evaluate.wilson(0, n)[0] == 0.0 and evaluate.wilson(n, n)[1] == 1.0  # without a rounding error
+
+
+@pytest.mark.parametrize("rates", [(0.02, 0.05), (0.3, 0.6), (0.5, 0.5), (0.9, 1.0)])
+def test_the_interval_of_a_mean_of_shares_covers_it(rates):
+    """The probability, over all outcomes of 12 and 30 problems, that it contains the mean of the true rates."""
+    inside = 0.0
+    for a, b in itertools.product(range(13), range(31)):
+        low, high = evaluate.share_interval([(a, 12), (b, 30)])
+        chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for n, k, p in ((12, a, rates[0]), (30, b, rates[1]))]
+        inside += chances[0] * chances[1] * (low <= sum(rates) / 2 <= high)
+    assert inside > 0.92
+    assert evaluate.share_interval([(0, 12), (0, 30)])[0] == 0.0 < evaluate.share_interval([(0, 12), (0, 30)])[1]
+    assert evaluate.share_interval([(5, 12)]) == pytest.approx(evaluate.wilson(5, 12), abs=1e-12)
 
 
 def test_pass_at_k_is_the_mean_over_all_draws():
@@ -126,7 +140,8 @@ def test_paper_protocol():
     metrics = evaluate.measure(records)
     assert metric(metrics, "accuracy") == [0.25, 0.25, 0.5]
     known = metrics["accuracy"].as_json()
-    assert list(zip(known["low"], known["high"], strict=True)) == [evaluate.wilson(s, 4) for s in (1, 1, 2)]
+    for low, high, solved in zip(known["low"], known["high"], (1, 1, 2), strict=True):
+        assert (low, high) == pytest.approx(evaluate.wilson(solved, 4))
     assert metric(metrics, "gain") == [0.0, 0.0, 0.25]
     assert metric(metrics, "repeat") == [None, 0.5, 0.25]  # b's 8 of two retries; b's 8.0 of four: silence is no answer
     assert metrics["repeat"].as_json()["low"][0] is None
@@ -150,7 +165,7 @@ def test_prefix_protocol_and_sampled_dialogues():
         0.5,
         0.75,
     ]  # of four dialogues: one, two, three within 1, 2, 3 attempts
-    assert metrics["accuracy"].outcomes is None  # means over samples: the bootstrap's interval, not Wilson's
+    assert not metrics["accuracy"].outcomes  # means over samples: the bootstrap's interval, not Wilson's
     known = metrics["accuracy"].as_json()
     assert (known["low"][0], known["high"][0]) == (0.0, 0.5)  # all resamples draw a alone, b alone, or both
     assert metric(metrics, "tokens") == [4.0, 7.0, 9.0]
@@ -180,7 +195,7 @@ def test_intrinsic_numbers(monkeypatch):
     assert metric(metrics, "changed") == [0.0, 3 / 8, 4 / 8]  # gained, lost, other; never, silent, other, same
     assert metric(metrics, "out_of_context") == [0.0, 1 / 8, 1 / 8]
     known = metrics["i_to_c"].as_json()
-    assert (known["low"][1], known["high"][1]) == evaluate.wilson(1, 8)
+    assert (known["low"][1], known["high"][1]) == pytest.approx(evaluate.wilson(1, 8))
     # No oracle ends these dialogues: no control that one would end is set beside them.
     metrics = evaluate.measure([*records, *(played(r["id"], 1, "7", control=True) for r in records)])
     assert {"majority", "majority_same_tokens"} <= set(metrics)
@@ -241,13 +256,13 @@ def test_average_counts_benchmarks_alike():
     assert result["average"]["n"] == 330
     small, large = result["small"]["accuracy"][0], result["large"]["accuracy"][0]
     assert result["average"]["accuracy"] == [(small + large) / 2]
-    # The stratified bootstrap once more, problem by problem.
+    # The stratified bootstrap agrees with the interval up to the skewness that it misses in 30 problems.
     rng = random.Random(2)
     right = {b: [r["attempts"][0]["answer"] == "7" for r in records if r["benchmark"] == b] for b in ("small", "large")}
     means = [statistics.fmean(statistics.fmean(rng.choices(x, k=len(x))) for x in right.values()) for _ in range(4000)]
     low, high = np.quantile(means, (0.025, 0.975))
-    assert result["average"]["low"][0] == pytest.approx(low, abs=0.012)
-    assert result["average"]["high"][0] == pytest.approx(high, abs=0.012)
+    assert result["average"]["low"][0] == pytest.approx(low, abs=0.025)
+    assert result["average"]["high"][0] == pytest.approx(high, abs=0.025)
 
 
 def test_comparisons_are_paired():
@@ -297,12 +312,12 @@ def test_csv_and_table_say_what_the_results_say():
 
 # Settings and files ---------------------------------------------------------------------------------------------------
 def test_names():
-    assert list(evaluate.name_paths("runs/a/policy,m/b/,c.jsonl", "models")) == ["a", "b", "c"]
-    assert list(evaluate.name_paths("a/best,b/best,b/policy", "models")) == ["a-best", "b-best", "b"]
-    with pytest.raises(SystemExit, match=r"x/a and y/a\.jsonl: two benchmarks are named a"):
-        evaluate.name_paths("x/a,y/a.jsonl", "benchmarks")
-    with pytest.raises(SystemExit, match=r"the mean over benchmarks and average\.jsonl"):
-        evaluate.name_paths("average.jsonl", "benchmarks")
+    assert list(evaluate.name_paths("runs/a/policy,m/b/,c.jsonl", "average")) == ["a", "b", "c"]
+    assert list(evaluate.name_paths("a/best,b/best,b/policy", "average")) == ["a-best", "b-best", "b"]
+    with pytest.raises(SystemExit, match=r"x/a and y/a\.jsonl would both be named a"):
+        evaluate.name_paths("x/a,y/a.jsonl", "average")
+    with pytest.raises(SystemExit, match=r"the program's own word and average\.jsonl"):
+        evaluate.name_paths("average.jsonl", "average")
 
 
 def test_results_of_other_settings_or_weights_are_refused(tmp_path):
