@@ -22,10 +22,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from plumbing import constants
+from presets import PRESETS
+
+if __name__ == "__main__":  # a mistyped constant is refused at once; what follows takes seconds to import
+    constants.check_early(sys.argv[1:], ("ppo", "rollout", "grader"), PRESETS)
+
 import grader
 import rollout
 from data.problems import load_problems, problem_at, split_dev
-from plumbing import checkpoints, constants, engine, logs, packing, ranks
+from plumbing import checkpoints, logs, packing, ranks
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.checkpoints import Part
 from plumbing.constants import Count, Share, require
@@ -33,7 +39,6 @@ from plumbing.engine import Engine
 from plumbing.models import Actor, Critic
 from plumbing.packing import MicroBatch
 from plumbing.ranks import all_sum, print_once
-from presets import PRESETS
 from rollout import Attempt, Dialogue
 
 import torch
@@ -85,9 +90,8 @@ SAVE_EVERY: Count = 8  # steps between checkpoints, each with a test on the dev 
 DEV_PROBLEMS: int = 256  # of TRAIN_DATA, drawn by SEED, that choose the best checkpoint (paper: the tests do); 0 = none
 DRY_RUN: bool = False  # 1: say what would happen, and stop
 
-# Where constants are looked for. Those of plumbing only say where and how fast: a run may be resumed with others.
-PLUMBING = {"engine": engine, "packing": packing, "ranks": ranks, "checkpoints": checkpoints, "logs": logs}
-MODULES = {"ppo": sys.modules[__name__], "rollout": rollout, "grader": grader} | PLUMBING
+MODULES = {"ppo": sys.modules[__name__], "rollout": rollout, "grader": grader}  # where constants are looked for
+MODULES |= {name: sys.modules[f"plumbing.{name}"] for name in constants.WHERE_AND_HOW_FAST}
 
 
 # Advantages -----------------------------------------------------------------------------------------------------------
@@ -622,7 +626,7 @@ def main() -> None:
     folder = Path("runs") / RUN
     problems = load_problems(TRAIN_DATA)
     if not DRY_RUN:
-        constants.open_run(folder, constants.snapshot(MODULES), Path(TRAIN_DATA), PLUMBING)
+        constants.open_run(folder, constants.snapshot(MODULES), Path(TRAIN_DATA))
     if (folder / "policy").is_dir():
         print_once(f"{folder} is finished: its policy is in {folder / 'policy'}")
         return

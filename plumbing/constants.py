@@ -5,6 +5,7 @@ A constant is an annotated UPPER_CASE name at the top of a module, such as `STEP
 `modules` is everywhere {name: module}, the running script first; "rollout.SEED" names a module's constant in full.
 """
 
+import ast
 import difflib
 import hashlib
 import json
@@ -12,7 +13,7 @@ import math
 import os
 import subprocess
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,6 +24,9 @@ Count = Annotated[int, (1, math.inf)]  # annotations of constants may state thei
 Share = Annotated[float, (0, 1)]
 Modules = dict[str, ModuleType]
 Presets = dict[str, dict[str, Any]]
+
+# Files of plumbing whose constants only say where and how fast a run computes: it may be resumed with others.
+WHERE_AND_HOW_FAST = ("engine", "packing", "ranks", "checkpoints", "logs")
 
 
 class Change(NamedTuple):
@@ -108,6 +112,20 @@ def parse_value(name: str, value: Any, annotation: Any) -> Any:
         raise SystemExit(f"{name}={value}: expected {expected}") from error
 
 
+def check_early(arguments: Sequence[str], stages: Sequence[str], presets: Presets) -> None:
+    """Refuse what parse_changes refuses, before torch is imported: of each file only the constants are run."""
+    root, modules = Path(__file__).parent.parent, {}
+    for name in (*stages, *(f"plumbing/{file}" for file in WHERE_AND_HOW_FAST)):
+        tree = ast.parse((root / f"{name}.py").read_text(encoding="utf-8"))
+        tree.body = [
+            line for line in tree.body if isinstance(line, ast.AnnAssign) and ast.unparse(line.target).isupper()
+        ]
+        module = modules[name.removeprefix("plumbing/")] = ModuleType(name)
+        module.__dict__.update(Count=Count, Share=Share, Literal=Literal)
+        exec(compile(tree, name, "exec"), module.__dict__)
+    parse_changes(arguments, modules, presets)
+
+
 def snapshot(modules: Modules) -> dict[str, Any]:
     """{"module.NAME": value} of every constant as it is now."""
     return {f"{module}.{name}": getattr(modules[module], name) for module, name, _ in list_constants(modules)}
@@ -146,10 +164,10 @@ def code_version() -> str:
         return "unknown"
 
 
-def open_run(folder: Path, values: dict[str, Any], problems: Path, free: Iterable[str]) -> None:
+def open_run(folder: Path, values: dict[str, Any], problems: Path) -> None:
     """Begin a run: write its config.json, with all constants, the commit, and which file of problems they ran with. Or
     resume one: raises SystemExit, with the difference, if it began with constants or problems that decide on something
-    else. Those of the modules `free` only say where and how fast, and may change; other code is only reported."""
+    else. Those of WHERE_AND_HOW_FAST may change; other code is only reported."""
     path, is_lead = folder / "config.json", os.environ.get("RANK", "0") == "0"
     sha256 = hashlib.sha256(problems.read_bytes()).hexdigest()
     now = json.loads(json.dumps({"code": code_version(), "SHA-256 of the problems": sha256} | values))
@@ -159,7 +177,7 @@ def open_run(folder: Path, values: dict[str, Any], problems: Path, free: Iterabl
             write_atomically(path, json.dumps(now, indent=1))
         return
     then = json.loads(path.read_text(encoding="utf-8"))
-    deciding = [name for name in then | now if name != "code" and name.partition(".")[0] not in free]
+    deciding = [n for n in then | now if n != "code" and n.partition(".")[0] not in WHERE_AND_HOW_FAST]
     lines = [f"  {n}: {then.get(n)} there, {now.get(n)} now" for n in deciding if then.get(n) != now.get(n)]
     if lines:
         raise SystemExit("\n".join([f"{folder} is a run with other constants; take another RUN or delete it:", *lines]))
