@@ -55,9 +55,7 @@ OFFLINE_ATTEMPTS: str = ""  # a dialogues-*.jsonl of evaluate.py whose first att
 OFFLINE_SHARE: Share = 0.5  # share of the dialogues with N > 1 that begin so, where there is one (not in the papers)
 
 # Sampling -------------------------------------------------------------------------------------------------------------
-SAMPLES_PER_PROMPT: Count = (
-    1  # dialogues of a problem in a rollout, which share N (paper 1; group baselines 4 and more)
-)
+SAMPLES_PER_PROMPT: Count = 1  # dialogues of a problem in a rollout, which share N (paper 1; in groups 4 and more)
 
 if __name__ == "__main__":  # constants of `python rollout.py` alone; the other stages have their own
     MODEL: str = "data/toy/warm_start"  # folder or hub name

@@ -3,6 +3,7 @@
 Everything that is done already is not done again, so an experiment that was stopped continues when it is called again.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -100,7 +101,8 @@ def run_trainings(trainings: Sequence[Training]) -> None:
                     waiting.remove(training)
                     running.append(training)
                     training.start()
-            time.sleep(0.5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running[0].process.wait(timeout=0.5)
             for training in list(running):
                 ended = training.process.poll() is not None
                 training.show_progress()

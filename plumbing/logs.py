@@ -161,13 +161,11 @@ def memory_plan(model: str, compute_dtype: str, critic: bool, reference: bool) -
     weights = sum(p.numel() for p in lm.parameters())
     world, owners = dist.get_world_size(), ranks.shard_size()
     # Bytes of each weight: itself, its gradient and Adam's two moments, 4 each; the reference has only itself. While
-    # gradients of several micro-batches add up, each rank holds them whole.
+    # gradients of several micro-batches add up, a rank holds them whole, of one model at a time.
     sharded = weights * (16 * (1 + critic) + 4 * reference) / owners
-    whole = weights * 4 * (1 + critic) if owners > 1 or ranks.OFFLOAD else 0
+    whole = weights * 4 if owners > 1 or ranks.OFFLOAD else 0
     item = getattr(torch, compute_dtype).itemsize
-    kept = (
-        1 if ranks.GRADIENT_CHECKPOINTING else 34
-    )  # activations of a layer, in hidden states (arXiv 2205.05198, eq. 2)
+    kept = 1 if ranks.GRADIENT_CHECKPOINTING else 34  # hidden states kept by a layer (arXiv 2205.05198, eq. 2)
     states = packing.MAX_TOKENS_PER_MICRO_BATCH * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
     passes = states + 16 * packing.LOGITS_CHUNK * config.vocab_size + 2 * config.vocab_size * config.hidden_size * item
     if torch.cuda.is_available():
@@ -178,11 +176,8 @@ def memory_plan(model: str, compute_dtype: str, critic: bool, reference: bool) -
         playing = asleep = engine.CPU_CACHE_MIB / 1024 + 2 * weights * item / gib  # weights as they are, and packed
     trainer = 0.0 if ranks.OFFLOAD and torch.cuda.is_available() else sharded / gib
     most = max(trainer + playing, trainer + asleep + (whole + passes) / gib)
-    verdict = (
-        "fits"
-        if most < 0.95 * room
-        else ("does NOT fit; more ranks, a smaller MAX_TOKENS_PER_MICRO_BATCH or GPU_MEMORY, or OFFLOAD=1 would help")
-    )
+    cure = "more ranks, a smaller MAX_TOKENS_PER_MICRO_BATCH or GPU_MEMORY, or OFFLOAD=1 would help"
+    verdict = "fits" if most < 0.95 * room else f"does NOT fit; {cure}"
     return (
         f"memory of a rank, estimated: {trainer:.1f} GiB of weights and optimisers, at most {most:.1f} of {room:.0f} "
         f"GiB in all: {verdict}"

@@ -16,9 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_TOKENS_PER_MICRO_BATCH: Count = (
-    16384  # tokens, padding included, in one forward and backward pass; memory for speed
-)
+MAX_TOKENS_PER_MICRO_BATCH: Count = 16384  # tokens, with padding, in a forward and backward pass; memory for speed
 LOGITS_CHUNK: Count = 384  # actions whose (actions x vocabulary) float32 logits exist at one time
 
 

@@ -19,9 +19,7 @@ from typing import Any
 from plumbing.files import read_jsonl, write_atomically
 
 REPORT_TOKENS: int = 24  # training dialogues, the last of a run, that report.html shades token by token
-REPORT_CHARACTERS: int = (
-    24_000_000  # of dialogues in report.html, 0.3 bytes each; if there are more, problems are left out
-)
+REPORT_CHARACTERS: int = 24_000_000  # of dialogues in report.html, 0.3 bytes each; of more, problems are left out
 
 METRICS = {  # what results.json has for k = 1, 2, ... allowed attempts
     "accuracy": "share of the problems solved within k attempts; with intrinsic feedback: right at attempt k",
