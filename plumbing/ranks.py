@@ -1,7 +1,9 @@
 """The processes that torchrun starts, and models spread over them by FSDP2. On a CPU they talk by gloo."""
 
+import ctypes
 import os
 import resource
+import signal
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,6 +19,8 @@ SHARD_RANKS: int = 0  # ranks that share one copy of the weights, others hold re
 OFFLOAD: bool = False  # weights, gradients and Adam's moments stay in the CPU's memory: slower, for small GPUs
 GRADIENT_CHECKPOINTING: bool = True  # recompute activations in the backward pass: a third more time, far less memory
 
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
+
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -30,9 +34,12 @@ def start_ranks() -> None:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(port)
+    else:  # should torchrun die, its ranks get SIGTERM, on which a training saves and ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Ranks do not talk while attempts are generated; the long timeout is for the rank whose dialogues take longest.
+    # Ranks do not talk while attempts are generated; the long timeout is for the rank whose dialogues take longest. A
+    # process that dies closes its connections, which ends the others at once; a machine without power does not.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
