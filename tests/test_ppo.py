@@ -317,7 +317,7 @@ def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, monkeypatch):
     actor, inner, chunks, kept = ppo.Actor(str(toy / "warm_start"), 280), ppo.score_actions, [], []
     batch = ppo.make_batch(two_dialogues())
     (micro,) = batch.micro_batches(range(2))
-    monkeypatch.setattr(ppo, "score_actions", lambda h, t, head: chunks.append(len(h)) or inner(h, t, head))
+    monkeypatch.setattr(ppo, "score_actions", lambda h, *rest: chunks.append(len(h)) or inner(h, *rest))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         actor(micro)
     width = actor.lm.lm_head.weight.shape[1]
