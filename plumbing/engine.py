@@ -6,12 +6,14 @@ that separates generation from training, such as OpenRLHF or verl.
 
 import gc
 import os
+import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from plumbing.constants import Count, Share
 
-MAX_SEQUENCES: Count = 256  # sequences decoded at once; more is faster until the KV cache is full
+MAX_SEQUENCES: Count = 512  # sequences decoded at once; more is faster until the cache is full; CUDA graphs end at 512
 GPU_MEMORY: Share = 0.5  # share of a GPU's memory that the engine may take; the trainer uses the rest (paper 0.5)
 CPU_CACHE_MIB: Count = 512  # MiB of KV cache of an engine on a CPU
 
@@ -23,6 +25,28 @@ class Sample(NamedTuple):
     ids: list[int]  # the sampled token ids
     logprobs: list[float]  # of each of them, under the distribution that was sampled from
     stopped: bool  # whether the policy ended it (else a limit did)
+
+
+def find_gpu(dtype: str = "") -> bool:
+    """Whether this process has a GPU. Raises SystemExit if torch is built for one and cannot use it (in dtype)."""
+    import torch
+
+    if not torch.version.cuda:
+        return False
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not torch.cuda.is_available():
+        raise SystemExit(f"no GPU: CUDA {torch.version.cuda} needs an NVIDIA driver of 580 or newer (nvidia-smi says)")
+    if rank >= torch.cuda.device_count():
+        raise SystemExit(f"process {rank} of this node has no GPU; {torch.cuda.device_count()} visible, one a process")
+    if dtype == "bfloat16" and torch.cuda.get_device_capability(rank) < (8, 0):
+        raise SystemExit(f"{torch.cuda.get_device_name(rank)} is too old for bfloat16: Ampere or newer is needed")
+    return True
+
+
+def pool_memory() -> float:
+    """GiB that torch counts as allocated, because an engine that sleeps will want them again."""
+    allocator = getattr(sys.modules.get("vllm.device_allocator.cumem"), "CuMemAllocator", None)
+    return allocator.instance.get_current_usage() / 2**30 if allocator and allocator.instance else 0.0
 
 
 class Engine:
@@ -38,7 +62,7 @@ class Engine:
         import torch
         import vllm
 
-        self.cuda = torch.cuda.is_available()
+        self.cuda = find_gpu(dtype)
         self.sleeps = sleeps and self.cuda
         where = {"gpu_memory_utilization": GPU_MEMORY} if self.cuda else {"kv_cache_memory_bytes": CPU_CACHE_MIB << 20}
         random_state = torch.get_rng_state()  # vLLM seeds the whole process; the trainer's stream must not change
@@ -68,8 +92,8 @@ class Engine:
         ends = [config.hf_config.eos_token_id, self.tokenizer.eos_token_id]
         ends.append(config.try_get_generation_config().get("eos_token_id"))
         self.stop_ids = {i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])}
-        # Rows of a padded vocabulary are no tokens: never sample them (Qwen2.5: 151,936 rows, 151,665 tokens).
-        self.padding_bias = dict.fromkeys(range(len(self.tokenizer), config.get_vocab_size()), -100.0)
+        if len(self.tokenizer) < config.get_vocab_size():  # Qwen2.5: 151,665 tokens, 151,936 rows
+            self.llm.apply_model(partial(drop_padding, tokens=len(self.tokenizer)))
 
     def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop_id: int) -> None:
         """Queue one attempt: continue `ids` until a stop id or max_tokens. Temperature 0 is greedy. seed: of this
@@ -82,7 +106,6 @@ class Engine:
             seed=seed if temperature > 0 else None,
             max_tokens=max_tokens,
             stop_token_ids=sorted(self.stop_ids | {stop_id}),
-            logit_bias=self.padding_bias or None,
             logprobs=0,  # the sampled token's log-probability, no alternatives
             flat_logprobs=True,
             detokenize=False,
@@ -138,12 +161,25 @@ class Engine:
         del self.llm, self.engine
         if self.cuda:
             torch._dynamo.reset()  # compiled code holds references to the engine (vLLM issue 21073)
-        gc.collect()
+        gc.collect()  # the engine, whose finaliser drops what holds the model
+        gc.collect()  # the model
         if self.cuda:
             torch.cuda.empty_cache()
 
 
 # Run by apply_model on the engine's own model -------------------------------------------------------------------------
+def drop_padding(model: Any, tokens: int) -> None:
+    """Rows of a padded vocabulary are no tokens, and never sampled: they are cut off with vLLM's own padding. (On a GPU
+    logit_bias takes 1,024 of them at the most.)"""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    layers = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    if not layers:
+        raise SystemExit(f"{type(model).__name__}: its padded vocabulary cannot be cut off; take another model")
+    for layer in layers:
+        layer.org_vocab_size = tokens
+
+
 def fill_with_nan(model: Any) -> None:
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))

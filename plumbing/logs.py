@@ -170,7 +170,7 @@ def memory_plan(model: str, compute_dtype: str, critic: bool, reference: bool) -
     passes = states + 16 * packing.LOGITS_CHUNK * config.vocab_size + 2 * config.vocab_size * config.hidden_size * item
     if torch.cuda.is_available():
         room = torch.cuda.get_device_properties(ranks.device()).total_memory / gib
-        playing, asleep = engine.GPU_MEMORY * room, 0.0
+        playing, asleep = engine.GPU_MEMORY * room, 3.0  # asleep: CUDA graphs, kernels, buffers
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
         playing = asleep = engine.CPU_CACHE_MIB / 1024 + 2 * weights * item / gib  # weights as they are, and packed

@@ -119,9 +119,9 @@ def varlen_attention(
     transformers calls it under the name "varlen", with MicroBatch.attention from the model's forward."""
     from torch.nn.attention.varlen import varlen_attn
 
-    key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
-    flat = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # (L, heads, D)
-    out = varlen_attn(*flat, boundaries, boundaries, longest, longest, window_size=(-1, 0), scale=scaling)
+    flat = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # (L, heads, D), of key and value fewer
+    ends = boundaries, boundaries, longest, longest
+    out = varlen_attn(*flat, *ends, window_size=(-1, 0), scale=scaling, enable_gqa=True)
     return out[None], None  # (1, L, heads, D)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+from plumbing import engine
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,11 +38,16 @@ def start_ranks() -> None:
         os.environ["MASTER_PORT"] = str(port)
     else:  # should torchrun die, its ranks get SIGTERM, on which a training saves and ends
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if torch.cuda.is_available():
+    is_cuda = engine.find_gpu()
+    if is_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if is_cuda and OFFLOAD and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's 1; vLLM makes none 1, too
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for optimisers on the CPU
+        torch.set_num_threads(threads)
     # Ranks do not talk while attempts are generated; the long timeout is for the rank whose dialogues take longest. A
     # process that dies closes its connections, which ends the others at once; a machine without power does not.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=timedelta(hours=2))
 
 
 def print_once(text: str) -> None:
@@ -124,11 +131,11 @@ def shard(model: nn.Module, compute_dtype: str) -> Any:
 def whole_weights(model: nn.Module, dtype: str) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor in dtype), one by one. All ranks must take them all."""
     for name, parameter in model.named_parameters():
-        yield name, parameter.detach().full_tensor().to(getattr(torch, dtype))
+        yield name, parameter.detach().to(getattr(torch, dtype)).full_tensor()  # cast first: half the traffic
 
 
 def peak_memory() -> float:
-    """GiB at the most so far: of the GPU, or of the process where there is none."""
+    """GiB at the most so far: of the GPU, without the pool of an engine that sleeps meanwhile; or of the process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / 2**30 - engine.pool_memory()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY, Mock, call
 
 import rollout
@@ -167,7 +168,7 @@ def elsewhere(toy, tmp_path_factory) -> dict:
     than any token; and a generation_config that wants to be greedy and names another end id."""
     folder = tmp_path_factory.mktemp("elsewhere")
     tokenizer, lm = median.make_tokenizer(), load_lm(toy / "warm_start")
-    lm.resize_token_embeddings(TOKENS + 8, mean_resizing=False)
+    lm.resize_token_embeddings(TOKENS + 2000, mean_resizing=False)
     lm.config.tie_word_embeddings = False
     lm.lm_head.weight = nn.Parameter(lm.lm_head.weight * 1.5, requires_grad=False)
     prompt = rollout.encode_prompt(Chat(tokenizer), load_problems(toy / "test.jsonl")[0]["question"], 1)
@@ -264,3 +265,48 @@ def test_templates_that_cannot_say_it_are_refused_with_their_cure(monkeypatch, t
     if not rollout.SYSTEM_TURNS:
         chat = rollout.make_chat(make_tokenizer(template))
         assert rollout.SAY_WRONG[:20] in chat.decode(rollout.encode_feedback(chat, 2))
+
+
+# What is said of a GPU ------------------------------------------------------------------------------------------------
+def test_models_whose_padding_cannot_be_cut_off_are_refused():
+    with pytest.raises(SystemExit, match="Linear: its padded vocabulary cannot be cut off"):
+        engine_module.drop_padding(torch.nn.Linear(2, 2), tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("available", "rank", "capability", "dtype", "message"),
+    [
+        (False, 0, (9, 0), "", "an NVIDIA driver of 580 or newer"),
+        (True, 1, (9, 0), "", "process 1 of this node has no GPU; 1 visible"),
+        (True, 0, (7, 5), "bfloat16", "Tesla T4 is too old for bfloat16: Ampere or newer"),
+        (True, 0, (7, 5), "float32", ""),
+        (True, 0, (8, 0), "bfloat16", ""),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_said_in_one_line(monkeypatch, available, rank, capability, dtype, message):
+    assert not engine_module.find_gpu()  # torch as it is here, built for CPUs: whatever the machine has
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if not message:
+        assert engine_module.find_gpu(dtype)
+        return
+    with pytest.raises(SystemExit, match=message):
+        engine_module.find_gpu(dtype)
+
+
+def test_the_peak_of_memory_is_without_a_sleeping_engine(monkeypatch):
+    from plumbing import ranks
+
+    assert engine_module.pool_memory() == 0
+    allocator = SimpleNamespace(get_current_usage=lambda: 40 * 2**30)
+    cumem = SimpleNamespace(CuMemAllocator=SimpleNamespace(instance=None))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
+    assert engine_module.pool_memory() == 0
+    cumem.CuMemAllocator.instance = allocator
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 63 * 2**30)
+    assert ranks.peak_memory() == 23

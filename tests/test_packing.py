@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @settings(deadline=None)
@@ -46,25 +46,29 @@ def test_each_dialogue_gets_the_logprobs_that_it_has_alone(toy, ranks, monkeypat
         assert not row[len(d.ids) :].any()
 
 
-def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, monkeypatch):
-    """Dialogues end to end, the kernel replaced by what it promises: causal attention in each piece."""
+def varlen_on_cpu(q, k, v, boundaries_q, boundaries_k, longest_q, longest_k, *, scale, window_size, enable_gqa):
+    """What the kernel of GPUs promises: causal attention in each piece, with fewer heads of k and v than of q."""
+    assert torch.equal(boundaries_q, boundaries_k) and window_size == (-1, 0)
+    assert boundaries_q.dtype == torch.int32 and boundaries_q[0] == 0 and boundaries_q[-1] == len(q)
+    assert k.shape[1] == q.shape[1] or enable_gqa
+    pieces = [(int(a), int(b)) for a, b in itertools.pairwise(boundaries_q)]
+    assert max(b - a for a, b in pieces) == longest_q == longest_k
+    options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
+    attend = torch.nn.functional.scaled_dot_product_attention
+    outs = [attend(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), **options)[0].transpose(0, 1) for a, b in pieces]
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, monkeypatch, tmp_path, kv_heads):
+    """Dialogues end to end, the kernel replaced by what it promises; kv_heads of the two heads of a query."""
     from torch.nn.attention import varlen
 
-    def kernel(q, k, v, boundaries_q, boundaries_k, longest_q, longest_k, *, scale, window_size):
-        assert torch.equal(boundaries_q, boundaries_k) and window_size == (-1, 0)
-        assert boundaries_q.dtype == torch.int32 and boundaries_q[0] == 0 and boundaries_q[-1] == len(q)
-        pieces = [(int(a), int(b)) for a, b in itertools.pairwise(boundaries_q)]
-        assert max(b - a for a, b in pieces) == longest_q == longest_k
-        attend = torch.nn.functional.scaled_dot_product_attention
-        outs = [
-            attend(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=scale)[0].transpose(0, 1)
-            for a, b in pieces
-        ]
-        return torch.cat(outs)
-
     constants(monkeypatch)
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    actor = ppo.Actor(str(toy / "warm_start"), 280, "float32", False)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_on_cpu)
+    config = AutoConfig.from_pretrained(toy / "warm_start", num_key_value_heads=kv_heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    actor = ppo.Actor(str(tmp_path), 280, "float32", False)
     batch = ppo.make_batch(two_dialogues())
     lengths = [len(d.ids) for d in batch.dialogues]
     expected, _ = actor(packing.make_micro_batch(batch.ids, batch.mask, lengths, [0, 1], kernel=False))
