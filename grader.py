@@ -39,14 +39,14 @@ import json
 import logging
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 
 from plumbing import numeric, tree
-from plumbing.latex import MAX_ITEMS, UNICODE_TABLE, Token, read_tree, tokenize
-from plumbing.tree import Node, Unreadable
+from plumbing.latex import MAX_ITEMS, read_tree
+from plumbing.question import Question, list_pieces, read_question
+from plumbing.tokens import COUNTED, HARMLESS, UNICODE_TABLE, UNITS, read_unit, singular, tokenize
+from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
@@ -163,166 +163,10 @@ def read_answer(text: str) -> Node | None:
     return trees[0] if len(trees) == 1 else Node("list", tuple(trees))
 
 
-# Words and units ------------------------------------------------------------------------------------------------------
-HARMLESS = set(
-    "a an the option choice answer final result is are be equals equal to so thus hence therefore it its we get have there of total "
-    "value exactly approximately about solution solutions each only unit units square cubic radian radians rad "
-    "in mod if when for x y n".split()
-)
-COUNTED = set(
-    "apple ball balls book box boxes boy call card case children cookie coin combination couple customer different "
-    "digit distinct divisor edge element employee face factor function game girl handshake hat homework integer "
-    "interval line lines man marble match matches meal member men move multiple number odd ordered orange outcome page "
-    "pair path people pencil pen permutation person piece player point possible positive possibility prime problem "
-    "question real region right root row score side single solution sock sphere square step student subset term ticket "
-    "toy triangle triple truck value vertex vertices way women word votes votes cat dog car chair tree house song "
-    "sequence arrangement diagonal polygon rectangle circle intersection committee team table seat stamp flower bead "
-    "color colour choice candy candies tile cube block brick guest gift egg shirt bird fish horse sheep cow".split()
-)
-PREFIXES = {"k": "kilo", "c": "centi", "m": "milli", "n": "nano", "d": "deci", "u": "micro", "micro": "micro"}
-METRIC = {
-    "m": "meter", "g": "gram", "s": "second", "l": "liter", "hz": "hertz", "j": "joule", "w": "watt", "v": "volt",
-    "n": "newton", "pa": "pascal", "ev": "electronvolt", "mol": "mole", "k": "kelvin", "a": "ampere", "t": "tesla",
-    "c": "coulomb",
-}  # fmt: skip
-UNITS = METRIC | {p + u: PREFIXES[p] + METRIC[u] for p in PREFIXES for u in METRIC}
-UNITS |= {
-    "ft": "foot", "feet": "foot", "in": "inch", "inche": "inch", "lb": "pound", "oz": "ounce", "sec": "second",
-    "h": "hour", "hr": "hour", "min": "minute", "mi": "mile", "yd": "yard", "metre": "meter", "litre": "liter",
-    "gm": "gram", "rs": "rupee", "usd": "dollar", "kph": "kmh", "atm": "atmosphere", "mev": "megaelectronvolt",
-    "day": "day", "week": "week", "month": "month", "year": "year", "yr": "year", "acre": "acre", "gallon": "gallon",
-    "euro": "euro", "yen": "yen", "cent": "cent", "dollar": "dollar", "am": "am", "pm": "pm", "erg": "erg",
-    "dyne": "dyne", "dyn": "dyne", "ohm": "ohm", "angstrom": "angstrom", "a.u": "au", "degree": "degree", "pint": "pint",
-    "quart": "quart", "cup": "cup", "ton": "ton", "mph": "mile / hour", "kmph": "kilometer / hour", "cc": "cm3",
-    "pound sterling": "pound", "parsec": "parsec", "pc": "parsec", "gauss": "gauss", "percent": "percent",
-}  # fmt: skip
-UNITS |= {name: name for name in UNITS.values()}
-SIDES = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
-
-
-def singular(word: str) -> str:
-    """metres -> metre, inches -> inche (which UNITS knows)"""
-    return word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word
-
-
-def read_unit(text: str) -> tuple[tuple[str, int], ...] | None:
-    """A unit as its parts with their powers, or None if a word is no unit.
-
-    >>> read_unit("square cm"), read_unit("centimeters ^2"), read_unit("km / h"), read_unit("thousand")
-    ((('centimeter', 2),), (('centimeter', 2),), (('hour', -1), ('kilometer', 1)), None)
-    """
-    powers: Counter[str] = Counter()
-    sign, side, last = 1, 1, ""
-    text = re.sub(r"\b([ap]) m\b", r"\1m", text).replace("mph", "mile / hour").replace("kph", "kilometer / hour")
-    for part in re.findall(r"\^-?\d+|[a-z]+|/", text):
-        if part in ("/", "per"):
-            sign = -1
-        elif part[0] == "^" and last:
-            powers[last] *= int(part[1:])
-        elif part in SIDES and not part.endswith("ed"):
-            side = SIDES[part]
-        elif part in SIDES and last:
-            powers[last] *= SIDES[part]
-        else:
-            last = UNITS.get(part) or UNITS.get(singular(part)) or ("unit" if part in ("unit", "units") else "")
-            if not last:
-                return None
-            powers[last] += sign * side
-            sign, side = 1, 1
-    return tuple(sorted(powers.items())) if powers else None
-
-
-# What the question says -----------------------------------------------------------------------------------------------
-FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-BARE_FORMULA = re.compile(r"(?<!\S)[^\s,;:?]*\d[^\s,;:?]*(?:\s*[-+*/^=]\s*[^\s,;:?]+)*")
-ORDERED = re.compile(r"in \w+ order\b|\border (?:of|from)|from (?:the )?(?:least|small|great|larg|low|high)|arrange|rank", re.I)
-DECREASING = re.compile(r"decreasing|descending|from (?:the )?(?:great|larg|high)", re.I)
-POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", re.I)
-BASE = re.compile(r"\bbase[- ]?\$?_?\{?(\d+|" + "two|three|four|five|six|seven|eight|nine" + r")\b|\b(binary)\b")
-BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9"}
-ASKED_UNIT = re.compile(r"\b(?:in|how many|number of|nearest)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?(\\AA|[A-Za-z/]+(?:\s(?:per|/)\s\w+)?)")
-ASKED_NAMES = re.compile(r"(?:find|determine|what|values? of|compute|solve)[^.?]*?((?:\$[a-zA-Z]\$(?:,? and |, ))+\$[a-zA-Z]\$)", re.I)
-FREE_SIGNS = set("()[]{}|+-*/=,;:&'<>") | {r"\frac", r"\{", r"\}", r"\\", r"\$", r"\circ", "%", r"\le", r"\ge", r"\in"}
-RELATION_SIGNS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", ",", ";"}
-
-
-def list_pieces(text: str) -> list[tuple[str, ...]]:
-    """The numbers, letters and signs of a formula, in alphabetical order; first of all of it, then of each side of a
-    relation in it. Brackets, +, -, *, / and fractions are left out: they can be changed without changing a thing."""
-    pieces: list[list[str]] = [[], []]
-    for token in tokenize(text.translate(UNICODE_TABLE)):
-        if token.value in RELATION_SIGNS:
-            pieces.append([])
-        elif token.kind != "word" and token.value not in FREE_SIGNS:
-            value = token.value
-            if token.kind == "num" and "." in value and "e" not in value.lower():
-                value = value.rstrip("0").rstrip(".")
-            pieces[0].append(value)
-            pieces[-1].append(value)
-    return [tuple(sorted(piece)) for piece in pieces]
-
-
-class Question:
-    """What the question says about the form of its answer."""
-
-    def __init__(self, text: str) -> None:
-        text = re.sub(r"\[asy\].*?\[/asy\]", "", text, flags=re.S)
-        self.text = text
-        self.formulas = ["".join(part or "" for part in match) for match in FORMULA.findall(text)]
-        self.formulas += [run for run in BARE_FORMULA.findall(FORMULA.sub(" ", text)) if re.search(r"[-+*/^=]", run)]
-        self.is_ordered = bool(ORDERED.search(text))
-        self.is_decreasing = bool(DECREASING.search(text))
-        self.wants_point = bool(POINT.search(text)) and "interval" not in text
-        bases = BASE.findall(text)
-        self.bases = {BASES.get(name, name) if name else "2" for name, _ in bases}
-        self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
-        self.units = {unit for word in ASKED_UNIT.findall(text) if (unit := read_unit(word.strip("\\").casefold()))}
-        if r"\AA" in text or "ngstrom" in text:
-            self.units.add((("angstrom", 1),)) if "AA" in self.text else None
-        names = ASKED_NAMES.search(text)
-        self.names = re.findall(r"\$([a-zA-Z])\$", names[1]) if names else []
-
-    @functools.cached_property
-    def pieces(self) -> set[tuple[str, ...]]:
-        return {piece for formula in self.formulas for piece in list_pieces(formula) if len(piece) > 1}
-
-    @functools.cached_property
-    def calls(self) -> set[Node]:
-        trees = [read_answer(tidy_answer(formula)) for formula in self.formulas]
-        return {part for found in trees if found for part in tree.iterate_parts(found) if part.kind == "call"}
-
-    def is_repeated_by(self, answer: str, gold: str, node: Node | None, gold_node: Node | None) -> bool:
-        """Whether the answer is a formula of the question, and the gold answer is not.
-
-        A formula, or one side of a relation in it, is repeated by what has the same numbers, letters and signs, and
-        perhaps a 0 or a 1 more, in any order. A single number or letter is no formula.
-        """
-        if gold_node and gold_node.kind == "num" and node:
-            if any(part in self.calls for part in tree.iterate_parts(node)):
-                return True
-        whole, *sides = list_pieces(answer)
-        gold_pieces = [list_pieces(gold)[0], list_pieces(gold.rpartition("=")[2])[0]]
-        if any(repeats(piece, gold_pieces) for piece in (whole, list_pieces(answer.rpartition("=")[2])[0])):
-            return False
-        sides = [side for side in sides if len(side) > 1 or (side and side[0][0].isdigit())]
-        return repeats(whole, self.pieces) or (bool(sides) and all(repeats(side, self.pieces) for side in sides))
-
-
-def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a piece is one of the others, but for one 0 or 1 more."""
-    return any(piece == other or sum((Counter(piece) - Counter(other)).values()) == 1 == len(piece) - len(other)
-               and set(Counter(piece) - Counter(other)) <= {"0", "1"} for other in others)
-
-
-@functools.lru_cache(maxsize=1024)
-def read_question(text: str) -> Question:
-    return Question(text)
-
-
 # Two trees -> the same answer or not ----------------------------------------------------------------------------------
-NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
-NO_SCALAR |= {"clause", "said"}
-SINGLE_NAMES = {"sym", "opaque", "text"}
+
+
+Unit = str | tuple  # "percent", "degree", "mod 7", what read_unit() returns, the noun that is counted, or nothing
 
 
 class Judge:
@@ -332,13 +176,14 @@ class Judge:
         self.question = question
         self.budget = numeric.Budget()
 
-    def is_right(self, answer: Node, gold: Node, tolerance: float | None) -> bool:
-        """Whether an answer is the gold answer, or within the tolerance that a problem states."""
+    def is_right(self, answer: Node, gold: Node, tolerance: float | None, is_asked: bool) -> bool:
+        """Whether an answer is the gold answer, or within the tolerance that a problem states. `is_asked`: the question
+        has what stands before the answer's "="."""
         if tolerance is not None:
-            values = [split[0] if (split := self.split_quantity(node)) else node for node in (answer, gold)]
-            if numeric.are_within(*values, tolerance, self.budget):
+            a, b = (split[0] if (split := self.split_quantity(node)) else node for node in (answer, gold))
+            if numeric.are_within(a, b, tolerance, self.budget):
                 return True
-        named = answer.kind == "rel" and answer.args[0] == ("=",) and is_long_name(answer.args[1])
+        named = answer.kind == "rel" and answer.args[0] == ("=",) and (is_asked or is_long_name(answer.args[1]))
         if named and gold.kind != "rel" and self.is_same(answer.args[2], gold):
             return True
         return self.is_same(answer, gold)
@@ -352,9 +197,8 @@ class Judge:
         if kinds & {"said", "unit"}:
             return self.is_same_quantity(a, b)
         left, right = self.split_definition(a), self.split_definition(b)
-        if left and right and (left[0] == right[0] or {left[0].kind, right[0].kind} == {"opaque", "sym"}):
-            if self.is_same(left[1], right[1]):
-                return True
+        if left and right and have_same_names(left[0], right[0]) and self.is_same(left[1], right[1]):
+            return True
         if bool(left) != bool(right) and kinds != {"rel"}:
             return self.is_same(left[1] if left else a, right[1] if right else b)
         if "list" in kinds:
@@ -385,7 +229,7 @@ class Judge:
         return numeric.is_rounded(a, b, self.budget) or numeric.is_rounded(b, a, self.budget)
 
     # Units and words
-    def split_quantity(self, node: Node) -> tuple[Node, object] | None:
+    def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
         """(value, unit or what is counted or ""), or None if there are words that cannot be ignored."""
         if node.kind == "unit":
             return node.args
@@ -400,12 +244,10 @@ class Judge:
         if after.startswith("mod "):
             return value, after
         words = [word for word in after.split() if word not in HARMLESS]
-        if unit is None and all(self.is_counted(word) for word in words):
+        asked = words and singular(words[-1]) in self.question.plurals and after in self.question.text.casefold()
+        if unit is None and (asked or all({word, singular(word)} & COUNTED for word in words)):
             return value, tuple(words[-1:])
         return (value, unit) if unit else None
-
-    def is_counted(self, word: str) -> bool:
-        return {word, singular(word)} & COUNTED != set() or singular(word) in self.question.plurals
 
     def is_same_quantity(self, a: Node, b: Node) -> bool:
         """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
@@ -421,9 +263,9 @@ class Judge:
         if unit_a and unit_b:
             return self.is_same(value_a, value_b)
         unit = unit_a or unit_b
-        if isinstance(unit, tuple) and unit and isinstance(unit[0], tuple) and self.question.units:
-            if unit not in self.question.units and unit != (("unit", 1),):
-                return False
+        is_measured = isinstance(unit, tuple) and unit != () and unit[0] != ("unit", 1)
+        if is_measured and isinstance(unit[0], tuple) and self.question.units and unit not in self.question.units:
+            return False
         if self.is_same(value_a, value_b):
             return True
         for one, other, its_unit in ((value_a, b, unit_a), (value_b, a, unit_b)):
@@ -460,8 +302,11 @@ class Judge:
         names = [pair[0] for pair in pairs if pair]
         if len(names) < 2 or len(names) != len(pairs) or len({str(name)[:30] for name in names}) < len(names):
             return None
-        order = self.question.names if set(self.question.names) == {str(name.args[0]) for name in names} else []
-        found = [v for _, v in sorted(pairs, key=lambda p: order.index(p[0].args[0]) if order else str(p[0].args[0]).replace("\\", "~"))]
+        letters = [str(name.args[0]) for name in names]
+        order = self.question.names
+        if set(order) != set(letters):
+            order = sorted(letters, key=lambda letter: letter.replace("\\", "~"))  # Greek letters last
+        found = [pair[1] for letter in order if (pair := pairs[letters.index(letter)])]
         return len(found) == len(values) and all(map(self.is_same, found, values))
 
     def has_same_elements(self, a: Node, b: Node) -> bool:
@@ -472,13 +317,14 @@ class Judge:
         asked = self.question.is_ordered or len(self.question.names) == len(right) > 1
         if asked and a.kind == b.kind == "list" and len(left) == len(right):
             return all(map(self.is_same, left, right))
-        if a.kind == b.kind == "list" and all(self.is_distinctly_named(x) for x in (left, right)):
-            pass
+        if len(left) == len(right) == 1:
+            return self.is_same(left[0], right[0])
         pairs = ((left, right), (right, left))
-        return all(x in others or any(self.is_same(x, y) for y in others) for some, others in pairs for x in some)
+        return all(x in others or any(self.is_element(x, y) for y in others) for some, others in pairs for x in some)
 
-    def is_distinctly_named(self, items: list[Node]) -> bool:
-        return all(map(self.split_definition, items))
+    def is_element(self, a: Node, b: Node) -> bool:
+        """{1} is 1, but not within {{1}, {2}}."""
+        return (a.kind == "set") == (b.kind == "set") and self.is_same(a, b)
 
     # Relations and sets of numbers
     def is_same_relation(self, a: Node, b: Node) -> bool:
@@ -509,47 +355,15 @@ class Judge:
         return numeric.have_same_members(a, b, self.budget)
 
 
+def have_same_names(a: Node, b: Node) -> bool:
+    """Names before "=": f(x) and y can stand for each other, f(x) and g(x) cannot."""
+    return a == b or {a.kind, b.kind} == {"opaque", "sym"}
+
+
 def choice_letter(node: Node) -> str:
     """The letter of a choice, A to H in either case, or nothing."""
     name = node.args[0] if node.kind == "sym" or node == tree.EULER else ""
     return name.upper() if len(name) == 1 and name in "ABCDEFGHabcdefgh" else ""
-
-
-def is_name(node: Node) -> bool:
-    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \\sin x."""
-    if node.kind in ("mul", "pow"):
-        leaves = [part for part in tree.iterate_parts(node) if part.kind not in ("mul", "pow") and part != tree.MINUS_ONE]
-        return all(leaf.kind == "sym" and leaf.args[0].isupper() for leaf in leaves)
-    if node.kind in ("tuple", "ratio") or node.args[:1] in [("abs",), *((name,) for name in tree.TRIGONOMETRIC)]:
-        return all(is_name(part) for part in node.args if isinstance(part, Node))
-    return node.kind in SINGLE_NAMES
-
-
-def is_long_name(node: Node) -> bool:
-    """What an answer may have before "=": sums and products of different letters, m + n, abc, x - y."""
-    parts = [part for part in tree.iterate_parts(node) if part.kind not in ("add", "mul") and part != tree.MINUS_ONE]
-    return is_name(node) or (len(set(parts)) == len(parts) and all(part.kind == "sym" for part in parts))
-
-
-def list_elements(node: Node) -> list[Node]:
-    """The elements of a list; a set in it is an element, one that stands alone is its list."""
-    if node.kind == "set":
-        return [x for item in node.args for x in (list_elements(item) if item.kind == "list" else [item])]
-    return [value for item in node.args for value in (list_elements(item) if item.kind == "list" else [item])] if node.kind == "list" else [node]
-
-
-def is_region(node: Node) -> bool:
-    """A set of real numbers that is no single interval, or is written as an inequality."""
-    inequality = node.kind == "rel" and set(node.args[0]) <= {"<", r"\le", r"\ne"}
-    several = node.kind == "list" and any(map(is_region, node.args))
-    return node.kind in ("union", "intersection", "minus") or node == tree.REALS or inequality or several
-
-
-def is_set_of_reals(node: Node) -> bool:
-    if node.kind in ("union", "intersection", "minus", "list"):
-        return all(map(is_set_of_reals, node.args))
-    scalar = all(part.kind not in NO_SCALAR for arg in node.args if isinstance(arg, Node) for part in tree.iterate_parts(arg))
-    return scalar and (node.kind in ("set", "rel") or (node.kind == "tuple" and len(node.args) == 4))
 
 
 # Two answers -> right or wrong ----------------------------------------------------------------------------------------
@@ -560,6 +374,7 @@ LABEL = re.compile(  # (B) 27, \textbf{(B)} 27, B. 27, Option B
     re.S | re.I,
 )
 OTHER_LABEL = re.compile(r"\([A-H]\)|\b(?:or|and|not|is|incorrect|wrong)\b")
+FILLERS = ("the", "an", "answer", "is")  # words that no text needs
 DECIMAL_COMMA = re.compile(r"\s*-?(?:\d+,\d\d+|0,\d+)\s*")  # 1,22 is 1.22 where a decimal answers it
 
 
@@ -576,8 +391,11 @@ def is_same_text(a: str, b: str) -> bool:
     """Whether two texts have the same tokens; words in any case, and without their articles."""
     one, other = (list(tokenize(text)) for text in (a, b))
     if all(token.kind in ("word", "name") for token in one + other) and "word" in {token.kind for token in one + other}:
-        letters = ("".join(t.value for t in tokens if t.value not in ("the", "an")).casefold() for tokens in (one, other))
-        return len(set(letters)) == 1
+        words = []
+        for tokens in (one, other):
+            values = [token.value.casefold() for token in tokens if token.kind == "name" or token.value not in FILLERS]
+            words.append("".join(map(singular, values[1:] if values[0] == "a" else values)))
+        return words[0] == words[1]
     return bool(one) and one == other
 
 
@@ -612,7 +430,8 @@ def judge(answer: str, gold: str, tolerance: float | None = None, question: str 
         if DECIMAL_COMMA.fullmatch(answer) and split_number(answer.replace(",", ".")) == split_number(gold):
             return True
     about = read_question(question)
-    if not Judge(about).is_right(a, b, tolerance):
+    is_asked = list_pieces(text_a.partition("=")[0])[0] in about.pieces
+    if not Judge(about).is_right(a, b, tolerance, is_asked):
         return False
     return not question or not about.is_repeated_by(text_a, text_b, a, b)
 

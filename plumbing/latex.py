@@ -1,151 +1,20 @@
-r"""LaTeX -> tokens -> the tree that it means. Nothing is ever executed.
+r"""Tokens -> the tree that they mean. Nothing is ever executed.
 
-tokenize() leaves out what only decorates (\left, spaces, \text around mathematics) and gives one name to what has
-several spellings. read_tree() reads the tokens by recursive descent: each method of Reader reads one level of the
-grammar, from a list of answers down to a number or a letter, and returns its tree.
+read_tree() reads an answer by recursive descent: each method of Reader reads one level of the grammar, from a list of
+answers down to a number or a letter, and returns its tree.
 """
 
 import itertools
 import re
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
 from plumbing import tree
+from plumbing.tokens import GREEK, UNICODE_TABLE, Token, read_words, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix
-
-
-class Token(NamedTuple):
-    kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
-    value: str
-
-
-# Text -> tokens -------------------------------------------------------------------------------------------------------
-UNICODE = {  # signs and their LaTeX
-    **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×✕", r"\times "), **dict.fromkeys("·⋅∙•", r"\cdot "),
-    **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u200a\u3000", " "), **dict.fromkeys("’‘′ʹ", "'"), "″": "''",
-    "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
-    "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-    "°": r"^\circ ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "，": ",", "（": "(", "）": ")",
-    "、": ",", "；": ";", "％": "%", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅔": r"\frac{2}{3}", "∖": r"\setminus ", "…": r"\ldots ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "√": r"\sqrt ", "µ": r"\mu ", "Å": r"\AA ", "∉": r"\notin ",
-    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}", "∀": r"\forall ",
-    "Ω": r"\Omega ", "\u200b": "", "\ufeff": "", "\\\n": " ",
-}  # fmt: skip
-GREEK = "alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
-UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
-UNICODE_TABLE = str.maketrans({sign: latex for sign, latex in UNICODE.items() if len(sign) == 1})
-RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
-ON_THE_LINE = str.maketrans(RAISED + LOWERED, "0123456789+-()n" * 2)
-
-TEXT_COMMANDS = r"text(?!color)[a-z]*|[mh]box|math(?:rm|bf|it|sf|cal|scr|ring)|operatorname\*?|bm|boldsymbol|emph"
-TOKEN = re.compile(
-    r"""(?P<num>(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}(?:\\!)?|\\!|\\,|,\s?\\!)\s*\d{3})+(?!\d)  # 1{,}234, 1\,234, 1,\!234
-        |(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
-    |\\(?:COMMANDS)\s*\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
-    |\\[hv]?phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|\b(?:np|math|sympy)\.
-    |(?P<row>\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?)
-    |(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<raised>[RAISED]+)|(?P<lowered>[LOWERED]+)
-    |(?P<char>\*\*|<=|>=|(?<![\d)}])!=|&&|\.{2,}|\S)""".replace(
-        "COMMANDS", TEXT_COMMANDS
-    )
-    .replace("RAISED", RAISED)
-    .replace("LOWERED", LOWERED),
-    re.S | re.X,
-)
-NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo", "Infinity"), "infty") | {name: name for name in GREEK}
-COMMANDS = {  # other names of one command, or of a sign
-    r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
-    r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{", r"\rbrace": r"\}",
-    r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots", r"\cdots": r"\ldots",
-    r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\varepsilon": r"\epsilon",
-    r"\degree": r"\circ", r"\land": ",", r"\lor": ",", r"\wedge": ",", r"\vee": ",", r"\equiv": "=",
-    r"\overrightarrow": r"\vec", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|", r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\cr": r"\\",
-    r"\bmod": r"\pmod", r"\mod": r"\pmod", r"\%": "%", r"\simeq": r"\approx", r"\prime": "'", r"\&": "&",
-    "**": "^", "<=": r"\le", ">=": r"\ge", "!=": r"\ne", "&&": ",", "..": r"\ldots", "...": r"\ldots",
-    r"\tg": r"\tan", r"\ctg": r"\cot", r"\arctg": r"\arctan", r"\ell": "l",
-}  # fmt: skip
-DRESS = {f"\\{name}" for name in (
-    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits "
-    "scriptstyle nolimits rm bf it small large Large LARGE huge Huge quad qquad boxed fbox underline mathbf boldsymbol "
-    "mathit text textbf mathrm mbox hbox bm pmb angle triangle , ; : ! > ( ) [ ]"
-).split()} | {"\\ ", "~", "$", "\\\n", "`", '"', "."}  # fmt: skip
-UNIT_WORDS = set(  # words in formulas that are no product of letters, as xy is
-    "cm mm km nm ft in kg lb lbs oz mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins min "
-    "sec secs day days week year mph kph rad deg Hz kHz MHz eV keV MeV USD am pm AM PM per men boys girls ways pts yes "
-    "no Yes No not kJ kW Pa kPa atm mol erg dyn gm five four six nine ten zero one two true false True False or and "
-    "odd even None none".split()
-)
-
-
-def split_words(text: str, before: Token) -> Iterator[Token]:
-    r"""The tokens of \text{...}: words, and mathematics as it is everywhere.
-
-    >>> [token.value for token in split_words("5 cm and B", Token("end", ""))]
-    ['5', 'cm', ',', 'B']
-    """
-    for token in tokenize(text, in_text=True, before=before):
-        yield token
-        before = token
-
-
-def may_be_unit(letter: str, before: Token) -> bool:
-    r"""Whether a letter in \text{...} is the unit of what stands before it: 5\text{ K}, \text{kg}/\text{m}"""
-    after_unit = before.kind == "word" or before.value in (")", "}", "{", "/", "*", r"\mu")
-    return letter not in ("e", "i", "d") and (before.kind == "num" or (after_unit and letter.islower()))
-
-
-def name_run(run: str, in_text: bool, before: Token) -> Iterator[Token]:
-    """A run of letters is "and", a known name, a word, or a product of letters; a letter after a number can be a unit."""
-    if run in ("and", "or"):
-        yield Token("char", ",")
-    elif run in tree.FUNCTIONS or run in NAMES:
-        yield Token("cmd", "\\" + NAMES.get(run, run))
-    elif run in UNIT_WORDS or len(run) > 4 or (in_text and (len(run) > 1 or may_be_unit(run, before))):
-        yield Token("word", run)
-    else:
-        yield from (Token("name", letter) for letter in run)
-
-
-def tokenize(text: str, in_text: bool = False, before: Token = Token("end", "")) -> Iterator[Token]:  # noqa: B008
-    r"""The tokens of a text, without its dress.
-
-    >>> [token.value for token in tokenize(r"\left(\dfrac12,\;1{,}000\text{ cm}\right)")]
-    ['(', '\\frac', '12', ',', '1000', 'cm', ')']
-    """
-    text = re.sub(r"\b([apAP])\. ?([mM])\b\.?", r"\1\2", text)  # p.m.
-    text = re.sub(r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d)(?=\d)", r"\1{\2}", text)  # \frac12
-    for match in TOKEN.finditer(text):
-        kind, value = match.lastgroup, match[match.lastgroup] if match.lastgroup else ""
-        if kind == "num":
-            found: Iterator[Token] = iter([Token("num", re.sub(r"[^\d.eE+-]|\\[!,]", "", value))])
-        elif kind == "text":
-            if match[0].startswith(r"\mathring") and "A" in value:
-                found = iter([Token("word", "angstrom")])
-            else:
-                vector = len(value.strip()) == 1 and not match[0].startswith(("\\text", "\\mathrm", "\\mbox"))
-                found = tokenize(value) if vector else split_words(value, before)
-        elif kind == "run":
-            found = name_run(value, in_text, before)
-        elif kind in ("raised", "lowered"):
-            inner = tokenize(value.translate(ON_THE_LINE))
-            mark = "^" if kind == "raised" else "_"
-            found = iter([Token("char", mark), Token("char", "{"), *inner, Token("char", "}")])
-        elif kind == "row":
-            found = iter([Token("cmd", r"\\")])
-        elif kind in ("cmd", "char") and value not in DRESS:
-            value = COMMANDS.get(value, value)
-            found = iter([Token("cmd" if value[0] == "\\" else "char", value)])
-        else:
-            continue
-        for token in found:
-            before = token
-            yield token
 
 
 # Tokens -> tree -------------------------------------------------------------------------------------------------------
@@ -159,12 +28,8 @@ CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set"
 MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "cases"}
 UNIT_COMMANDS = {r"\AA": "angstrom", r"\Omega": "ohm", r"\$": "dollar"}
 NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values()) | set(UNIT_COMMANDS)  # what no factor starts with
-NO_FACTOR |= set(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose".split())
+NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose"))
 EXCEPT = {"except", "excluding", "besides", "without"}
-SET_WORDS = {"real number": tree.REALS, "real": tree.REALS}
-SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-NUMERALS = {word: value for value, word in enumerate(f"{SMALL} eighteen nineteen".split())}
-TENS = {word: 10 * at for at, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 
 
 class Reader:
@@ -250,13 +115,13 @@ class Reader:
 
     def set_in_words(self, words: list[str]) -> Node | None:
         """All real numbers, perhaps except some."""
-        text = " ".join(word.removesuffix("s") for word in words if word not in ("all", "the", "for", "any", "x", "is"))
-        for name, value in SET_WORDS.items():
-            if text == name and self.peek().kind in ("end", "char"):
-                return value
-            if text.removeprefix(name + " ") in EXCEPT | {"but not", "other than"}:
-                return Node("minus", (value, self.excluded()))
-        return None
+        at = next((at for at, word in enumerate(words) if word in EXCEPT), len(words))
+        name = " ".join(
+            word for word in words[:at] if word not in ("all", "the", "x", "is", "numbers", "number", "any")
+        )
+        if name not in ("real", "reals") or (at == len(words) and self.peek().kind not in ("end", "char")):
+            return None
+        return tree.REALS if at == len(words) else Node("minus", (tree.REALS, self.excluded()))
 
     def excluded(self) -> Node:
         items = [item.args[-1] if item.kind == "rel" else item for item in self.items("")]
@@ -363,13 +228,15 @@ class Reader:
                 value = tree.call("double_factorial" if self.accept("!") else "factorial", value)
                 if self.peek().value == "!":
                     raise Unreadable("three factorials")
-            elif sign == "%":
+            elif sign == "%" and value.kind != "unit":
                 value = Node("unit", (value, "percent"))
-            elif sign:
+            elif sign == r"\circ":
                 value = Node("unit", (tree.add(value, *self.minutes()), "degree"))
                 self.at += self.peek().value in ("C", "F")  # Celsius, Fahrenheit
-            else:
+            elif not sign:
                 return value
+            else:
+                break
         raise Unreadable("too many signs")
 
     def accepts_circle(self) -> bool:
@@ -391,16 +258,12 @@ class Reader:
         value = self.argument()
         return tree.negative(value) if sign == "-" else value
 
-    def argument(self, one_digit: bool = False) -> Node:
-        r"""An argument as TeX takes it, a group or one token; \frac43 takes one digit, but 10^23 means 10^{23}."""
-        token = self.peek()
-        if one_digit and token.kind == "num" and len(token.value) > 1 and token.value.isdigit():
-            self.tokens[self.at] = Token("num", token.value[1:])
-            return tree.number(int(token.value[0]))
+    def argument(self) -> Node:
+        """An argument as TeX takes it, a group or one token; but 10^23 means 10^{23}."""
         return self.atom(is_argument=True)
 
     def fraction(self) -> Node:
-        top, bottom = self.argument(one_digit=True), self.argument(one_digit=True)
+        top, bottom = self.argument(), self.argument()
         d = Node("sym", ("d",))
         if top.kind == bottom.kind == "mul" and len(top.args) == len(bottom.args) == 2 and bottom.args[0] == d:
             order, name = top.args
@@ -480,10 +343,8 @@ class Reader:
         start, part = self.at, tree.ONE
         if text.isdigit() and self.accept(r"\frac"):
             part = self.fraction()
-        elif text.isdigit() and [self.peek(at).kind for at in range(3)] == ["num", "char", "num"]:  # 3 3/4
-            if self.peek(1).value == "/" and self.peek().value.isdigit() and self.peek(2).value.isdigit():
-                part = tree.divide(*(tree.number(int(self.peek(at).value)) for at in (0, 2)))
-                self.at += 3
+        elif text.isdigit() and self.peek().value.isdigit() and self.peek(1).value == "/":  # 3 3/4
+            part = tree.divide(self.argument(), self.argument() if self.accept("/") else tree.ONE)
         if part.kind == "num" and 0 <= part.args[0] < 1:
             return tree.add(value, part)
         self.at = start
@@ -563,7 +424,7 @@ class Reader:
         if name == r"\frac":
             return self.fraction()
         if name == r"\binom":
-            return tree.call("binom", self.argument(one_digit=True), self.argument(one_digit=True))
+            return tree.call("binom", self.argument(), self.argument())
         if name == r"\sqrt":
             index = tree.number(2)
             if self.accept("["):
@@ -627,18 +488,6 @@ class Reader:
             return tree.matrix(rows)
         pieces = [Node("piece", tuple(row)) if len(row) > 1 else row[0] for row in rows]
         return Node("list", tuple(pieces))
-
-
-def read_words(words: list[str]) -> Node:
-    """Words alone: a number (five, twenty-five, five apples), or a text."""
-    value, used = NUMERALS.get(words[0]), 1
-    if words[0] in TENS:
-        value = TENS[words[0]] + (NUMERALS.get(words[1], 0) if words[1:] else 0)
-        used = 2 if value % 10 else 1
-    if value is None:
-        return Node("text", (" ".join(words),))
-    rest = " ".join(words[used:])
-    return Node("said", (tree.number(value), "", rest)) if rest else tree.number(value)
 
 
 def read_tree(text: str) -> Node:

@@ -10,6 +10,7 @@ OutOfWork, on every machine and under any load at the same place.
 """
 
 import functools
+import itertools
 import math
 import threading
 import zlib
@@ -110,7 +111,7 @@ def count_with(exact: Callable[..., int], general: Callable[..., Any]) -> Callab
 
 
 def circular(name: str) -> Callable[[Any], Any]:
-    """sin, cos, tan, ...: their zeros are zero, as those of sums are; poles, where that is divided by, are undefined."""
+    """sin, cos, tan, ...: their zeros are zero, as those of sums are; at poles they are undefined."""
 
     def apply(value: Any) -> Any:
         if abs(value) > MP.ldexp(1, 4 * MAX_BITS):
@@ -199,7 +200,8 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
     parts = [part for node in nodes for part in tree.iterate_parts(node)]
     sizes = [tree.count_bits(part.args[0]) for part in parts if part.kind == "num"]
     bits = 2 * (sum(sizes) + GUARD_BITS)
-    results, evaluation = [], Evaluation(values, real)
+    results: list[Any] = []
+    evaluation = Evaluation(values, real)
     for extra in (0, 4):
         MP.prec = bits + extra * evaluation.peak
         budget.spend(len(parts), MP.prec)
@@ -262,7 +264,7 @@ def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
     unknowns = tree.find_unknowns(a, b)
     parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
     domains = (True, False) if unknowns and tree.IMAGINARY not in parts else (False,)
-    points = [{}]
+    points: list[dict[Node, Fraction]] = [{}]
     if unknowns:
         whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
         count = len(WHOLE) if whole else len(REAL) if len(unknowns) == 1 else MANY_POINTS
@@ -304,8 +306,8 @@ def are_within(a: Node, b: Node, tolerance: float, budget: Budget) -> bool:
 
 
 def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
-    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits or,
-    up to 17 of them, as a double.
+    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits,
+    or, up to 17 of them, as a double.
 
     >>> third = tree.number(Fraction(1, 3))
     >>> [is_rounded(tree.number(Fraction(text)), third, Budget()) for text in ("0.333333333333", "0.333333333334")]
@@ -387,6 +389,6 @@ def have_same_members(a: Node, b: Node, budget: Budget) -> bool:
                 value = Fraction(int(MP.nint(value * 2**30)), 2**30)
                 values |= {value - BESIDE, value + BESIDE}
         ordered = sorted(values)
-        values |= {(low + high) / 2 for low, high in zip(ordered, ordered[1:], strict=False)}
+        values |= {(low + high) / 2 for low, high in itertools.pairwise(ordered)}
         points += map(tree.number, values)
         return list_members(a, points, budget) == list_members(b, points, budget)

@@ -12,7 +12,7 @@ The functions below build nodes. They compute rational numbers exactly and leave
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -111,9 +111,10 @@ def shape(node: Node) -> tuple[int, int] | None:
 
 
 # Functions ------------------------------------------------------------------------------------------------------------
-TRIGONOMETRIC = "sin cos tan cot sec csc sinh cosh tanh coth sech csch".split()
+words = str.split  # so that long lists of names stay readable
+TRIGONOMETRIC = words("sin cos tan cot sec csc sinh cosh tanh coth sech csch")
 FUNCTIONS = {*TRIGONOMETRIC, *(f"arc{name}" for name in TRIGONOMETRIC), *(f"a{name}" for name in TRIGONOMETRIC)}
-FUNCTIONS |= set("ln log lg exp sqrt abs floor ceil max min arg Re Im sgn sign cis".split())
+FUNCTIONS |= set(words("ln log lg exp sqrt abs floor ceil max min arg Re Im sgn sign cis"))
 SPELLINGS = {f"arc{name}": f"a{name}" for name in TRIGONOMETRIC} | {"log": "ln", "sgn": "sign"}
 
 
@@ -126,7 +127,11 @@ def double_factorial(value: int) -> int:
     return math.prod(range(value, 0, -2))
 
 
-EXACT = {"factorial": factorial, "double_factorial": double_factorial, "binom": math.comb}
+EXACT: dict[str, Callable[..., int]] = {
+    "factorial": factorial,
+    "double_factorial": double_factorial,
+    "binom": math.comb,
+}
 
 
 def call(name: str, *args: Node) -> Node:
@@ -224,3 +229,48 @@ def iterate_parts(node: Node) -> Iterator[Node]:
 
 def find_unknowns(*nodes: Node) -> list[Node]:
     return sorted({part for node in nodes for part in iterate_parts(node) if part.kind == "sym"})
+
+
+# What kind of answer a tree is ----------------------------------------------------------------------------------------
+NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
+NO_SCALAR |= {"clause", "said"}
+NAMING = {*TRIGONOMETRIC, "ln", "abs", "Re", "Im"}  # functions of a name that are a name
+
+
+def is_name(node: Node) -> bool:
+    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \sin x."""
+    if node.kind in ("mul", "pow"):
+        leaves = [part for part in iterate_parts(node) if part.kind not in ("mul", "pow") and part != MINUS_ONE]
+        return all(leaf.kind == "sym" and leaf.args[0].isupper() for leaf in leaves)
+    if node.kind in ("tuple", "ratio") or (node.kind == "call" and node.args[0] in NAMING):
+        return all(is_name(part) for part in node.args if isinstance(part, Node))
+    return node.kind in ("sym", "opaque", "text")
+
+
+def is_long_name(node: Node) -> bool:
+    """What an answer may have before "=", besides: sums and products of different letters, m + n, abc, x - y."""
+    parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul") and part != MINUS_ONE]
+    return is_name(node) or (len(set(parts)) == len(parts) and all(part.kind == "sym" for part in parts))
+
+
+def list_elements(node: Node) -> list[Node]:
+    """The elements of a list or a set; of a value that stands alone, itself. Lists in lists are flat, sets are not."""
+    if node.kind not in ("list", "set"):
+        return [node]
+    return [value for item in node.args for value in (list_elements(item) if item.kind == "list" else [item])]
+
+
+def is_region(node: Node) -> bool:
+    """A set of real numbers that is no single interval, or is written as an inequality."""
+    inequality = node.kind == "rel" and set(node.args[0]) <= {"<", r"\le", r"\ne"}
+    several = node.kind == "list" and any(map(is_region, node.args))
+    return node.kind in ("union", "intersection", "minus") or node == REALS or inequality or several
+
+
+def is_set_of_reals(node: Node) -> bool:
+    """Whether members of this can be found: of sets and intervals of numbers, relations between numbers, and unions."""
+    if node.kind in ("union", "intersection", "minus", "list"):
+        return all(map(is_set_of_reals, node.args))
+    terms = [arg for arg in node.args if isinstance(arg, Node)]
+    scalar = all(part.kind not in NO_SCALAR for term in terms for part in iterate_parts(term))
+    return scalar and (node.kind in ("set", "rel") or (node.kind == "tuple" and len(terms) == 2))
