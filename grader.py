@@ -66,7 +66,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s+([^\s{}\\$]+)|\\\\(?
 BETWEEN_BOXES = re.compile(  # commas, a few words that end in "and", the name of the next value; not a new paragraph
     r"(?!.*\$\$)[ ,;&$]*(?:[^.?!:\n]{0,24}\band\b)?(?:[ $,;(}]|\\[(, ;]|\\q?quad)*(?:\w+\s*=\s*)?"
 )
-HEDGE = re.compile(r"(?!.*\n\s*\n).*\b(?:or|alternatively|maybe|perhaps|possibly|also be)\b", re.S | re.I)
+HEDGE = re.compile(r"[^?!\n]{0,30}\b(?:or|alternatively|maybe|perhaps|possibly|also be)\b[^.?!\n]{0,30}", re.I)
 MAX_BETWEEN: int = 80  # characters
 END_OF_TURN = "<|im_end|>"  # what follows it is another turn
 
@@ -99,7 +99,7 @@ def extract_answer(response: str) -> str | None:
         between = response[box[2] + 1 : last[0][0]]
         if box[2] > last[0][0] or len(between) > MAX_BETWEEN:
             break
-        if not BETWEEN_BOXES.fullmatch(between) and not HEDGE.match(between):
+        if not BETWEEN_BOXES.fullmatch(between) and not HEDGE.fullmatch(between):
             break
         last.insert(0, box)
     return ", ".join(response[start:end].strip() for _, start, end in last)
@@ -263,8 +263,8 @@ class Judge:
         if unit_a and unit_b:
             return self.is_same(value_a, value_b)
         unit = unit_a or unit_b
-        is_measured = isinstance(unit, tuple) and unit != () and unit[0] != ("unit", 1)
-        if is_measured and isinstance(unit[0], tuple) and self.question.units and unit not in self.question.units:
+        names = {part[0] for part in unit if isinstance(part, tuple)}
+        if names and self.question.units and not names & {"unit", *self.question.units}:
             return False
         if self.is_same(value_a, value_b):
             return True

@@ -63,7 +63,10 @@ class Question:
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
         self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
         units = ["angstrom" if "AA" in unit else unit.casefold() for unit in ASKED_UNIT.findall(text)]
-        self.units = {unit for found in units if (unit := read_unit(found))}
+        found = [
+            read_unit(unit) for unit in units if len(unit) > 2 or unit in ("cm", "mm", "km", "kg", "nm", "ft", "hz")
+        ]
+        self.units = {name for unit in found if unit for name, _ in unit} - {"unit", "degree", "percent"}
         names = ASKED_NAMES.search(text)
         self.names = re.findall(r"[a-zA-Z](?![a-z])", names[1].replace("and", "")) if names else []
 

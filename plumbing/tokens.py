@@ -170,7 +170,8 @@ UNITS |= {
     "euro": "euro", "yen": "yen", "cent": "cent", "dollar": "dollar", "am": "am", "pm": "pm", "erg": "erg",
     "dyne": "dyne", "dyn": "dyne", "ohm": "ohm", "angstrom": "angstrom", "degree": "degree", "pint": "pint",
     "quart": "quart", "cup": "cup", "ton": "ton", "mph": "mile / hour", "kmph": "kilometer / hour", "cc": "cm3",
-    "pound sterling": "pound", "parsec": "parsec", "pc": "parsec", "gauss": "gauss", "percent": "percent",
+    "pound sterling": "pound", "parsec": "parsec", "pc": "parsec", "gauss": "gauss", "micron": "micrometer",
+    "percent": "percent",
 }  # fmt: skip
 UNITS |= {name: name for name in UNITS.values()}
 SIDES = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
