@@ -57,7 +57,7 @@ BOOTSTRAP: Count = 2000  # resamples of the problems, for the intervals that are
 DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # of the engine; bfloat16 for models trained in it
 
 # The files that decide on verdicts: all results in OUT come from one version of them.
-GRADING_FILES = ("grader.py", "plumbing/latex.py", "plumbing/tree.py", "plumbing/numeric.py")
+GRADING_FILES = ("grader.py", *(f"plumbing/{name}.py" for name in ("tokens", "latex", "tree", "numeric", "question")))
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 AVERAGE = "average"  # stands beside the benchmarks in results.json: their mean, in which each counts the same
 Problems = dict[tuple[str, str], dict[str, Any]]  # by benchmark and id

@@ -1,188 +1,47 @@
-"""LaTeX -> text without dress -> tokens -> the tree that it means. Nothing is ever executed.
+r"""Tokens -> the tree that they mean. Nothing is ever executed.
 
-undress() removes what only decorates and writes in one way what has several spellings. read_tree() reads the result by
-recursive descent: each method of Reader reads one level of the grammar, from a list of answers down to a number or a
-letter, and returns its tree.
+read_tree() reads an answer by recursive descent: each method of Reader reads one level of the grammar, from a list of
+answers down to a number or a letter, and returns its tree.
 """
 
 import itertools
 import re
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
 from plumbing import tree
+from plumbing.tokens import GREEK, UNICODE_TABLE, Token, read_words, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix
 
 
-# Answer -> text without dress -----------------------------------------------------------------------------------------
-UNICODE = {  # signs and their LaTeX
-    **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×✕", r"\times "), **dict.fromkeys("·⋅∙•", r"\cdot "),
-    **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u200a\u3000", " "), **dict.fromkeys("’‘′ʹ", "'"),
-    "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
-    "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-    "°": r"^\circ ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "，": ",", "（": "(", "）": ")", "、": ",", "；": ";",
-    "％": "%", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅔": r"\frac{2}{3}",
-    "∖": r"\setminus ", "…": r"\ldots ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}",
-    "\u200b": "", "\ufeff": "",
-}  # fmt: skip
-GREEK = tree.words("alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega")
-UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
-UNICODE_TABLE = str.maketrans(UNICODE)
-SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
-LIFTED = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()n" * 2)
-TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-AFTER_VALUE = re.compile(r"[\d})!]$|\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:/|\\cdot)$")
-
-
-def write_as_fraction(match: re.Match) -> str:
-    r"""A repeating decimal: 0.1\overline{6} -> \frac{15}{90}"""
-    whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
-    top = int(whole + fixed + period) - int(whole + fixed)
-    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
-
-
-def undress_text(match: re.Match) -> str:
-    r"""What \text{...} stands for: a comma (and), mathematics (225; A,C,F), or words, which stay \text{words}."""
-    content = re.sub(r"\\[,;:! ]|[~{}$]", " ", match[1]).strip()
-    if re.fullmatch(r"(?:,?\s*(?:and|or)|&)\s*,?", content):
-        return " , "
-    if "\\" in content or not content:
-        return f" {TEXT.sub(undress_text, match[1])} "
-    before = match.string[: match.start()].rstrip(" ~\\,;:")
-    vector = len(content) == 1 and match[0].startswith(r"\mathbf")
-    unit = AFTER_VALUE.search(before) and content[0].isalpha() and content not in ("e", "i", "d") and not vector
-    if not unit and (not re.search(r"[A-Za-z]{2}", content) or content[0].isdigit() or content[-1] == "="):
-        return f" {match[1]} "
-    return ",".join(rf"\text{{{part.strip()}}}" for part in content.split(","))
-
-
-DRESS = [  # patterns and what replaces them; applied in this order, each to the result of those before it
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?", r"\\cr "),
-        (rf"([{SUPERSCRIPTS}]+)", lambda m: "^{" + m[1].translate(LIFTED) + "}"),
-        (rf"([{SUBSCRIPTS}]+)", lambda m: "_{" + m[1].translate(LIFTED) + "}"),
-        (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"√", r"\\sqrt "),
-        (r"(?<=\d)(?:\{,\}(?:\\!)?|\\!|\\,|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),  # thousands
-        (r"\\!", ""),
-        (r"\\\$(?=\})", "dollars"),  # \text{\$}
-        (TEXT.pattern, undress_text),
-        (r"\^\{?\s*\\circ\s*\}?\s*(C|F)(?![A-Za-z])", r"\\text{degrees \1}"),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r"\\circ "),
-        (r"\\(?:left|right)\s*\.", " "),
-        (r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![A-Za-z])", ""),
-        (r"\\(?:(?:display|text|script)style|(?:no)?limits|rm|bf|it|small|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", " "),
-        (r"\\(?:[hv]?phantom|color)\s*(?:\{[^{}]*\}|\S)|\\[hv]space\*?\{[^{}]*\}|\\q?quad|\\[,;:> ]|[~\s]+", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"\\(?:math(?!bb)[a-z]+|text[a-z]+|boldsymbol|bm|pmb|underline|boxed|fbox)\s*(?=\{)", ""),
-        (r"^(-?)\\\$", r"\\text{dollars}\1"),
-        (r"\\\$", " "),
-        (r"\$|\\[()\[\]]", " "),
-        (r"\\%|\\text\{\s*%\s*\}|(?<![a-z])(?:percent(?:age)?|pct)\b|\\text\{percent\}", "%"),
-        (r"\\lvert|\\rvert|\\vert|\\mid(?![A-Za-z])", "|"),
-        (r"\^\{?\s*\\prime\s*\}?", "'"),
-        (r"\\text\{(?:all )?real(?: number)?s\}", r"\\mathbb{R}"),
-        (r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2"),
-        (r"(?<!\.)\.(?=\s*[)\]}])", ""),  # a period inside brackets
-        (r"\b(?:np|math|numpy|sympy)\.", ""),
-        (r"(?<=\d)\s*((?:[kcm]?m|ft|mi|k?g|k?J|N|L)/(?:s|h|hr|min|kg|mol|m)(?:\^\{?\d\}?)?)$", r"\\text{\1}"),
-        (r"\b([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\1'"),  # an inverse function is a name, not a power
-        (r"\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{?R\}? ?)?[:|](?=[^:]*(?:[<>=|]|\\[lgn]e))", r"\\{"),  # {x : x > 1}
-        (r"^\](?=.*,)", "("),  # ]0,1[ is (0,1)
-        (r"(?<=\w)\[$", ")"),
-        (r"\*\*", "^"),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (r"!=", r"\\ne "),
-        (r"\.\.\.+", r"\\ldots "),
-        (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", write_as_fraction),
-    ]
-]
-
-
-def undress(text: str) -> str:
-    r"""The text without what only decorates it.
-
-    >>> undress(r"\left(\dfrac12,\;1{,}000\text{ cm}\right)")
-    '(\\frac12, 1000\\text{cm})'
-    """
-    if r"\begin" not in text:
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
-    text = text.translate(UNICODE_TABLE)
-    for pattern, replacement in DRESS:
-        text = pattern.sub(replacement, text)
-    return re.sub(r"\s+", " ", text)
-
-
-# Text -> tokens -------------------------------------------------------------------------------------------------------
-class Token(NamedTuple):
-    kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
-    value: str
-
-
-NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo"), "infty") | {name: name for name in GREEK}
-COMMANDS = {  # other names of one command
-    r"\cdot": "*", r"\times": "*", r"\ast": "*", r"\div": "/", r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge",
-    r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{",
-    r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots",
-    r"\cdots": r"\ldots", r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\land": ",",
-    r"\varepsilon": r"\epsilon", r"\degree": r"\circ", r"\lor": ",", r"\equiv": "=", r"\overrightarrow": r"\vec",
-}  # fmt: skip
-RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in"}
+# Tokens -> tree -------------------------------------------------------------------------------------------------------
+RELATIONS = {"=", r"\approx", "<", ">", r"\le", r"\ge", r"\ne", r"\in", r"\notin"}
 SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\dot", r"\ddot", r"\tilde", r"\widehat"}
+ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\tilde", r"\widehat"}
+DERIVATIVES = {r"\dot": "'", r"\ddot": "''"}
 CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set")}
 MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "cases"}
-NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values())  # what no factor of a product starts with
-NO_FACTOR |= set(tree.words(r"\cr \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod"))
-CHANGES_MEANING = re.compile(r"\b(?:not?|non|never|without|except|undefined|wrong|than|least|most|or)\b", re.I)
-TOKEN = re.compile(
-    r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)|\\text\{(?P<word>[^{}]*)\}"
-    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<char>\S)",
-    re.S,
-)
+UNIT_COMMANDS = {r"\AA": "angstrom", r"\Omega": "ohm", r"\$": "dollar"}
+NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values()) | set(UNIT_COMMANDS)  # what no factor starts with
+NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose"))
+EXCEPT = {"except", "excluding", "besides", "without"}
 
 
-def tokenize(text: str) -> Iterator[Token]:
-    """Numbers, commands, words and letters; a run of letters is a known name, a word, or a product of letters."""
-    for match in TOKEN.finditer(text):
-        kind, value = match.lastgroup, match[match.lastgroup]
-        if kind == "run":
-            if value in ("and", "or"):
-                yield Token("char", ",")
-            elif value in tree.FUNCTIONS or value in NAMES:
-                yield Token("cmd", "\\" + NAMES.get(value, value))
-            elif value in tree.UNIT_WORDS or len(value) > 4:
-                yield Token("word", value)
-            else:
-                yield from (Token("name", letter) for letter in value)
-        elif kind in ("cmd", "char"):
-            value = COMMANDS.get(value, value)
-            yield Token("cmd" if value[0] == "\\" else "char", value)
-        else:
-            yield Token(kind, value)
-
-
-# Tokens -> tree -------------------------------------------------------------------------------------------------------
 class Reader:
     """Recursive descent over the tokens of one answer; each method reads one level of the grammar."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = list(tokenize(text))
+        if r"\begin" not in text:
+            text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
+        self.tokens = list(tokenize(text.translate(UNICODE_TABLE)))
         self.at = 0
         self.depth = 0
-        self.in_bars = False  # inside |...|, where a bar closes and does not open
+        self.in_bars = False  # inside |...| or \{...|...\}, where a bar closes and does not open
 
     def peek(self, ahead: int = 0) -> Token:
         return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else Token("end", "")
@@ -216,48 +75,97 @@ class Reader:
             if self.peek().value not in (",", ";"):
                 return items
 
+    def words(self) -> list[str]:
+        """Words in a row, also with hyphens between them."""
+        words: list[str] = []
+        while self.peek().kind == "word" or (words and self.peek().value == "-" and self.peek(1).kind == "word"):
+            words += self.take().value.casefold().replace("-", " ").split()
+        return words
+
     def item(self) -> Node:
-        """Words, then mathematics, then a unit: The answer is 5 cm."""
-        words = []
-        while self.peek().kind == "word":
-            words.append(self.take().value)
-            self.accept(":")  # Answer: 5
-        before = " ".join(words)
-        if words and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}")):
-            return Node("text", (re.sub(r"[\s.'\"-]+", " ", before).strip().casefold(),))
+        """Words, then mathematics, then a unit: The answer is 5 cm. Words alone are a number, a set or a text."""
+        start, words = self.at, self.words()
+        self.accept(":")  # Answer: 5
+        if words and (value := self.set_in_words(words)):
+            return value
+        if words and self.peek().value in ("=", r"\approx"):  # Area = 5
+            first = self.tokens[start].value
+            is_product = len(words) == 1 and first.isupper()  # MR = SRMC
+            name = self.letters(first) if is_product else Node("text", (" ".join(words),))
+            return self.said((), self.relation(name))
+        if words and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}", "&", r"\\")):
+            return read_words(words)
+        currency = self.accept(r"\$")
         value = self.relation()
-        after = f"mod {self.argument()}" if self.accept(r"\pmod") else self.unit()
-        if CHANGES_MEANING.search(f"{before} {after}"):
-            raise Unreadable("words that cannot be ignored")
-        unit = tree.normalize_unit(after or before)
-        if unit and (
-            after or unit in tree.CURRENCIES
-        ):  # of the words before a value only "dollars" and the like are units
-            return Node("unit", (value, unit))
-        return value
+        if self.peek().value in EXCEPT:
+            self.take()
+            return Node("minus", (value, self.excluded()))
+        return self.said(tuple(words) + (("dollar",) if currency else ()), value)
+
+    def said(self, before: tuple[str, ...], value: Node) -> Node:
+        """A value with the words before it and those after it; degrees and percent are part of the value."""
+        after = f"mod {self.atom().args[-1]}" if self.accept(r"\pmod") else self.unit()
+        first, _, rest = after.partition(" ")
+        for name, unit in (("percent", "percent"), ("degree", "degree")):
+            if first.removesuffix("s") == name:
+                value, after = Node("unit", (value, unit)), rest
+        if value.kind == "unit" and after in ("c", "f", "celsius", "fahrenheit"):
+            after = ""
+        return Node("said", (value, " ".join(before), after)) if before or after else value
+
+    def set_in_words(self, words: list[str]) -> Node | None:
+        """All real numbers, perhaps except some."""
+        at = next((at for at, word in enumerate(words) if word in EXCEPT), len(words))
+        name = " ".join(
+            word for word in words[:at] if word not in ("all", "the", "x", "is", "numbers", "number", "any")
+        )
+        if name not in ("real", "reals") or (at == len(words) and self.peek().kind not in ("end", "char")):
+            return None
+        return tree.REALS if at == len(words) else Node("minus", (tree.REALS, self.excluded()))
+
+    def excluded(self) -> Node:
+        items = [item.args[-1] if item.kind == "rel" else item for item in self.items("")]
+        return Node("set", tuple(items))
 
     def unit(self) -> str:
-        parts = []
+        """The words of a unit, with / and ^: kg * m / s ^2."""
+        parts: list[str] = []
         while True:
-            if self.peek().kind == "word" or (parts and self.peek().value in "/*" and self.peek(1).kind == "word"):
+            token, following = self.peek(), self.peek(1)
+            joined = parts and token.value in ("/", "*") and following.kind in ("word", "name")
+            if token.kind == "word" or joined or (parts and token.kind == "name"):
                 parts.append(self.take().value)
+            elif token.value in UNIT_COMMANDS:
+                parts.append(UNIT_COMMANDS[self.take().value])
+            elif token.value == r"\mu" and following.kind in ("word", "name"):
+                self.take()
+                parts.append("micro" + self.take().value)
+            elif token.value == r"\frac" and self.peek(2).kind in ("word", "name"):
+                self.take()
+                parts += [self.plain_group(), "/", self.plain_group()]
             elif parts and self.accept("^"):
-                exponent = self.argument()
+                exponent = self.exponent()
                 parts.append(f"^{exponent.args[0]}" if exponent.kind == "num" else "^?")
+            elif self.peek(1).kind == "word" and token.value == "(" and self.peek(2).value == ")":
+                self.take()
+                parts.append(self.take().value)
+                self.take()
             else:
-                return " ".join(parts)
+                return " ".join(parts).casefold()
 
-    def relation(self) -> Node:
-        self.accept("=", r"\approx")  # "= 5"
-        terms, signs = [self.ratio()], []
+    def relation(self, first: Node | None = None) -> Node:
+        if not first:
+            self.accept("=", r"\approx")  # "= 5"
+        terms, signs = [first or self.ratio()], []
         while sign := self.accept(*RELATIONS):
             signs.append(sign)
-            terms.append(self.ratio())
+            words = [] if self.peek().value.isupper() else self.words()
+            terms.append(read_words(words) if words else self.ratio())
         return tree.make_relation(signs, terms)
 
     def ratio(self) -> Node:
         parts = [self.union()]
-        while self.accept(":"):
+        while not self.in_bars and self.accept(":"):
             parts.append(self.union())
         return Node("ratio", tuple(parts)) if len(parts) > 1 else parts[0]
 
@@ -292,46 +200,77 @@ class Reader:
     def starts_factor(self) -> bool:
         token = self.peek()
         if token.kind == "cmd":
-            return token.value not in NO_FACTOR
+            is_unit = self.peek(1 if token.value == r"\mu" else 2).kind == "word" and token.value in (r"\mu", r"\frac")
+            return token.value not in NO_FACTOR and not is_unit
         opens = token.value in ("(", "[", "{") or (token.value == "|" and not self.in_bars)
+        opens = opens and not (token.value == "(" and self.peek(1).kind == "word" and self.peek(2).value == ")")
         return token.kind in ("num", "name") or (token.kind == "char" and opens)
 
     def signed(self) -> Node:
         is_negative = False
         while sign := self.accept("+", "-"):
             is_negative ^= sign == "-"
+        if self.accept(r"\$"):  # -\$5
+            self.tokens.append(Token("word", "dollars"))
+            is_negative ^= bool(self.accept("-"))
         return tree.negative(self.powered()) if is_negative else self.powered()
 
     def powered(self) -> Node:
-        r"""A base with what follows it: x^2, n!, 50%, 30\circ."""
+        r"""A base with what follows it: x^2, n!, 50%, 30\circ, 30\circ 15'."""
         value = self.atom()
         for _ in range(MAX_DEPTH):
             sign = self.accept("^", r"\circ", "!", "%")
+            if sign == "^" and self.accepts_circle():
+                sign = r"\circ"
             if sign == "^":
                 value = tree.power(value, self.exponent())
             elif sign == "!":
-                value = tree.call("factorial", value)
-            elif sign:
-                value = Node("unit", (value, "percent" if sign == "%" else "degree"))
-            else:
+                value = tree.call("double_factorial" if self.accept("!") else "factorial", value)
+                if self.peek().value == "!":
+                    raise Unreadable("three factorials")
+            elif sign == "%" and value.kind != "unit":
+                value = Node("unit", (value, "percent"))
+            elif sign == r"\circ":
+                value = Node("unit", (tree.add(value, *self.minutes()), "degree"))
+                self.at += self.peek().value in ("C", "F")  # Celsius, Fahrenheit
+            elif not sign:
                 return value
+            else:
+                break
         raise Unreadable("too many signs")
+
+    def accepts_circle(self) -> bool:
+        r"""Take \circ or {\circ}, if it comes."""
+        if self.peek().value == "{" and self.peek(1).value == r"\circ" and self.peek(2).value == "}":
+            self.at += 3
+            return True
+        return bool(self.accept(r"\circ"))
+
+    def minutes(self) -> Iterator[Node]:
+        """15' and 20'' after degrees, as degrees."""
+        for per_degree, marks in ((60, 1), (3600, 2)):
+            if self.peek().kind == "num" and all(self.peek(1 + mark).value == "'" for mark in range(marks)):
+                yield tree.number(Fraction(self.take().value) / per_degree)
+                self.at += marks
 
     def exponent(self) -> Node:
         sign = self.accept("+", "-")
         value = self.argument()
         return tree.negative(value) if sign == "-" else value
 
-    def argument(self, one_digit: bool = False) -> Node:
-        r"""An argument as TeX takes it, a group or one token; \frac43 takes one digit, but 10^23 means 10^{23}."""
-        token = self.peek()
-        if one_digit and token.kind == "num" and len(token.value) > 1 and token.value.isdigit():
-            self.tokens[self.at] = Token("num", token.value[1:])
-            return tree.number(int(token.value[0]))
+    def argument(self) -> Node:
+        """An argument as TeX takes it, a group or one token; but 10^23 means 10^{23}."""
         return self.atom(is_argument=True)
 
     def fraction(self) -> Node:
-        return tree.divide(self.argument(one_digit=True), self.argument(one_digit=True))
+        top, bottom = self.argument(), self.argument()
+        d = Node("sym", ("d",))
+        if top.kind == bottom.kind == "mul" and len(top.args) == len(bottom.args) == 2 and bottom.args[0] == d:
+            order, name = top.args
+            times = 1 if order == d else int(order.args[1].args[0]) if order.args[:1] == (d,) else 0
+            if 0 < times < 4 and name.kind in ("sym", "opaque"):  # dx/dt is x'
+                return Node(name.kind, (name.args[0] + "'" * times, *name.args[1:]))
+        return tree.divide(top, bottom)
 
     def atom(self, is_argument: bool = False) -> Node:
         self.depth += 1
@@ -342,24 +281,39 @@ class Reader:
             value = self.numeral(token.value, is_argument)
         elif token.kind == "name":
             value = self.symbol(token.value, is_argument)
+        elif token.kind == "word" and token.value.isupper():
+            value = self.letters(token.value)
+        elif token.kind == "cmd" and token.value not in CLOSING:
+            value = self.command(token.value, is_argument)
         elif token.value in CLOSING:
             value = self.bracket(token.value)
-        elif token.kind == "cmd":
-            value = self.command(token.value, is_argument)
         else:
             raise Unreadable(f"unexpected {token.value!r}")
         self.depth -= 1
         return value
 
+    def letters(self, word: str) -> Node:
+        """MR as a product of its letters, as in formulas."""
+        return tree.multiply(*(Node("sym", (letter,)) for letter in word))
+
     def group(self, opening: str) -> list[Node]:
         """The items after an opening bracket, up to its closing sign, which is left."""
-        outside, self.in_bars = self.in_bars, opening == "|"
+        outside, self.in_bars = self.in_bars, opening in ("|", r"\{")
         items = self.items(CLOSING[opening])
         self.in_bars = outside
         return items
 
     def bracket(self, opening: str) -> Node:
         items = self.group(opening)
+        if opening == r"\{" and self.accept(":", "|"):  # \{x : x > 1\}, \{2k : k \in \mathbb{Z}\}
+            conditions = self.items(r"\}")
+            is_free = len(items) == 1 and items[0].kind in ("sym", "clause")
+            items = [tree.make_list(conditions)] if is_free else items
+            self.expect(r"\}")
+            return items[0] if is_free else tree.make_bracket(opening, r"\}", items)
+        if opening == "{" and (sign := self.accept(r"\over", r"\choose")):
+            second = self.group(opening)
+            items = [tree.divide(items[0], second[0]) if sign == r"\over" else tree.call("binom", items[0], second[0])]
         closing = self.take().value
         half_open = opening in ("(", "[") and closing in (")", "]")
         if closing != CLOSING[opening] and not half_open:
@@ -371,39 +325,88 @@ class Reader:
 
     def with_base(self, digits: str) -> Node:
         self.take()  # the _
-        return Node("based", (digits.lstrip("0"), self.argument()))
+        base = self.argument()
+        return tree.number(int(digits)) if base == tree.number(10) else Node("based", (digits.lstrip("0"), base))
 
     def numeral(self, text: str, is_argument: bool) -> Node:
-        r"""A number; a mixed number (3\frac{3}{4} is a sum); digits with a base."""
+        r"""A number; a mixed number (3\frac{3}{4} is a sum); a repeating decimal; digits with a base."""
         if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > tree.MAX_BITS:
             raise Unreadable("too large")
+        if "." in text and (period := self.period()):
+            fixed = len(text) - text.index(".") - 1
+            return tree.number(Fraction(text + "0") + Fraction(int(period), 10**fixed * (10 ** len(period) - 1)))
         value = tree.number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
         if is_argument:
             return value
-        if self.peek().value == "_":
+        if self.peek().value == "_" and text.isdigit():
             return self.with_base(text)
-        start = self.at
+        start, part = self.at, tree.ONE
         if text.isdigit() and self.accept(r"\frac"):
             part = self.fraction()
-            if part.kind == "num" and 0 <= part.args[0] < 1:
-                return tree.add(value, part)
-            self.at = start
+        elif text.isdigit() and self.peek().value.isdigit() and self.peek(1).value == "/":  # 3 3/4
+            part = tree.divide(self.argument(), self.argument() if self.accept("/") else tree.ONE)
+        if part.kind == "num" and 0 <= part.args[0] < 1:
+            return tree.add(value, part)
+        self.at = start
         return value
 
+    def period(self) -> str:
+        r"""The digits of \overline{36} after a decimal point."""
+        start = self.at
+        if self.accept(r"\overline", r"\bar", r"\dot"):
+            digits = self.plain_group()
+            if digits.isdigit():
+                return digits
+        self.at = start
+        return ""
+
     def symbol(self, name: str, is_argument: bool) -> Node:
-        """A letter with its primes and subscript; f(x) is one thing, n(n+1) a product."""
+        """A letter with its primes and subscript; f(x) is one thing, n(n+1) a product; C_n^k is a binomial."""
         if name in ("i", "e") and self.peek().value not in ("_", "'"):
             return tree.IMAGINARY if name == "i" else tree.EULER
-        while mark := self.accept("'", "_"):
+        following = [self.peek(at) for at in range(4)]
+        if name == "d" and [token.value for token in following[1:3]] == ["/", "d"] and following[3].kind == "name":
+            self.at += 4
+            return Node("sym", (following[0].value + "'",))  # dx/dt
+        if name == "C" and self.peek().value == "_":
+            start = self.at
+            self.take()
+            lower = self.argument()
+            if self.accept("^"):
+                return tree.call("binom", lower, self.argument())
+            self.at = start
+        while mark := self.accept("'", "_") or self.accepts_prime():
             name += "'" if mark == "'" else "_" + self.plain_group()
         if not is_argument and self.peek().value == "(":
-            inside = list(itertools.takewhile(lambda token: token.value != ")", self.tokens[self.at + 1 :]))
-            named = all(token.kind == "name" or token.value == "," or token.value[1:] in GREEK for token in inside)
-            if name[0] in "fgFG" or (inside and named) or (name.isupper() and len(inside) == 1):
-                self.take()
-                arguments = self.group("(")
-                self.expect(")")
-                return Node("opaque", (name, *arguments))
+            return self.application(name)
+        return Node("sym", (name,))
+
+    def accepts_prime(self) -> str:
+        r"""Take ^' or ^{\prime}, if it comes."""
+        if self.peek().value == "^" and self.peek(1).value == "'":
+            self.at += 1
+        elif [self.peek(at).value for at in range(3)] == ["^", "{", "'"]:
+            self.at += 2
+            end = next((at for at in range(self.at, len(self.tokens)) if self.tokens[at].value != "'"), self.at)
+            del self.tokens[end : end + 1]  # the brace
+        return self.accept("'") or ""
+
+    def application(self, name: str) -> Node:
+        r"""f(x), P(A \cap B) as one thing; n(n+1) is only n here."""
+        inside = list(itertools.takewhile(lambda token: token.value != ")", self.tokens[self.at + 1 :]))
+        named = all(token.kind == "name" or token.value == "," or token.value[1:] in GREEK for token in inside)
+        event = {token.value for token in inside} & {*RELATIONS, *SET_SIGNS, "|"}
+        if name in ("P", "E") and event:
+            self.at += len(inside) + 1
+            self.expect(")")
+            return Node("opaque", (name + "".join(token.value for token in inside),))
+        if name[0] in "fgFG" and not event and (named or name[0] in "fg" or len(inside) == 1):
+            named = True
+        if (inside and named) or (name.isupper() and len(inside) == 1):
+            self.take()
+            arguments = self.group("(")
+            self.expect(")")
+            return Node("opaque", (name, *arguments))
         return Node("sym", (name,))
 
     def plain_group(self) -> str:
@@ -421,7 +424,7 @@ class Reader:
         if name == r"\frac":
             return self.fraction()
         if name == r"\binom":
-            return tree.call("binom", self.argument(one_digit=True), self.argument(one_digit=True))
+            return tree.call("binom", self.argument(), self.argument())
         if name == r"\sqrt":
             index = tree.number(2)
             if self.accept("["):
@@ -439,8 +442,8 @@ class Reader:
             return tree.REALS if letter == "R" else Node("sym", (name + letter,))
         if name in ACCENTS:
             return self.symbol(name + self.plain_group(), is_argument)
-        if name in (r"\angle", r"\triangle"):
-            return self.atom(is_argument)
+        if name in DERIVATIVES:
+            return self.symbol(self.plain_group() + DERIVATIVES[name], is_argument)
         if name[1:].isalpha() and name not in NO_FACTOR:
             return self.symbol(name, is_argument)
         raise Unreadable(f"unexpected {name!r}")
@@ -464,7 +467,7 @@ class Reader:
         return tree.apply_function(name, args, base, exponent)
 
     def environment(self) -> Node:
-        r"""A matrix, or the parts of \begin{cases} as a list."""
+        r"""A matrix, or the parts of \begin{cases} as a list: relations, or values with their conditions."""
         name = self.plain_group()
         if name not in MATRICES:
             raise Unreadable("no matrix")
@@ -472,7 +475,7 @@ class Reader:
             self.plain_group()  # its columns
         rows: list[list[Node]] = [[]]
         while not self.accept(r"\end"):
-            if self.accept(r"\cr"):
+            if self.accept(r"\\"):
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].extend(self.items("&"))
@@ -481,15 +484,16 @@ class Reader:
         rows = [row for row in rows if row]
         if self.plain_group() != name or not rows:
             raise Unreadable("no rows, or another end")
-        if name == "cases":
-            return Node("list", tuple(cell for row in rows for cell in row))
-        return tree.matrix(rows)
+        if name != "cases":
+            return tree.matrix(rows)
+        pieces = [Node("piece", tuple(row)) if len(row) > 1 else row[0] for row in rows]
+        return Node("list", tuple(pieces))
 
 
 def read_tree(text: str) -> Node:
-    """The tree of an undressed text; raises Unreadable where the reader does not know what it means."""
+    """The tree of a text; raises Unreadable where the reader does not know what it means."""
     reader = Reader(text)
     items = reader.items("")
     if reader.peek().kind != "end" or not items:
         raise Unreadable(f"unexpected {reader.peek().value!r}")
-    return items[0] if len(items) == 1 else Node("list", tuple(items))
+    return tree.make_list(items)

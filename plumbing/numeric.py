@@ -1,271 +1,394 @@
-"""The value of a tree: a number to as many digits as a comparison takes, or a set of real numbers as sympy has it."""
+"""The value of a tree to as many digits as a comparison takes, and whether two trees have the same values.
 
+How many digits: twice as many bits as all numbers in both answers have together, and GUARD_BITS. If a value on the way
+is very large or very small (e^{-700} beside 1), once more with four times its size in bits on top. One rule then says
+what is zero: a sum whose terms cancel to less than half of the digits. Two constants are equal if their difference is
+zero in this sense, two expressions if they are equal at every point of a fixed list (choose_value).
+
+Work is counted, not timed: each evaluation costs tree nodes x bits^2. A verdict that needs more than its Budget ends in
+OutOfWork, on every machine and under any load at the same place.
+"""
+
+import functools
+import itertools
 import math
 import threading
-import time
 import zlib
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
 
 from plumbing import tree
-from plumbing.tree import INVERSES, MAX_BITS, MAX_FACTORIAL, Node, Unreadable, words
+from plumbing.tree import MAX_BITS, MAX_FACTORIAL, Node
 
 import mpmath
 
-POINTS: int = 8  # places at which two expressions must agree; a difference mostly shows at the first
+MAX_WORK: float = 1.5e9  # tree nodes x bits^2 of one verdict: some 50 ms
+BASE_BITS: int = 300  # added to the bits that a node is charged for: what a node costs however few its bits are
+MAX_PEAK: int = 300  # at points where values are larger than 2^{300} or smaller than 2^{-300} nothing is compared
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
-LOCAL_WORK: int = 500_000_000  # tree nodes x bits^2 of one evaluation in the calling process (some ms)
-LOCAL_SECONDS: float = 0.05  # processor time of one verdict in the calling process; a longer one goes to a worker
+MAX_PLACES: int = 40  # of a decimal that may be a rounded value
+MP = mpmath.MPContext()  # its precision changes from one evaluation to the next,
+LOCK = threading.RLock()  # hence one at a time
+DEGREE = tree.divide(tree.PI, tree.number(180))
+SCALES = {"percent": tree.number(Fraction(1, 100)), "degree": DEGREE}
 
 
 class Undefined(Exception):
-    """The expression has no value here: outside its domain, or too large."""
+    """The expression has no (real) value here."""
 
 
-class NeedsWorker(Exception):
-    """The verdict needs sympy, or more work than the calling process should do."""
+class TooLarge(Exception):
+    """The value is beyond what is computed, which says nothing about it."""
 
 
-class Context(threading.local):
-    """What each thread has of its own: mpmath's context, which holds the precision, and when a verdict takes too long.
+class OutOfWork(Exception):
+    """The verdict would take more work than MAX_WORK."""
 
-    `mp.peak` is the largest magnitude that an evaluation met, in bits. `deadline` is in processor time of the thread.
-    """
+
+class Budget:
+    """What is left of the work of one verdict."""
 
     def __init__(self) -> None:
-        self.mp = mpmath.MPContext()
-        self.mp.peak = 0
-        self.deadline = math.inf
+        self.left = MAX_WORK
 
-    def start_verdict(self, seconds: float) -> None:
-        """Limit the processor time from now on; with math.inf, that is in a worker, the amount of work as well."""
-        self.deadline = time.thread_time() + seconds
-
-    def require_worker_for(self, work: float) -> None:
-        """Raises NeedsWorker if this much work, or the time that has passed, is too much for the calling process."""
-        if self.deadline < math.inf and (work > LOCAL_WORK or time.thread_time() > self.deadline):
-            raise NeedsWorker
-
-
-CONTEXT = Context()
+    def spend(self, nodes: int, bits: int) -> None:
+        self.left -= nodes * (bits + BASE_BITS) ** 2
+        if self.left < 0:
+            raise OutOfWork
 
 
 # Tree -> number -------------------------------------------------------------------------------------------------------
-def rounded(name: str):
+def add_up(terms: Iterable[Any]) -> Any:
+    """A sum; zero if its terms cancel to less than half of the digits."""
+    terms = list(terms)
+    total, largest = MP.fsum(terms), max(map(abs, terms))
+    return MP.zero if abs(total) <= MP.ldexp(largest, -MP.prec // 2) else total
+
+
+def round_with(name: str) -> Callable[[Any], Any]:
     """floor or ceil; a value that is a whole number must not miss it by a rounding error."""
 
-    def apply(mp, value):
-        nearest = mp.nint(value)
-        return nearest if abs(value - nearest) < mp.ldexp(1, -mp.prec // 2) else getattr(mp, name)(value)
+    def apply(value: Any) -> Any:
+        nearest = MP.nint(value)
+        return nearest if abs(value - nearest) < MP.ldexp(1, -MP.prec // 2) else getattr(MP, name)(value)
 
     return apply
 
 
-def raised(mp, base, exponent):
-    if not base and mp.re(exponent) <= 0:
+def raise_to(base: Any, exponent: Any) -> Any:
+    """A power; of a negative number the real one, if the exponent is a fraction over 3, 5 or 7."""
+    if not base and MP.re(exponent) <= 0:
         raise Undefined("0 to a power that is not positive")
-    if base and abs(exponent) * (abs(mp.mag(base)) + 1) > 4 * MAX_BITS:
-        raise Undefined("too large")
-    return mp.power(base, exponent)
+    if base and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
+        raise TooLarge
+    if not MP.im(base) and not MP.im(exponent) and base < 0 and not MP.isint(exponent):
+        for index in (3, 5, 7):
+            times = MP.nint(exponent * index)
+            if abs(exponent * index - times) < MP.ldexp(1, -MP.prec // 2):
+                return MP.power(-base, exponent) * (-1) ** int(times)
+    return MP.power(base, exponent)
 
 
-def root(mp, value, index):
+def take_root(value: Any, index: Any) -> Any:
     """The real root where there is one: the cube root of -8 is -2."""
-    if not mp.im(value) and value < 0 and mp.isint(index) and int(index) % 2:
-        return -mp.power(-value, 1 / index)
-    return mp.power(value, 1 / index)
+    if not MP.im(value) and value < 0 and MP.isint(index) and int(index) % 2:
+        return -MP.power(-value, 1 / index)
+    return MP.power(value, 1 / index)
 
 
-def bounded(exact, general):
+def count_with(exact: Callable[..., int], general: Callable[..., Any]) -> Callable[..., Any]:
     """A function that is exact for small whole numbers; for others mpmath's, which is slow with many digits."""
 
-    def apply(mp, *values):
-        if all(mp.isint(value) and 0 <= mp.re(value) <= MAX_FACTORIAL for value in values):
-            return mp.mpf(exact(*(int(mp.re(value)) for value in values)))
-        if max(map(abs, values)) > MAX_BITS or mp.prec > 1000:
-            raise Undefined("too large")
-        return general(mp, *values)
+    def apply(*values: Any) -> Any:
+        if all(MP.isint(value) and 0 <= MP.re(value) <= MAX_FACTORIAL for value in values):
+            return MP.mpf(exact(*(int(MP.re(value)) for value in values)))
+        if max(map(abs, values)) > MAX_FACTORIAL or MP.prec > 1000:
+            raise TooLarge
+        return general(*values)
 
     return apply
 
 
-RULES = {  # how a node is computed from its parts
-    "add": lambda mp, *terms: mp.fsum(terms),
-    "mul": lambda mp, *factors: mp.fprod(factors),
-    "pow": raised,
-    "ratio": lambda mp, a, b: a / b,
-    "root": root,
-    "abs": lambda mp, value: abs(value),
-    "floor": rounded("floor"),
-    "ceil": rounded("ceil"),
-    "factorial": bounded(math.factorial, lambda mp, value: mp.gamma(value + 1)),
-    "binom": bounded(math.comb, lambda mp, n, k: mp.binomial(n, k)),
-    "min": lambda mp, *values: min(values),
-    "max": lambda mp, *values: max(values),
-    "Re": lambda mp, value: mp.re(value),
-    "Im": lambda mp, value: mp.im(value),
+def circular(name: str) -> Callable[[Any], Any]:
+    """sin, cos, tan, ...: their zeros are zero, as those of sums are; at poles they are undefined."""
+
+    def apply(value: Any) -> Any:
+        if abs(value) > MP.ldexp(1, 4 * MAX_BITS):
+            raise TooLarge
+        result = getattr(MP, name)(value)
+        noise = MP.ldexp(max(1, abs(value)), -MP.prec // 2)
+        if abs(result) > 1 / noise:
+            raise Undefined("a pole")
+        return MP.zero if abs(result) < noise else result
+
+    return apply
+
+
+RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the values of its parts
+    "add": lambda *terms: add_up(terms),
+    "mul": lambda *factors: MP.fprod(factors),
+    "pow": raise_to,
+    "ratio": lambda a, b: a / b,
+    "root": take_root,
+    "abs": abs,
+    "floor": round_with("floor"),
+    "ceil": round_with("ceil"),
+    "factorial": count_with(tree.factorial, lambda value: MP.gamma(value + 1)),
+    "double_factorial": count_with(tree.double_factorial, lambda value: MP.fac2(value)),
+    "binom": count_with(math.comb, lambda n, k: MP.binomial(n, k)),
+    "min": min,
+    "max": max,
+    "Re": lambda value: MP.re(value),
+    "Im": lambda value: MP.im(value),
 }
-for _name in words("sin cos tan cot sec csc sinh cosh tanh coth sech csch ln exp arg sign") + sorted(INVERSES):
-    RULES[_name] = lambda mp, value, name=_name: getattr(mp, name)(value)
+for _name in ["sinh", "cosh", "sech", "csch", "ln", "exp", "arg", "sign"] + ["a" + n for n in tree.TRIGONOMETRIC]:
+    RULES[_name] = functools.partial(lambda name, value: getattr(MP, name)(value), _name)
+for _name in ["sin", "cos", "tan", "cot", "sec", "csc"]:
+    RULES[_name] = circular(_name)
 
 
-def evaluate(node: Node, values: dict[Node, Any], mp: Any, real: bool) -> Any:
-    """The value of an expression in the context mp; Undefined outside its (real) domain and where it is too large."""
-    kind, args = node
-    if kind == "num":
-        return mp.mpf(args[0].numerator) / args[0].denominator
-    if node in values:
-        return values[node]
-    if kind == "const" and args[0] != "oo":
-        return {"pi": +mp.pi, "e": +mp.e, "i": mp.j}[args[0]]
-    if kind == "unit" and args[1] in tree.SCALES:
-        return evaluate(tree.multiply(args[0], tree.SCALES[args[1]]), values, mp, real)
-    parts = [evaluate(arg, values, mp, real) for arg in args if isinstance(arg, Node)]
-    name = args[0] if kind == "call" else kind
-    try:
-        if kind == "opaque":  # an unknown function: any fixed one that has no symmetries
-            seed = mp.mpf(zlib.crc32(args[0].encode())) / 2**24
-            value = seed + mp.fsum(mp.cos(seed * part + at) for at, part in enumerate(parts, 1))
-        elif name in RULES:
-            value = RULES[name](mp, *parts)
-        else:
-            raise Undefined(name)
-        size = abs(int(mp.mag(value))) if value and mp.isfinite(value) else 0
-        too_large = size > 2 * MAX_BITS or not mp.isfinite(value)
-        mp.peak = max(mp.peak, size)
-    except (ArithmeticError, ValueError, TypeError) as error:
-        raise Undefined(name) from error
-    if too_large or (real and mp.im(value)):
+def combine_values(node: Node, parts: list[Any]) -> Any:
+    """The value of a node from those of its parts."""
+    name = node.args[0] if node.kind == "call" else node.kind
+    if node.kind == "opaque":  # an unknown function: any fixed one that has no symmetries
+        seed = MP.mpf(zlib.crc32(node.args[0].encode())) / 2**24
+        return seed + MP.fsum(MP.cos(seed * part + at) for at, part in enumerate(parts, 1))
+    if name not in RULES:
         raise Undefined(name)
-    return value
+    try:
+        return RULES[name](*parts)
+    except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
+        raise Undefined(name) from error
+
+
+class Evaluation:
+    """One tree at one point: the values of its unknowns, and the largest size in bits of a value on the way."""
+
+    def __init__(self, values: dict[Node, Fraction], real: bool) -> None:
+        self.values, self.real, self.peak = values, real, 0
+
+    def compute(self, node: Node) -> Any:
+        """The value; Undefined outside the (real) domain."""
+        kind, args = node
+        if kind == "num":
+            return MP.mpf(args[0].numerator) / args[0].denominator
+        if node in self.values:
+            value = self.values[node]
+            return MP.mpf(value.numerator) / value.denominator
+        if kind == "const":
+            if args[0] == "oo":
+                raise Undefined("infinity")
+            return {"pi": +MP.pi, "e": +MP.e, "i": MP.j}[args[0]]
+        if kind == "unit":
+            return self.compute(tree.multiply(args[0], SCALES[args[1]]))
+        parts = [self.compute(arg) for arg in args if isinstance(arg, Node)]
+        value = combine_values(node, parts)
+        if not MP.isfinite(value):
+            raise Undefined(kind)
+        if self.real and MP.im(value):
+            raise Undefined(kind)
+        size = abs(int(MP.mag(value))) if value else 0
+        if size > 2 * MAX_BITS:
+            raise TooLarge
+        self.peak = max(self.peak, size)
+        return value
+
+
+def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget: Budget) -> list[Any]:
+    """The values of some trees at one point, None for one that is undefined there, to enough digits for all of them."""
+    parts = [part for node in nodes for part in tree.iterate_parts(node)]
+    sizes = [tree.count_bits(part.args[0]) for part in parts if part.kind == "num"]
+    bits = 2 * (sum(sizes) + GUARD_BITS)
+    results: list[Any] = []
+    evaluation = Evaluation(values, real)
+    for extra in (0, 4):
+        MP.prec = bits + extra * evaluation.peak
+        budget.spend(len(parts), MP.prec)
+        results = []
+        for node in nodes:
+            try:
+                results.append(evaluation.compute(node))
+            except Undefined:
+                results.append(None)
+        if evaluation.peak <= GUARD_BITS // 2:
+            break
+        if values and evaluation.peak > MAX_PEAK:
+            raise TooLarge
+    return results
 
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
+WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n, m, k, N: by custom natural numbers
+REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 301, -467, 1999, -2503, 5, -7, 8009, -9001, 64_007, -70_001)]
+MANY_POINTS: int = 10  # of several unknowns
+WHOLE_NAMES = set("nmkN")
+SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
+
+
 def choose_value(name: str, position: int, index: int) -> Fraction:
-    """The value of the unknown at this position in the list of all, at one of the places of comparison."""
-    if name[0] in "nmkN":  # by custom a whole number
-        value = index + 2 if position == 0 else (index * (2 * position + 3) + position) % (2 * position + 5) + 1
-        return Fraction(value)
-    top = (7919 * position + 2741 * (position + 1) * (index + 1)) % 9973 + 1200
-    return Fraction(top, -4096 if index % 4 == 3 else 4096)  # 0.3 to 2.7, now and then negative
+    r"""The value at a point of comparison of the unknown that is at this position in the list of all unknowns.
+
+    n, m, k, N are natural numbers, small and far out; x and most small letters are real numbers of both signs and of
+    several sizes; other letters (r, R, G, M, \rho: lengths, masses, ...) are positive.
+
+    >>> [str(choose_value(name, 0, 2)) for name in ("n", "x", "R")]
+    ['5', '-45/64', '45/64']
+    """
+    base = name.split("_")[0].rstrip("'")
+    if base in WHOLE_NAMES:
+        return Fraction(WHOLE[(index + 4 * position * (index + 1)) % len(WHOLE)] if position else WHOLE[index])
+    step = index if not position else index * (2 * position + 1) + 3 * position
+    value = REAL[step % len(REAL)] + Fraction(position, 128)
+    return value if base in SIGNED_NAMES else abs(value)
 
 
-class Comparison:
-    """Two expressions, their unknowns, and the precision that the numbers in them ask for."""
-
-    def __init__(self, a: Node, b: Node) -> None:
-        self.a, self.b = a, b
-        self.parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
-        self.unknowns = tree.find_unknowns(a, b)
-        bits = sum(tree.count_bits(part.args[0]) for part in self.parts if part.kind == "num")
-        self.precision = 2 * (bits + GUARD_BITS)
-
-    def evaluate_at(self, index: int, real: bool, precision: int) -> tuple[Any, Any]:
-        CONTEXT.require_worker_for(len(self.parts) * precision**2)
-        mp = CONTEXT.mp
-        mp.prec, mp.peak = precision, 0
-        values = {}
-        for position, unknown in enumerate(self.unknowns):
-            value = choose_value(unknown.args[0], position, index)
-            values[unknown] = mp.mpf(value.numerator) / value.denominator
-        return evaluate(self.a, values, mp, real), evaluate(self.b, values, mp, real)
-
-    def differ_at(self, index: int, real: bool) -> bool:
-        """Whether the values differ at one place. The precision grows with the numbers that are met on the way, so that
-        neither 10^{-200} nor e^{-500} is lost beside 1."""
-        mp, precision = CONTEXT.mp, self.precision
-        left, right = self.evaluate_at(index, real, precision)
-        if mp.peak > GUARD_BITS // 2:
-            precision += 4 * mp.peak
-            left, right = self.evaluate_at(index, real, precision)
-            if self.precision + mp.peak > precision:
-                raise Undefined("a pole, where values grow with the precision")
-        difference, largest = abs(left - right), max(abs(left), abs(right))
-        if difference <= mp.ldexp(largest, -precision // 2):
-            return False
-        if largest > mp.ldexp(1, -precision // 4):
-            return True
-        # Both are tiny. Their difference counts unless it vanishes with more digits, as rounding errors do.
-        left, right = self.evaluate_at(index, real, 2 * precision)
-        return abs(left - right) > mp.ldexp(difference, -precision // 2)
+def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool | None:
+    """Whether two expressions agree at a point, or None if neither has a value there."""
+    try:
+        left, right = evaluate([a, b], values, real, budget)
+    except TooLarge:
+        return None
+    if left is None or right is None:
+        if left is right or (len(values) > 1 and min(values.values()) < 0):
+            return None  # ln ab is defined where ln a + ln b is not: of several unknowns only positive ones must agree
+        return False
+    return not add_up([left, -right])
 
 
-def have_same_value(a: Node, b: Node) -> bool:
-    """Whether two expressions agree at every place where both have a value, of which there must be one; among the real
-    numbers if they have values there, else among the complex ones."""
+def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
+    """Whether two expressions agree at every point, of which there must be one where they have values; among the real
+    numbers if they have values there, else among the complex ones. One that alone has no value at a point differs."""
     if a == b or a.kind == b.kind == "num":
         return a == b
-    comparison = Comparison(a, b)
-    has_steps = any(part.kind == "call" and part.args[0] in ("floor", "ceil") for part in comparison.parts)
-    points = 1
-    if comparison.unknowns:
-        points = 5 * POINTS if has_steps else POINTS
-    for real in (True, False) if comparison.unknowns and tree.IMAGINARY not in comparison.parts else (False,):
-        compared = False
-        for index in range(points):
-            try:
-                if comparison.differ_at(index, real):
+    unknowns = tree.find_unknowns(a, b)
+    parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
+    domains = (True, False) if unknowns and tree.IMAGINARY not in parts else (False,)
+    points: list[dict[Node, Fraction]] = [{}]
+    if unknowns:
+        whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
+        count = len(WHOLE) if whole else len(REAL) if len(unknowns) == 1 else MANY_POINTS
+        points = [{u: choose_value(u.args[0], at, index) for at, u in enumerate(unknowns)} for index in range(count)]
+    with LOCK:
+        for real in domains:
+            agreed = 0
+            for values in points:
+                verdict = compare_at(values, a, b, real, budget)
+                if verdict is False:
                     return False
-                compared = True
-            except Undefined:
-                continue
-        if compared:
-            return True
+                agreed += verdict is True
+            if agreed:
+                return True
     return False
 
 
-def are_proportional(a: Node, b: Node, positive: bool) -> bool:
+def are_proportional(a: Node, b: Node, positive: bool, budget: Budget) -> bool:
     """Whether a = c b with a constant c != 0 (> 0), that is a(x) b(y) = a(y) b(x) for all x and y."""
-    unknowns, zero = tree.find_unknowns(a, b), tree.number(0)
-    if not unknowns or have_same_value(a, zero) or have_same_value(b, zero):
+    unknowns = tree.find_unknowns(a, b)
+    if not unknowns or have_same_value(a, tree.ZERO, budget) or have_same_value(b, tree.ZERO, budget):
         return False
     renamed = {unknown: Node("sym", (unknown.args[0] + "'",)) for unknown in unknowns}
     a_of_y, b_of_y = tree.substitute(a, renamed), tree.substitute(b, renamed)
-    if not have_same_value(tree.multiply(a, b_of_y), tree.multiply(a_of_y, b)):
+    if not have_same_value(tree.multiply(a, b_of_y), tree.multiply(a_of_y, b), budget):
         return False
-    return not positive or have_same_value(tree.multiply(a, tree.call("abs", b)), tree.multiply(tree.call("abs", a), b))
+    sizes = tree.multiply(a, tree.call("abs", b)), tree.multiply(tree.call("abs", a), b)
+    return not positive or have_same_value(*sizes, budget)
 
 
-# Tree -> set of real numbers; only workers import sympy ---------------------------------------------------------------
-def make_sympy_term(node: Node) -> Any:
-    """An expression in one unknown, whatever its name."""
-    import sympy
-
-    kind, args = node
-    if kind == "num":
-        return sympy.Rational(args[0].numerator, args[0].denominator)
-    if kind == "sym":
-        return sympy.Symbol("x", real=True)
-    constants = {"pi": sympy.pi, "e": sympy.E, "oo": sympy.oo}
-    if kind == "const" and args[0] in constants:
-        return constants[args[0]]
-    functions = {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow, "root": sympy.root, "abs": sympy.Abs}
-    functions |= {"ln": sympy.log, "exp": sympy.exp, "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan}
-    function = functions.get(args[0] if kind == "call" else kind)
-    if function is None:
-        raise Unreadable(kind)
-    return function(*(make_sympy_term(arg) for arg in args if isinstance(arg, Node)))
+def are_within(a: Node, b: Node, tolerance: float, budget: Budget) -> bool:
+    """Whether two constants differ by at most the tolerance that a problem states."""
+    with LOCK:
+        try:
+            left, right = evaluate([a, b], {}, False, budget)
+        except TooLarge:
+            return False
+        return left is not None and right is not None and bool(abs(left - right) <= MP.mpf(tolerance))
 
 
-def make_sympy_set(node: Node) -> Any:
-    """An interval, a set, what an inequality describes, or several of these, as sympy has them in one form."""
-    import sympy
+def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
+    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits,
+    or, up to 17 of them, as a double.
 
-    kind, args = node
-    if kind == "tuple":
-        return sympy.Interval(make_sympy_term(args[2]), make_sympy_term(args[3]), args[0] == "(", args[1] == ")")
+    >>> third = tree.number(Fraction(1, 3))
+    >>> [is_rounded(tree.number(Fraction(text)), third, Budget()) for text in ("0.333333333333", "0.333333333334")]
+    [True, False]
+    """
+    if decimal.kind != "num" or tree.find_unknowns(exact):
+        return False
+    if exact.kind == "num" and 10**MAX_PLACES % exact.args[0].denominator == 0:
+        return False
+    value = abs(decimal.args[0])
+    places = next((places for places in range(MAX_PLACES) if (value * 10**places).denominator == 1), 0)
+    digits = len(str(int(value * 10**places)))
+    if not places or digits < 12:
+        return False
+    return are_within(decimal, exact, max(0.5 / 10**places, float(value) / 2**53 if digits <= 17 else 0), budget)
+
+
+# Sets of real numbers -------------------------------------------------------------------------------------------------
+BESIDE = Fraction(1, 2**20)  # how far beside an end point
+SPREAD = [Fraction(top, 7) for top in (-7_000_003, -701, -22, -3, 1, 10, 99, 7_000_003)]  # points of no one's choosing
+SIGNS: dict[str, Callable[[Any], bool]] = {  # what a relation says of the difference of its sides
+    "<": lambda difference: difference < 0,
+    r"\le": lambda difference: difference <= 0,
+    "=": lambda difference: difference == 0,
+    r"\ne": lambda difference: difference != 0,
+}
+
+
+def holds(sign: str, left: Node, right: Node, budget: Budget) -> bool:
+    """Whether a relation between two constants holds; not where one of them has no value."""
+    if tree.INFINITY in (*tree.iterate_parts(left), *tree.iterate_parts(right)):
+        return sign != "=" and (left == tree.negative(tree.INFINITY) or right == tree.INFINITY)
+    difference = evaluate([tree.add(left, tree.negative(right))], {}, True, budget)[0]
+    return difference is not None and SIGNS[sign](difference)
+
+
+def is_member(region: Node, point: Node, budget: Budget) -> bool:
+    """Whether a number is in an interval, in a finite set, or fulfils a chain of relations of one unknown."""
+    kind, args = region
     if kind == "set":
-        return sympy.FiniteSet(*map(make_sympy_term, args))
-    if kind == "rel":
-        relations = {"<": sympy.Lt, r"\le": sympy.Le, r"\ne": sympy.Ne, "=": sympy.Eq}
-        values = [make_sympy_term(term) for term in args[1:]]
-        steps = [relations[sign](a, b) for sign, a, b in zip(args[0], values, values[1:], strict=False)]
-        x = sympy.Symbol("x", real=True)
-        return sympy.Intersection(*(sympy.solveset(step, x, sympy.S.Reals) for step in steps))
-    join = {"union": sympy.Union, "list": sympy.Union, "intersection": sympy.Intersection, "minus": sympy.Complement}
-    if kind not in join:
-        raise Unreadable(kind)
-    parts = [make_sympy_set(part) for part in args]
-    if kind == "list" and all(part.kind == "rel" for part in args):  # 1 < x, x < 2; but x < 1, x > 2 are two parts
-        return sympy.Intersection(*parts) or sympy.Union(*parts)
-    return join[kind](*parts)
+        return any(holds("=", point, element, budget) for element in args)
+    if kind == "tuple":
+        signs, terms = ["<" if args[0] == "(" else r"\le", "<" if args[1] == ")" else r"\le"], [args[2], point, args[3]]
+    else:
+        named = {part: point for part in tree.iterate_parts(region) if part.kind in ("sym", "opaque")}
+        signs, terms = args[0], [tree.substitute(term, named) for term in args[1:]]
+    return all(holds(*step, budget) for step in zip(signs, terms, terms[1:], strict=False))
+
+
+def list_members(region: Node, points: list[Node], budget: Budget) -> list[bool]:
+    """Which of the points are in a set. The parts of a list hold together, unless no point is in all of them."""
+    if region.kind not in ("union", "intersection", "minus", "list"):
+        return [is_member(region, point, budget) for point in points]
+    columns = list(zip(*(list_members(part, points, budget) for part in region.args), strict=True))
+    if region.kind == "minus":
+        return [column[0] and not any(column[1:]) for column in columns]
+    together = list(map(all, columns))
+    if region.kind == "intersection" or (region.kind == "list" and any(together)):
+        return together
+    return list(map(any, columns))
+
+
+def list_end_points(region: Node) -> list[Node]:
+    """The constants that bound a set: ends of intervals, elements, sides of relations, with either sign."""
+    terms = [arg for part in tree.iterate_parts(region) if part.kind in ("tuple", "set", "rel") for arg in part.args]
+    ends = [term for term in terms if isinstance(term, Node) and not tree.find_unknowns(term)]
+    return [end for term in ends for end in (term, tree.negative(term))]
+
+
+def have_same_members(a: Node, b: Node, budget: Budget) -> bool:
+    r"""Whether two sets of real numbers have the same members among: the end points that both name, points just beside
+    them, between them and far out. (-2, 2) and x^2 < 4 agree at -2, 2, -2 - d, -2 + d, ... and so are the same set."""
+    with LOCK:
+        points, values = [], set(SPREAD)
+        for end in dict.fromkeys(list_end_points(a) + list_end_points(b)):
+            value = evaluate([end], {}, True, budget)[0]
+            if value is not None:
+                points.append(end)
+                value = Fraction(int(MP.nint(value * 2**30)), 2**30)
+                values |= {value - BESIDE, value + BESIDE}
+        ordered = sorted(values)
+        values |= {(low + high) / 2 for low, high in itertools.pairwise(ordered)}
+        points += map(tree.number, values)
+        return list_members(a, points, budget) == list_members(b, points, budget)

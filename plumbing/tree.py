@@ -2,17 +2,17 @@ r"""The tree that an answer is read into, and exact arithmetic on it.
 
 A node has a kind and arguments, which are nodes or texts:
 - "num", a rational number; "const", one of i, e, pi and oo; "sym", an unknown; "opaque", an unknown function: f(x).
-- "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", a value and the unit's name.
+- "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", degrees or percent.
 - "rel", a chain of relations, its signs first; "list", values between commas; "set"; "matrix" of "row"s.
 - "tuple", opening and closing bracket first: a point, or an interval; "union", "intersection", "minus" of sets.
-- "text", words; "based", digits and their base.
+- "text", words only; "said", a value, the words before it and those after it; "based", digits and their base.
+- "piece", a value and its condition in a function by cases; "clause", what an unknown ranges over: k \in \mathbb{Z}.
 
 The functions below build nodes. They compute rational numbers exactly and leave everything else as it is.
 """
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ def number(value: int | Fraction) -> Node:
     return Node("num", (Fraction(value),))
 
 
-ONE, MINUS_ONE = number(1), number(-1)
+ZERO, ONE, MINUS_ONE = number(0), number(1), number(-1)
 IMAGINARY, EULER, PI, INFINITY = (Node("const", (name,)) for name in ("i", "e", "pi", "oo"))
 
 
@@ -45,7 +45,11 @@ def count_bits(value: Fraction) -> int:
 
 
 def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
-    """A sum or a product, flat and with its numbers combined into one."""
+    """A sum or a product, flat and with its numbers combined into one.
+
+    >>> combine("add", (number(1), Node("sym", ("x",)), number(2)), 0)
+    Node(kind='add', args=(Node(kind='sym', args=('x',)), Node(kind='num', args=(Fraction(3, 1),))))
+    """
     parts = tuple(inner for part in parts for inner in (part.args if part.kind == kind else (part,)))
     numbers = [part.args[0] for part in parts if part.kind == "num"]
     if sum(map(count_bits, numbers)) > 4 * MAX_BITS:
@@ -68,7 +72,7 @@ def add(*terms: Node) -> Node:
 def multiply(*factors: Node) -> Node:
     """A product; a matrix is scaled cell by cell. Products of matrices are left as they are."""
     matrices = [factor for factor in factors if shape(factor)]
-    if len(matrices) != 1:
+    if len(matrices) != 1 or len(factors) == 1:
         return combine("mul", factors, 1)
     scalar = multiply(*(factor for factor in factors if not shape(factor)))
     return matrix((multiply(scalar, cell) for cell in row.args) for row in matrices[0].args)
@@ -108,38 +112,50 @@ def shape(node: Node) -> tuple[int, int] | None:
 
 # Functions ------------------------------------------------------------------------------------------------------------
 words = str.split  # so that long lists of names stay readable
-FUNCTIONS = set(
-    words("sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec arccsc arcsinh")
-    + words("arccosh arctanh asin acos atan ln log lg exp sqrt abs floor ceil gcd lcm max min arg Re Im sgn sign")
-)
-SPELLINGS = {f"arc{name}": f"a{name}" for name in words("sin cos tan cot sec csc sinh cosh tanh")}
-INVERSES = set(SPELLINGS.values())
-SPELLINGS |= {"log": "ln", "sgn": "sign"}
+TRIGONOMETRIC = words("sin cos tan cot sec csc sinh cosh tanh coth sech csch")
+FUNCTIONS = {*TRIGONOMETRIC, *(f"arc{name}" for name in TRIGONOMETRIC), *(f"a{name}" for name in TRIGONOMETRIC)}
+FUNCTIONS |= set(words("ln log lg exp sqrt abs floor ceil max min arg Re Im sgn sign cis"))
+SPELLINGS = {f"arc{name}": f"a{name}" for name in TRIGONOMETRIC} | {"log": "ln", "sgn": "sign"}
+
+
+def factorial(value: int) -> int:
+    return math.factorial(value)
+
+
+def double_factorial(value: int) -> int:
+    """8!! = 8 * 6 * 4 * 2"""
+    return math.prod(range(value, 0, -2))
+
+
+EXACT: dict[str, Callable[..., int]] = {
+    "factorial": factorial,
+    "double_factorial": double_factorial,
+    "binom": math.comb,
+}
 
 
 def call(name: str, *args: Node) -> Node:
     """A function by the name that evaluation knows; factorials and binomials of small whole numbers are computed."""
-    exact = {"factorial": math.factorial, "binom": math.comb}.get(name)
     whole = [arg.args[0] for arg in args if arg.kind == "num" and arg.args[0].denominator == 1]
-    if exact and len(whole) == len(args) and all(0 <= value <= MAX_FACTORIAL for value in whole):
-        return number(exact(*map(int, whole)))
+    if name in EXACT and len(whole) == len(args) and all(0 <= value <= MAX_FACTORIAL for value in whole):
+        return number(EXACT[name](*map(int, whole)))
     return Node("call", (name, *args))
 
 
 def apply_function(name: str, args: Sequence[Node], base: Node | None, exponent: Node | None) -> Node:
     r"""A function of FUNCTIONS by what it means: \log_2 8 is ln 8 / ln 2, \sin^2 x a power, \sin^{-1} x an inverse."""
-    if exponent == MINUS_ONE and "a" + name in INVERSES:
+    if exponent == MINUS_ONE and name in TRIGONOMETRIC:
         return call("a" + name, *args)
     if name == "sqrt":
         value = call("root", *args, number(2))
+    elif name == "cis":
+        value = add(call("cos", *args), multiply(IMAGINARY, call("sin", *args)))
     elif name == "lg" or (name == "log" and base):
         value = divide(call("ln", *args), call("ln", base or number(10)))
-    elif name in (
-        "tanh",
-        "coth",
-    ):  # sinh and cosh are huge where tanh is almost 1, which shows how many digits it takes
-        top, bottom = ("sinh", "cosh") if name == "tanh" else ("cosh", "sinh")
-        value = divide(call(top, *args), call(bottom, *args))
+    elif name == "tanh":  # sinh and cosh are huge where tanh is almost 1, which shows how many digits it takes
+        value = divide(call("sinh", *args), call("cosh", *args))
+    elif name == "coth":
+        value = divide(call("cosh", *args), call("sinh", *args))
     else:
         value = call(SPELLINGS.get(name, name), *args)
     return power(value, exponent) if exponent else value
@@ -149,6 +165,7 @@ def apply_function(name: str, args: Sequence[Node], base: Node | None, exponent:
 BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 FLIPPED = {">": "<", r"\ge": r"\le"}
 REALS = Node("tuple", ("(", ")", negative(INFINITY), INFINITY))
+NUMBER_SETS = {"Z", "N", "R", "Q"}
 
 
 def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
@@ -169,47 +186,29 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
 
 
 def make_relation(signs: list[str], terms: list[Node]) -> Node:
-    r"""A chain of relations whose signs all point one way: b > a is a < b; x \in M is M."""
+    r"""A chain of relations whose signs all point one way: b > a is a < b; x \in M is M, x \notin M the rest."""
     if r"\approx" in signs:  # x = 1/3 \approx 0.33 is x = 1/3, but x \approx 3 is x = 3
         end = signs.index(r"\approx")
-        exact = end > 0 or not is_name(terms[0])
+        exact = end > 0 or terms[0].kind not in ("sym", "opaque")
         signs, terms = (signs[:end], terms[: end + 1]) if exact else (["="], terms[:2])
     if signs == [r"\in"]:
-        return terms[1]
-    if r"\in" in signs:
+        is_range = terms[0].kind in ("sym", "list") and terms[1].kind == "sym"
+        return Node("clause", tuple(terms)) if is_range or terms[1] == REALS else terms[1]
+    if signs == [r"\notin"]:
+        return Node("minus", (REALS, terms[1]))
+    if {r"\in", r"\notin"} & set(signs):
         raise Unreadable("mixed relations")
     if signs and all(sign in FLIPPED for sign in signs):
         signs, terms = [FLIPPED[sign] for sign in reversed(signs)], terms[::-1]
     return Node("rel", (tuple(signs), *terms)) if signs else terms[0]
 
 
-# Units ----------------------------------------------------------------------------------------------------------------
-UNIT_WORDS = set(  # words that are no product of letters, as xy is
-    words("cm mm km ft in kg lb lbs oz ml mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins")
-    + words("sec secs day days week year mph kph rad deg Hz eV USD Rs am pm AM PM per men boys ways pts yes no Yes No")
-)
-CURRENCIES = {"dollar", "euro", "yen", "pound sterling", "rupee"}
-UNIT_NAMES = {
-    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "m": "meter", "ft": "foot", "feet": "foot",
-    "in": "inch", "inche": "inch", "kg": "kilogram", "g": "gram", "lb": "pound", "oz": "ounce", "s": "second",
-    "sec": "second", "h": "hour", "hr": "hour", "min": "minute", "mi": "mile", "yd": "yard", "deg": "degree",
-    "sq": "square", "per": "/", "mph": "mile / hour", "kph": "kilometer / hour", "centimetre": "centimeter",
-    "metre": "meter", "kilometre": "kilometer", "l": "liter", "ml": "milliliter", "litre": "liter", "rs": "rupee",
-    "usd": "dollar", "squared": "^2", "cubed": "^3",
-}  # fmt: skip
-SCALES = {"percent": number(Fraction(1, 100)), "degree": divide(PI, number(180))}
-
-
-def normalize_unit(unit: str) -> str:
-    """One name for all spellings of a unit.
-
-    >>> normalize_unit("square cm"), normalize_unit("centimeters ^2")
-    ('centimeter ^2', 'centimeter ^2')
-    """
-    found = re.findall(r"[a-z']+|\^-?\d+|/", unit.casefold())
-    singular = [word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word for word in found]
-    text = " ".join(UNIT_NAMES.get(word, word) for word in singular)
-    return re.sub(r"\b(square|cubic) (\w+)", lambda m: f"{m[2]} ^{2 if m[1] == 'square' else 3}", text)
+def make_list(items: Sequence[Node]) -> Node:
+    r"""Values between commas; a clause beside them (k \in \mathbb{Z}) says nothing that is compared."""
+    kept = [item for item in items if item.kind != "clause"]
+    if not kept:
+        kept = [item.args[1] for item in items]
+    return kept[0] if len(kept) == 1 else Node("list", tuple(kept))
 
 
 # What a tree consists of ----------------------------------------------------------------------------------------------
@@ -232,11 +231,46 @@ def find_unknowns(*nodes: Node) -> list[Node]:
     return sorted({part for node in nodes for part in iterate_parts(node) if part.kind == "sym"})
 
 
+# What kind of answer a tree is ----------------------------------------------------------------------------------------
+NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
+NO_SCALAR |= {"clause", "said"}
+NAMING = {*TRIGONOMETRIC, "ln", "abs", "Re", "Im"}  # functions of a name that are a name
+
+
 def is_name(node: Node) -> bool:
-    """Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B."""
+    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \sin x."""
     if node.kind in ("mul", "pow"):
         leaves = [part for part in iterate_parts(node) if part.kind not in ("mul", "pow") and part != MINUS_ONE]
         return all(leaf.kind == "sym" and leaf.args[0].isupper() for leaf in leaves)
-    if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
+    if node.kind in ("tuple", "ratio") or (node.kind == "call" and node.args[0] in NAMING):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
-    return node.kind in ("sym", "opaque")
+    return node.kind in ("sym", "opaque", "text")
+
+
+def is_long_name(node: Node) -> bool:
+    """What an answer may have before "=", besides: sums and products of different letters, m + n, abc, x - y."""
+    parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul") and part != MINUS_ONE]
+    return is_name(node) or (len(set(parts)) == len(parts) and all(part.kind == "sym" for part in parts))
+
+
+def list_elements(node: Node) -> list[Node]:
+    """The elements of a list or a set; of a value that stands alone, itself. Lists in lists are flat, sets are not."""
+    if node.kind not in ("list", "set"):
+        return [node]
+    return [value for item in node.args for value in (list_elements(item) if item.kind == "list" else [item])]
+
+
+def is_region(node: Node) -> bool:
+    """A set of real numbers that is no single interval, or is written as an inequality."""
+    inequality = node.kind == "rel" and set(node.args[0]) <= {"<", r"\le", r"\ne"}
+    several = node.kind == "list" and any(map(is_region, node.args))
+    return node.kind in ("union", "intersection", "minus") or node == REALS or inequality or several
+
+
+def is_set_of_reals(node: Node) -> bool:
+    """Whether members of this can be found: of sets and intervals of numbers, relations between numbers, and unions."""
+    if node.kind in ("union", "intersection", "minus", "list"):
+        return all(map(is_set_of_reals, node.args))
+    terms = [arg for arg in node.args if isinstance(arg, Node)]
+    scalar = all(part.kind not in NO_SCALAR for term in terms for part in iterate_parts(term))
+    return scalar and (node.kind in ("set", "rel") or (node.kind == "tuple" and len(terms) == 2))

@@ -1,47 +1,22 @@
-"""The grader: its rules by example, that it never raises, hangs or executes, and that its workers are bounded."""
+"""The grader: its rules by example, sympy as an oracle, that it never raises, hangs or executes, and its command."""
 
-import contextlib
 import json
-import os
 import pathlib
+import random
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 import grader
-from plumbing import numeric, workers
+from plumbing import numeric
 
-import psutil
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = pathlib.Path(grader.__file__).parent
-ENDLESS = "x^{100}+x+1>0"  # sympy solves this for minutes
-SLACK: float = 30.0  # seconds after which something hangs, however slow the machine
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """A busy machine must not turn verdicts into timeouts; tests of the limit set their own."""
-    monkeypatch.setattr(grader, "VERDICT_SECONDS", SLACK)
-
-
-@pytest.fixture
-def new_pool():
-    """No workers now, and others afterwards, for tests that start them with constants of their own."""
-    end_workers()
-    yield
-    end_workers()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def end_workers_at_last():
-    yield
-    end_workers()
+SLACK: float = 3.0  # seconds of processor time after which something hangs, on a slow machine, too; it takes 0.1
 
 
 # Extraction -----------------------------------------------------------------------------------------------------------
@@ -53,6 +28,8 @@ EXTRACTED = [
     (r"$x = \boxed{1}$ and $y = \boxed{2}$", "1, 2"), (r"\boxed{1} red and \boxed{2} blue ones", "1, 2"),
     (r"it is \boxed{1} and so the answer is \boxed{2}", "2"), (r"$$\boxed{1}$$ $$\boxed{2}$$", "2"),
     ("\\boxed{1}\n\n\\boxed{2}", "2"), (r"\boxed{7}<|im_end|> \boxed{8}", "7"), (r"\\boxed{7}", "7"), (r"\boxed{}", ""),
+    (r"\boxed 7 and", "7"), (r"so $\boxed 42$.", "42"), (r"\boxed{1} or \boxed{2}", "1, 2"),
+    (r"\boxed{41}. Alternatively, \boxed{42}", "41, 42"),
     ("the answer is 7", None), (r"\boxed{7", None), (r"\boxed", None), ("boxed{7}", None), ("", None),
 ]  # fmt: skip
 
@@ -70,19 +47,23 @@ EQUAL = r"""
 0.5 == .5 == 1/2 == \frac{1}{2} == \frac12 == \dfrac{1}2 == \frac{3}{6} == ½ == 5\times 10^{-1} == 5e-1
 6.02e23 == 6.02\times 10^{23} == 10^{23}\cdot 6.02 == 6.02 × 10²³ == 6.02E23 == 602 * 10^21
 5/4 == 1\frac{1}{4} == 1 1/4 == 1\frac14 == 1.25
--5/4 == -1\frac{1}{4} == -1 1/4 == -\frac{5}{4} == \frac{5}{-4} == -{5 \over 4}
 59319/1225 == 48 519/1225 == 48\frac{519}{1225}
-1.22 == 1,22 == 1.220
-0.1\overline{6} == 1/6 == 0.1\bar{6}
-100!/98! == 9900
+1.22 == 1.220
 2^{100} == 4^{50} == 1267650600228229401496703205376
+5 == five == \text{five}
+25 == twenty-five == \sqrt{625}
+384 == 8!!
+1/3 == 0.333333333333 == 0.3333333333333333
+\sqrt2 == 1.41421356237310 == 1.4142135623730951
+42 == 42_{10} == \phantom{43}42 == \color{blue}{42} == \textcolor{red}{42}
+30.25^\circ == 30^\circ 15' == 30^\circ15'0'' == 30.25
+\infty == \text{infinity} == infinity
+0.\overline{36} == 4/11 == 0.36\overline{36}
 # dress
 12 == $12$ == \(12\) == \[12\] == {12} == \boxed{12} == \text{12} == \displaystyle 12 == **12** == 12\,
 (1, \frac{3}{2}) == \left(1,\tfrac32\right) == (1,1.5) == \big( 1 ,\; 3/2 \big) == $(1, 1.5)$.
 2\sqrt{3} == 2√3 == 2*sqrt(3) == 2 \sqrt3 == \sqrt{12} == \frac{6}{\sqrt 3}
 \frac{\sqrt2}{2} == \mathbf{\frac{\sqrt{2}}{2}} == {\large\frac{\sqrt2}{2}.} == (\frac{\sqrt{2}}{2}.)
-x^2 == x² == x**2 == x*x == x^{2}
-\pi r^2 == πr² == r^2\pi == pi r^2
 # units and words
 5\text{ cm} == 5 == 5 cm == 5\,\mathrm{cm} == 5 centimeters == \text{5 cm} == 5 \mbox{ cm}.
 12\text{ m}^2 == 12 == 12\text{ square meters} == 12\,\mathrm{m^2} == 12 \text{ m}^{2}
@@ -90,84 +71,102 @@ x^2 == x² == x**2 == x*x == x^{2}
 60\text{ km/h} == 60 == 60 \mathrm{~km} / \mathrm{h} == 60 kilometers per hour
 40^\circ == 40 == 40° == 40 degrees == 40^{\circ} == 40\text{ degrees} == \frac{2\pi}{9}
 25\% == 25 == 0.25 == \frac14 == 25 percent == 25%
--5^\circ == -5 == -5\text{ degrees} == -5°
 25^\circ C == 25 == 25^\circ\text{C} == 25 degrees C
-4.5e33 == 4.5\times 10^{33}\,\mathrm{erg\,s^{-1}}
-2k == 2k\text{ units}
-\approx 8.24\text{ mph} == 8.24 == x \approx 8.24
 3 \pmod 7 == 3 == x \equiv 3 \pmod{7}
-3 m == 3\text{ m}
 8 == \text{The answer is } 8 == x = 8 == = 8 == 8 apples
 \text{east} == East == EAST == \textbf{east} == east. == \mathbf{east}
 \text{VW} == VW == "VW" == \!\text{VW}\!
 \text{4:30 p.m.} == 4:30 P.M. == 4:30 pm
+12\text{ grams} == 12\text{ gm} == 12 g == 12
+5\ \mu\text{m} == 5 micrometers == 5\text{ µm} == 5
+9.8\,\frac{\text{m}}{\text{s}^2} == 9.8\text{ m/s}^2 == 9.8\text{ m} \cdot \text{s}^{-2}
+    == 9.8 meters per second squared
+1.325\text{ kg m/s} == 1.325\text{ kg}\cdot\text{m}/\text{s}
+9.6\,\mathring{\mathrm{A}} == 9.6\,\AA == 9.6 angstroms == 9.6
+7\text{ integers} == 7 == 7 integers == 7\text{ positive integers}
+210\text{ different ways} == 210\text{ ways}
+-\$0.50 == \$-0.50 == -0.50 dollars
+3 == 3 \mod 7 == 3 \bmod 7
+\text{an ellipse} == \text{ellipse} == \text{the ellipse}
 # choices
 B == (B) == B. == \text{B} == \text{(B)} == b == B) == \mathrm{B} == \textbf{(B)} == (B) 12 == Choice B
+(B) == \text{Option B} == \text{(B) } 27
 # lists
 1,2,3 == 3, 2, 1 == \{1,2,3\} == 1, 2 \text{ and } 3 == 1 or 2 or 3 == x = 1, 2, 3 == 1;2;3 == 1, 2, 2, 3
 \pm 3 == 3, -3 == \{-3,3\} == x = \pm 3
-1\pm\sqrt{2} == 1+\sqrt2, 1-\sqrt2
-4 == \{4\}
 x=1, y=2 == y=2, x=1 == (1,2)
-(1,2),(3,4) == (3,4),(1,2) == \{(1,2),(3,4)\}
 123,456 == 123, 456 == 123456
-\begin{cases} a+b=\frac12 \\ a-b=3 \end{cases} == a-b=3, a+b=0.5
 (5,8),(8,5) == (x,y)=(5,8) \text{ and } (8,5)
+f(2), f(1), f(4) == f(2) < f(1) < f(4)
+(3, \frac{\pi}{2}) == r = 3, \theta = \frac{\pi}{2}
+g(n)=1, f(n)=n == f(n)=n, g(n)=1
+\frac{\pi}{3}+2k\pi == \frac{\pi}{3}+2k\pi, k \in \mathbb{Z} == \{\frac{\pi}{3}+2k\pi : k\in\mathbb{Z}\}
+f(x)=2x == f(x)=2x \quad \forall x \in \mathbb{R} == f(x) = 2x \text{ for all } x
 # intervals
 (-\infty,1) == x<1 == 1>x == x \in (-\infty, 1) == -x>-1 == 2x<2 == \{x \mid x<1\}
 (1,2] == 1<x\le 2 == x>1 \text{ and } x\le 2 == \{x\in\mathbb{R} : 1<x\leqslant 2\} == 1<f(x)\le 2
 (-\infty,1)\cup(2,\infty) == x<1 \text{ or } x>2
-[-1,1] == -1\le x\le 1 == |x|\le 1 == x^2 \le 1
 (-\infty,0)\cup(0,\infty) == (0,\infty)\cup(-\infty,0) == x\ne 0 == \mathbb{R}\setminus\{0\}
 \mathbb{R} == (-\infty,\infty) == (-\infty, +\infty) == \text{all real numbers}
 \emptyset == \varnothing == \{\} == ∅
+(-\infty,3)\cup(3,\infty) == x\ne 3 == \text{all real numbers except 3}
+    == \mathbb{R} \setminus \{3\} == x \in \mathbb{R}, x \ne 3 == \text{all real numbers except } x = 3
+(0,9)\cup(9,36) == x \in (0,36), x \ne 9 == 0<x<36, x\ne 9
+(-\infty,2)\cup(3,\infty) == x \notin [2,3] == x<2 \text{ or } x>3 == (x-2)(x-3)>0
+[0,1]\cup[1,2] == [0,2]
+(-\infty,0]\cup\{1\} == \{1\}\cup(-\infty,0]
 # matrices
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} == \begin{bmatrix}1\\2\end{bmatrix} == \begin{pmatrix}\frac22\\2.0\end{pmatrix}
-\begin{pmatrix}3\\4\end{pmatrix} == \begin{pmatrix}3\\[4pt]4\end{pmatrix} == \frac12\begin{pmatrix}6\\8\end{pmatrix}
-    == \begin{pmatrix}1\\2\end{pmatrix}+2\begin{pmatrix}1\\1\end{pmatrix}
 \left[\begin{array}{cc}1&2\\3&4\end{array}\right] == \begin{pmatrix}1&2\\3&4\\\end{pmatrix}
 # equations
 y=2x+3 == 2x+3 == 2x-y+3=0 == y-3=2x == 3+2x=y
-x^2+y^2=1 == 2x^2+2y^2-2=0
 f(x)=x+1 == x+1 == y=x+1
-f(n)=n == n=f(n)
-\frac{NO}{BO}=\frac{1}{\sqrt6} == \frac{\sqrt6}{6}
 x=5 == 2x=10 == 5 == x=2+3=5 == x \approx 5
 \frac13 == \frac13 \approx 0.33 == x = \frac13 \approx 0.33
+\frac35 == \sin\theta=\frac35 == \sin \theta = 0.6
+\frac12 == P(X=2)=\frac12 == P(A \cap B) = \frac12 == P(A|B) = 0.5
+12\pi == \text{Area} = 12\pi \text{ cm}^2 == [ABC] = 12\pi
+x'+3x=t == \dot x + 3x = t == \frac{dx}{dt}+3x=t == dx/dt + 3x = t == x^{\prime} + 3x - t = 0
+x''+x=0 == \ddot{x} + x = 0 == \frac{d^2 x}{dt^2} + x = 0
+0.56 = 56\% == 0.56 == 56\%
+\begin{cases} 1 & x>0 \\ 2 & x<0 \end{cases} == \begin{cases} 2 & \text{if } x < 0 \\ 1 & \text{if } x > 0 \end{cases}
 # expressions
 (x+1)(x-1) == x^2-1 == -1+x^2
 \sin 2x == 2\sin x\cos x == \sin(2x)
-\sec^2 x == 1+\tan^2 x
 \sqrt{x^2} == |x|
 \sqrt{5+2\sqrt6} == \sqrt2+\sqrt3
-\frac{1}{1-i} == \frac{1+i}{2}
 \tanh x == \frac{e^x-e^{-x}}{e^x+e^{-x}}
 \sum_{k=0}^{n} F_k F_{n-k} == \sum_{k=0}^{n} F_{n-k} F_k
-\log_2 8 == 3 == \frac{\ln 8}{\ln 2}
 \sqrt[3]{-8} == -2
 \binom{n}{2} == \frac{n(n-1)}{2}
-(-1)^n == \cos(n\pi)
 \lfloor n/2\rfloor == \frac{n}{2}-\frac{1-(-1)^n}{4}
 e^{i\pi} == -1
 \arctan 1 == \frac{\pi}{4} == \tan^{-1} 1
-a_n + b == b+a_{n}
 204_5 == 204_{5}
-3:2 == 3 : 2
+\sqrt{4\pi G\rho_0 r_0^2} == 2r_0\sqrt{\pi G\rho_0}
+\frac{G(M+m)}{r^2} == \frac{GM+Gm}{r^2}
+\binom{2n}{n} == C_{2n}^{n} == {2n \choose n}
+1+\sqrt3 i == 2\operatorname{cis}\frac{\pi}{3}
+\lfloor\log_2 n\rfloor+1 == \lceil\log_2(n+1)\rceil
+\cos 2t+\sin 2t == \sqrt2\cos(2t-\pi/4)
+x^{1/3} == \sqrt[3]{x}
+\ln ab == \ln a+\ln b
 """
 DIFFERENT = r"""
 # numbers
 7 != 8 != -7 != 70 != 0.7 != 7x != 7i != 7\sqrt2 != 7,8 != 7 or 8 != \frac17 != ? != \ldots != 7\pm 1
-1/3 != 0.333 != 0.3333333333333333 != 3 != 33\%
+1/3 != 0.333 != 0.33333333333 != 3 != 33\%
 0.1 != 0.10001 != 10 != 0.01
-\pi != 3.14 != 22/7 != 3.14159265358979
-0.25 != 25 != 0.0025
-2\frac14 != \frac12 != 2.4
+\pi != 3.14 != 22/7
 1 != 0.99999999999999999999 != 1+10^{-300} != 1+e^{-700} != \tanh 500 != \coth 500
-1,2 != 1.2
-\frac{1}{100!} != \frac{1}{101!} != 0
 \sqrt2\cdot 10^{-200} != \sqrt3\cdot 10^{-200} != 0
-2^{2024} != 2^{2023}
 4.5e33 != 4.5 != 4.5e32 != 4.6e33
+42 != 32 != 42 \pm 10^{-60} != 42\\43 != 41<42<43 != \begin{cases} 42 \\ 43 \end{cases} != 42 \lor 43 != x = 42 = 43
+720 != 3!! != 10 \cdot 9 = 720
+2500 != 2.500
+262537412640768744 != e^{\pi\sqrt{163}}
+2/3 != 0.666666666666 != 0.66666666667
+1 != 1-e^{-e^{e^2}} != \frac00
 # units and words
 5\text{ cm} != 5\text{ m} != 5 inches != 6 cm != 5\text{ cm}^2
 \$5 != 5 euros != \$6
@@ -176,37 +175,85 @@ DIFFERENT = r"""
 \text{ellipse} != \text{not ellipse} != e
 0 != \text{nothing} != \emptyset
 42 != \text{not } 42 != 42 is wrong != \text{less than } 42 != 42 at most != 42\text{ or more}
+42 != 42 thousand != 42\text{ million} != 42 dozen != half of 42 != minus 42 != up to 42 != over 42 != multiples of 42
+    != 42 squared != 42 is incorrect != 42\text{ (could also be 43)} != 42 hundredths != 42 perhaps != 42 times
+864\text{ in}^2 != 864\text{ in}^3 != 864\text{ ft}^2
+6630\text{ nm} != 6630\text{ angstroms}
+3 \pmod 7 != 3 \pmod 5 != 4 \pmod 7
+\tan 15^\circ != \tan 15
+\text{odd} != \text{neither odd nor even} != \text{even}
+\text{Navin} != \text{Navin and Evelyn}
 # choices
 B != C != (A) != \text{Bob} != 12 != (C) 12 != (B) or (C) != (B)^2 != (B)\sqrt2 != \text{non}(B)
+B != (B) 12, (C) 13 != \text{(B) is incorrect} != \text{(B) or (C)} != \text{not B} != A, B
+27 != (B) 28 != (B) 27, (C) 28 != (B) 27 or (C) 27
 # lists
 1,2 != 1 != 1,2,3 != (1,2) != 12 != 1,3
-3 != 3,4
 \pm 3 != 3
-(1,2),(3,4) != (1,2) != (2,1),(3,4)
+\{1,2\},\{3,4\} != \{1,3\},\{2,4\} != 1,2,3,4
+2,-1,-18 != a=-1, h=2, k=-18
+(6,31,-1) != A=31, B=6, C=-1
+(-2,1) != x=-2 \text{ or } x=1
+f(n)=n, g(n)=1 != f(n)=1, g(n)=n
+f(x)=x, f(x)=2-x != f(x)=x
+f(2), f(1) != f(1) < f(2)
 # intervals
 (1,2) != [1,2] != (1,2] != (2,1) != (1,2,3)
 [0,1)\cup(2,3] != [0,1) != [0,1)\cup(2,3) != [0,3]
 x<1 != x>1 != x\le 1 != x<2 != (1,\infty) != y<1 != \mathbb{R}
+(-\infty,\infty) != x \in \mathbb{R}, x \ne 3
+(0,\infty) != x \in (0,2), x > 1
+k \ge 2 != 2
+[0,1]\cup[2,3] != [0,3] != [0,1]\cup(2,3]
+\{0,1,2\} != [0,2]
 # matrices
 \begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}1&2\end{pmatrix} != \begin{pmatrix}1\\3\end{pmatrix} != (1,2)
 # equations
-y=2x+3 != y=2x-3 != x=2y+3 != 0
-x=5 != y=5 != x=6
-2x+z=1 != 1
 x^2=1 != x^2=-1
+x^2+y^2=1 != 0\cdot(x^2+y^2-1)=0 != 0=0
+x'+3x=t != x''+3x=t != y'+3x=t
+f(x)=x+1 != g(x)=x+1
+\begin{cases} 1 & x>0 \\ 2 & x<0 \end{cases} != \begin{cases} 2 & x>0 \\ 1 & x<0 \end{cases} != 1,2
 # expressions
 x != y != X != \sqrt{x^2} != 2x
 m+k != 2m != 2k != m+n != k+N
 f(x) != g(x) != f(y) != f(2x) != f(-x)
-i != -i != 1
-\cot x != \tan x
 (-1)^n != 1 != (-1)^{n+1}
-\sum_{k=0}^{n} F_k != \sum_{k=0}^{n-1} F_k
 \lfloor\sqrt{n-1}\rfloor != \lfloor\sqrt{n-2}\rfloor
 204_5 != 204_6 != 203_5
-\infty != -\infty != 0 != \infty-\infty
 3:2 != 2:3
+n != \lfloor \frac{n}{50}\rfloor+n != n+\lfloor n/1000\rfloor
+x != \max(x,-5) != \sqrt{x}^2 != e^{\ln x} != \max(x, -900)
+3-x != |x-3|
+\frac{GMmr}{2} != \frac{GMmR}{2}
+42 != \arg(\sum_{n} x)
 """
+
+
+ASKED = [  # answer, gold answer, question, whether it is right
+    ("1,22", "1.22", "", True), ("5.15", "5,15", "", False), (r"\textbf{(B) } 27", "27", "", True),
+    (r"\text{(B)}\ 27", "27", "", True), ("B. 28", "27", "", False), ("(B) 27, (C) 28", "27", "", False),
+    ("m+n=113", "113", "", True), ("xy = 6", "6", "", True), ("2x+z=1", "1", "", False), ("5", "x+y=5", "", False),
+    # the question is no answer
+    ("99^2+99+1", "9901", "Compute $99^2+99+1$.", False), ("9901", "9901", "Compute $99^2+99+1$.", True),
+    ("99^2+99+1 = 9901", "9901", "Compute $99^2+99+1$.", True), ("(1+99)+99^2", "9901", "Compute $99^2+99+1$.", False),
+    ("x = 99^2+99+1+0", "9901", "Compute 99^2+99+1.", False), ("99(99+1)+1", "9901", "Compute $99^2+99+1$.", True),
+    ("-1+x^2", "(x-1)(x+1)", "Factor $x^2-1$.", False), ("(x+1)(x-1)", "(x-1)(x+1)", "Factor $x^2-1$.", True),
+    ("2x = 10", "5", r"Solve \(2x=10\).", False), (r"\frac68", r"\frac34", r"Reduce $\frac{6}{8}$.", False),
+    ("5", "5", "There are $5$ apples.", True), (r"\frac12", r"\frac{1}{2}", r"Is $\frac12$ or $\frac13$ larger?", True),
+    ("1/2", r"\frac12", r"Is $\frac12$ or $\frac13$ larger?", True), (r"\frac24", "0.5", "Find $x$.", True),
+    (r"\sin 20^\circ \sin 40^\circ", "9/256", r"Find $\sin 20^\circ \sin 40^\circ$.", False),
+    (r"1 + \log_2 8 - 1", "3", r"Find $\log_2 8$.", False), (r"\log_2 8", "3", "How often?", True),
+    # what it asks for
+    ("3,2,1", "1,2,3", "List them in increasing order.", False), ("3,2,1", "1,2,3", "Find the roots.", True),
+    ("f(2)<f(1)", "f(2),f(1)", "in order from least to greatest", True), ("f(2)>f(1)", "f(2),f(1)", "", False),
+    ("f(2)>f(1)", "f(2),f(1)", "in decreasing order", True), ("-1,2", "2,-1", "Find $a$ and $h$.", False),
+    ("h=-1, a=2", "2,-1", "Find $a$ and $h$.", True), ("1<x<2", "(1,2)", "Find the ordered pair.", False),
+    ("204", "204_5", "Write it in base $5$.", True), ("204", "204_5", "Write it.", False),
+    (r"6630\text{ nm}", "6630", "What is the wavelength in angstroms?", False), ("6630 cm", "6630", "How long?", True),
+    (r"6630\,\AA", "6630", "What is the wavelength in angstroms?", True), (r"7\text{ cats}", "7", "", True),
+    ("7 widgets", "7", "How many widgets are there?", True), ("7 widgets", "7", "", False),
+]  # fmt: skip
 
 
 def read_table(table: str, sign: str) -> dict[str, list[list[str]]]:
@@ -226,6 +273,11 @@ def test_equal_and_different(topic):
             for other in others:
                 assert grader.is_equivalent(other, first) == expected, (other, first)
                 assert grader.is_equivalent(first, other) == expected, (first, other)
+
+
+@pytest.mark.parametrize(("answer", "gold", "question", "right"), ASKED)
+def test_question_and_gold(answer, gold, question, right):
+    assert grader.grade(f"\\boxed{{{answer}}}", gold, question=question).correct == right
 
 
 def test_reflexive():
@@ -273,21 +325,9 @@ def test_any_text_has_a_verdict(a, b):
     for text in (a, b):
         grader.extract_answer(text)
         assert grader.is_equivalent(text, text) or not grader.tidy_answer(text)
-    one, other = grader.submit_answer(a, b).result(), grader.submit_answer(b, a).result()
+    one, other = grader.grade_answer(a, b), grader.grade_answer(b, a)
     assert one.correct == other.correct or "timeout" in (one.status, other.status)
     assert grader.grade(f"\\boxed{{{a}}}", b).status in ("correct", "wrong", "no_answer", "timeout")
-
-
-FRACTIONS = st.fractions(min_value=-50, max_value=50, max_denominator=40)
-
-
-@settings(max_examples=100, deadline=None)
-@given(FRACTIONS, FRACTIONS, st.sampled_from("+-*"))
-def test_arithmetic_agrees_with_python(a, b, sign):
-    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    text = rf"\frac{{{a.numerator}}}{{{a.denominator}}} {sign} \left({b.numerator}/{b.denominator}\right)"
-    assert grader.is_equivalent(text, str(value))
-    assert not grader.is_equivalent(text, str(value + Fraction(1, 10**30)))
 
 
 # Hostile input --------------------------------------------------------------------------------------------------------
@@ -300,30 +340,18 @@ HUGE = [
     "|" * 900, " " * 100_000, r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", "x" * 999, "$" * 999, ", " * 499,
     r"\(" * 499, r"\text{" * 190, "*".join(f"x_{{{i}}}" for i in range(150)),
     r"\begin{pmatrix}x&x\\x&x\end{pmatrix}" * 24, "1 000!" * 150, "`" * 900, "e9!" * 300, r"\left(" * 150,
-    "x" + "'" * 900, r"\text{prime}(10^{15})",
+    "x" + "'" * 900, r"\boxed{1}" + " " * 100_000 + r"!\boxed{2}", r"\text{prime}(10^{15})",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HUGE, ids=lambda text: text[:20])
 def test_huge_answers_are_wrong_soon(text):
-    started = time.monotonic()
+    started = time.process_time()
     for gold in ("42", "x^2+1", "(1,2)"):
         assert not grader.is_equivalent(text, gold)
         assert not grader.is_equivalent(gold, text)
     grader.grade(text, "42")
-    assert time.monotonic() - started < SLACK
-
-
-def test_many_hard_comparisons_go_to_a_worker():
-    """A list costs the square of its length; each comparison of two gamma functions takes milliseconds."""
-    left, right = (",".join(f"(x+{i})!" for i in range(start, start + 80)) for start in (1, 82))
-    assert grader.is_equivalent(left, ",".join(reversed(left.split(","))))  # whatever is literally there costs little
-    with pytest.raises(numeric.NeedsWorker):
-        grader.judge(f"{left}+x", f"{right}+x")
-
-
-def test_long_texts_between_boxes_are_not_searched():
-    assert grader.extract_answer(r"\boxed{1}" + " " * 100_000 + "!" + r"\boxed{2}") == "2"
+    assert time.process_time() - started < SLACK
 
 
 def test_nothing_is_executed(tmp_path, monkeypatch):
@@ -340,125 +368,97 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
         for gold in ("42", payload):
             grader.is_equivalent(payload, gold)
             grader.is_equivalent(f"|x| < {payload}", "(1,2)")
-            grader.judge_in_worker(f"|x| < {payload}", "(-2, 2)", None)  # sympy, in this process
     assert list(tmp_path.iterdir()) == []
 
 
-# Workers --------------------------------------------------------------------------------------------------------------
-def end_workers():
-    grader.POOL.reset()
-    for worker in workers_of(os.getpid()):
-        worker.kill()
+# sympy as an oracle ---------------------------------------------------------------------------------------------------
+X, Y = sympy.symbols("x y", real=True)
+REWRITES = [sympy.expand, sympy.factor, sympy.together, sympy.cancel, sympy.powsimp, sympy.trigsimp]
+ORACLE_CASES: int = 500  # expressions; each is rewritten once and perturbed five times
 
 
-def until(condition):
-    """Wait for a condition, for a generous while; whether it came."""
-    deadline = time.monotonic() + SLACK
-    while not condition() and time.monotonic() < deadline:
-        threading.Event().wait(0.05)
-    return condition()
+def draw_expression(rng: random.Random, depth: int) -> sympy.Expr:
+    """A random expression of x and y whose value is real for all real x and y, or a random number."""
+    if depth == 0:
+        return rng.choice([X, Y, X, sympy.Rational(rng.randint(-9, 9), rng.randint(1, 6)), sympy.Integer(2)])
+    first, second = draw_expression(rng, depth - 1), draw_expression(rng, depth - 1)
+    kinds = [first + second, first * second, first - 2 * second, first**2, sympy.sin(first), first / (second**2 + 1)]
+    return rng.choice([*kinds, sympy.cos(first) + second, sympy.sqrt(first**2 + 2), sympy.exp(first / 9)])
 
 
-def workers_of(pid: int) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process(pid).children():
-        with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            if "--worker" in child.cmdline():
-                found.append(child)
-    return found
+def test_sympy_agrees():
+    """What sympy has rewritten is the same answer, or takes too long; with a term more, it is another."""
+    rng, statuses = random.Random(15), []
+    for _ in range(ORACLE_CASES):
+        expression = draw_expression(rng, rng.choice([1, 2, 2, 3]))
+        gold, rewritten = sympy.latex(expression), sympy.latex(rng.choice(REWRITES)(expression))
+        statuses.append(grader.grade_answer(rewritten, gold).status)
+        assert statuses[-1] != "wrong", (rewritten, gold)
+        small = sympy.Rational(1, rng.choice([2, 1000, 10**30]))
+        for term in (small, small * X, small * sympy.cos(Y), X * Y, sympy.exp(-X) * small):
+            assert not grader.is_equivalent(sympy.latex(expression + term), gold), (expression, term)
+    assert statuses.count("timeout") < ORACLE_CASES / 50
 
 
-def test_hanging_worker_costs_one_verdict(new_pool, monkeypatch):
-    monkeypatch.setattr(workers, "WORKERS", 1)
-    monkeypatch.setattr(grader, "VERDICT_SECONDS", 3.0)
-    started = time.monotonic()
-    futures = [grader.submit(rf"\boxed{{{text}}}", "(-2,2)") for text in ("x^2<4", ENDLESS, "x^2<4", "x^2<5", "|x|<2")]
-    statuses = [future.result(timeout=4 * SLACK).status for future in futures]
-    assert statuses == ["correct", "timeout", "correct", "wrong", "correct"]
-    assert time.monotonic() - started < 2 * SLACK
-
-
-def test_killed_worker_is_replaced():
-    assert grader.is_equivalent("|x|<3", "(-3,3)")
-    for worker in workers_of(os.getpid()):
-        worker.kill()
-    statuses = [grader.submit_answer("|x|<3", "(-3,3)").result().status for _ in range(6)]
-    assert statuses.count("timeout") <= workers.WORKERS
-    assert statuses[-1] == "correct"
-
-
-def test_memory_of_workers_is_bounded():
-    for bound in range(20):
-        assert grader.is_equivalent(f"|x|<{bound + 1}", f"(-{bound + 1},{bound + 1})")
-    assert until(lambda: len(workers_of(os.getpid())) == workers.WORKERS)
-    for worker in workers_of(os.getpid()):  # one that has just started has not set its limit
-        assert until(lambda worker=worker: worker.rlimit(psutil.RLIMIT_AS)[1] == grader.WORKER_BYTES)
-
-
-def test_the_caller_imports_no_sympy_and_starts_no_process_for_cheap_verdicts():
-    script = "import sys, grader; print(grader.is_equivalent('1/2', '.5'), 'sympy' in sys.modules, grader.POOL.started)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "True False False\n"
-
-
-def test_submit_from_threads():
-    with ThreadPoolExecutor(4) as threads:
-        cases = [(rf"\sqrt{{{i}}}+{i}", rf"{i}+\sqrt{{{i}}}") for i in range(2, 60)] + [("|x|<1", "(-1,1)")] * 6
-        assert all(threads.map(lambda case: grader.is_equivalent(*case), cases))
-
-
-def test_forked_child_has_its_own_pool():
-    assert grader.is_equivalent("|x|<1", "(-1,1)")
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if grader.is_equivalent("|x|<2", "(-2,2)") else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert grader.is_equivalent("|x|<3", "(-3,3)")
-
-
-@pytest.mark.parametrize("busy", [False, True])
-def test_workers_end_with_their_parent(busy):
-    """Also if it is killed, read from a pipe and has no __main__ guard; a busy worker ends by its alarm."""
-    script = f"""
-import grader, signal
-grader.VERDICT_SECONDS = 2.0
-print(grader.is_equivalent("|x|<1", "(-1,1)"), flush=True)
-if {busy}:
-    [grader.submit_answer({ENDLESS!r}, "(1,2)") for _ in range(2)]
-signal.pause()
-"""
-    pipe = subprocess.PIPE
-    parent = subprocess.Popen([sys.executable, "-"], stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
-    parent.stdin.write(script)
-    parent.stdin.close()
-    try:
-        assert parent.stdout.readline() == "True\n"
-        assert until(lambda: len(workers_of(parent.pid)) == workers.WORKERS)
-        started = workers_of(parent.pid)
-    finally:
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
-    assert until(lambda: all(not w.is_running() or w.status() == psutil.STATUS_ZOMBIE for w in started))
+def test_sympy_agrees_on_sets():
+    """Solutions of random inequalities, as sympy has them, against the inequality and against a moved end point."""
+    rng = random.Random(15)
+    for _ in range(60):
+        roots = [sympy.Rational(rng.randint(-9, 9), rng.choice([1, 2, 3])) for _ in range(rng.randint(1, 3))]
+        relation = rng.choice([sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge])(sympy.prod(X - root for root in roots), 0)
+        solution = sympy.solveset(relation, sympy.Symbol("x", real=True), sympy.S.Reals)
+        if solution not in (sympy.S.EmptySet, sympy.S.Reals):
+            assert grader.is_equivalent(sympy.latex(relation), sympy.latex(solution)), (relation, solution)
+            moved = solution.subs(roots[0], roots[0] + sympy.Rational(1, 7))
+            same = moved == solution
+            assert grader.is_equivalent(sympy.latex(relation), sympy.latex(moved)) == same, (relation, moved)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
+def run_command(*lines: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "grader.py")]
+    return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False, timeout=60)
+
+
 def test_command():
     cases = [
-        {"pred": r"\frac{1}{2}", "gold": "0.5"},
-        {"response": r"\boxed{|x|<1} follows", "gold": "(-1,1)"},
-        {"response": "nothing", "gold": "1"},
-        {"pred": "3", "gold": "4"},
-        {"pred": "\ud800", "gold": "4"},
+        ({"pred": r"\frac{1}{2}", "gold": "0.5"}, r"\frac{1}{2}", "correct"),
+        ({"response": r"\boxed{|x|<1} follows", "gold": "(-1,1)"}, "|x|<1", "correct"),
+        ({"response": "nothing", "gold": "1"}, None, "no_answer"),
+        ({"pred": 0.1, "gold": 0.1000}, "0.1", "correct"),
+        ({"pred": 12345678901234567890, "gold": "12345678901234567891"}, "12345678901234567890", "wrong"),
+        ({"pred": "2+2", "gold": 4, "question": "What is $2+2$?"}, "2+2", "wrong"),
+        ({"pred": "3.1", "gold": "3", "tolerance": 0.2}, "3.1", "correct"),
+        ({"pred": "\ud800", "gold": "4"}, "\ud800", "wrong"),
     ]
-    stdin = "".join(json.dumps(case) + "\n" for case in cases)
-    command = [sys.executable, str(ROOT / "grader.py")]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=True, timeout=4 * SLACK)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert lines[:4] == [
-        {"answer": r"\frac{1}{2}", "correct": True, "status": "correct"},
-        {"answer": "|x|<1", "correct": True, "status": "correct"},
-        {"answer": None, "correct": False, "status": "no_answer"},
-        {"answer": "3", "correct": False, "status": "wrong"},
-    ]
-    assert lines[4]["status"] == "wrong"
+    done = run_command(*(json.dumps(case) for case, _, _ in cases))
+    expected = [{"answer": a, "correct": s == "correct", "status": s} for _, a, s in cases]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    "line", ['{"pred": "1"}', "{", "[1]", '{"gold": "1", "pred": null}', '{"gold": ["1"], "pred": "1"}']
+)
+def test_bad_row_of_the_command(line):
+    done = run_command('{"pred": "1", "gold": "1"}', line)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["correct"]
+    assert done.stderr.startswith("line 2: ") and "Traceback" not in done.stderr
+
+
+def test_the_caller_imports_no_sympy_and_starts_no_process():
+    script = "import sys, grader; print(grader.is_equivalent('|x|<1', '(-1,1)'), 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "True False\n"
+
+
+def test_timeout_is_a_matter_of_work(monkeypatch):
+    """Not of the clock: the same verdict with every run, and none where there is more to spend."""
+    hard = (
+        r"\sum_{k}" + "+".join(f"e^{{{i}x}}" for i in range(1, 60)),
+        "x^2+" + "+".join(f"e^{{{i}x}}" for i in range(60)),
+    )
+    monkeypatch.setattr(numeric, "MAX_WORK", 1e6)
+    assert {grader.grade_answer(*hard).status for _ in range(3)} == {"timeout"}
+    monkeypatch.setattr(numeric, "MAX_WORK", 1e12)
+    assert grader.grade_answer(*hard).status == "wrong"

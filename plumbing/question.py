@@ -1,0 +1,114 @@
+r"""What a question says about its answer: the formulas that are no answer, an order, a base, a unit, names."""
+
+import contextlib
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from plumbing import tree
+from plumbing.latex import read_tree
+from plumbing.tokens import UNICODE_TABLE, read_unit, singular, tokenize
+from plumbing.tree import Node, Unreadable
+
+FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+BARE_FORMULA = re.compile(r"(?<!\S)[^\s,;:?]*\d[^\s,;:?]*(?:\s*[-+*/^=]\s*[^\s,;:?]+)*")
+ORDERED = re.compile(
+    r"in \w+ order\b|\border (?:of|from)|from (?:the )?(?:least|small|great|larg|low|high)|arrange|rank", re.I
+)
+DECREASING = re.compile(r"decreasing|descending|from (?:the )?(?:great|larg|high)", re.I)
+POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", re.I)
+BASES = dict(zip(tree.words("two three four five six seven eight nine"), "23456789", strict=True)) | {"binary": "2"}
+BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
+ASKED_UNIT = re.compile(
+    r"\b(?:in|how many|number of|nearest)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
+    r"(\\AA|[A-Za-z/]+(?:\s(?:per|/)\s\w+)?)"
+)
+ASKED_NAMES = re.compile(
+    r"(?:find|determine|what|values? of|compute|solve)[^.?]*?"
+    r"((?:\$[a-zA-Z]\$(?:,? and |, ))+\$[a-zA-Z]\$|\$\((?:[a-zA-Z], ?)+[a-zA-Z]\)\$)",
+    re.I,
+)
+FREE_SIGNS = set("()[]{}|+-*/=,;:&'<>") | {r"\frac", r"\{", r"\}", r"\\", r"\$", r"\circ", "%", r"\le", r"\ge", r"\in"}
+RELATION_SIGNS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", ",", ";"}
+
+
+def list_pieces(text: str) -> list[tuple[str, ...]]:
+    """The numbers, letters and signs of a formula, in alphabetical order; first of all of it, then of each side of a
+    relation in it. Brackets, +, -, *, / and fractions are left out: they can be changed without changing a thing."""
+    pieces: list[list[str]] = [[], []]
+    for token in tokenize(text.translate(UNICODE_TABLE)):
+        if token.value in RELATION_SIGNS:
+            pieces.append([])
+        elif token.kind != "word" and token.value not in FREE_SIGNS:
+            value = token.value
+            if token.kind == "num" and "." in value and "e" not in value.lower():
+                value = value.rstrip("0").rstrip(".")
+            pieces[0].append(value)
+            pieces[-1].append(value)
+    return [tuple(sorted(piece)) for piece in pieces]
+
+
+class Question:
+    """What the question says about the form of its answer."""
+
+    def __init__(self, text: str) -> None:
+        text = re.sub(r"\[asy\].*?\[/asy\]", "", text, flags=re.S)
+        self.text = text
+        self.formulas = ["".join(part or "" for part in match) for match in FORMULA.findall(text)]
+        self.formulas += [run for run in BARE_FORMULA.findall(FORMULA.sub(" ", text)) if re.search(r"[-+*/^=]", run)]
+        self.is_ordered = bool(ORDERED.search(text))
+        self.is_decreasing = bool(DECREASING.search(text))
+        self.wants_point = bool(POINT.search(text)) and "interval" not in text
+        self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
+        self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
+        units = ["angstrom" if "AA" in unit else unit.casefold() for unit in ASKED_UNIT.findall(text)]
+        found = [
+            read_unit(unit) for unit in units if len(unit) > 2 or unit in ("cm", "mm", "km", "kg", "nm", "ft", "hz")
+        ]
+        self.units = {name for unit in found if unit for name, _ in unit} - {"unit", "degree", "percent"}
+        names = ASKED_NAMES.search(text)
+        self.names = re.findall(r"[a-zA-Z](?![a-z])", names[1].replace("and", "")) if names else []
+
+    @functools.cached_property
+    def pieces(self) -> set[tuple[str, ...]]:
+        return {piece for formula in self.formulas for piece in list_pieces(formula) if len(piece) > 1}
+
+    @functools.cached_property
+    def calls(self) -> set[Node]:
+        """The function values in the formulas."""
+        calls: set[Node] = set()
+        for formula in self.formulas:
+            with contextlib.suppress(Unreadable, RecursionError):
+                calls |= {part for part in tree.iterate_parts(read_tree(formula)) if part.kind == "call"}
+        return calls
+
+    def is_repeated_by(self, answer: str, gold: str, node: Node | None, gold_node: Node | None) -> bool:
+        """Whether the answer is a formula of the question, and the gold answer is not.
+
+        A formula, or one side of a relation in it, is repeated by what has the same numbers, letters and signs, and
+        perhaps a 0 or a 1 more, in any order. A single number or letter is no formula.
+        """
+        is_number = gold_node is not None and gold_node.kind == "num"
+        if is_number and node and any(part in self.calls for part in tree.iterate_parts(node)):
+            return True
+        whole, *sides = list_pieces(answer)
+        gold_pieces = [list_pieces(gold)[0], list_pieces(gold.rpartition("=")[2])[0]]
+        if any(repeats(piece, gold_pieces) for piece in (whole, list_pieces(answer.rpartition("=")[2])[0])):
+            return False
+        sides = [side for side in sides if len(side) > 1 or (side and side[0][0].isdigit())]
+        return repeats(whole, self.pieces) or (bool(sides) and all(repeats(side, self.pieces) for side in sides))
+
+
+def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> bool:
+    """Whether a piece is one of the others, but for one 0 or 1 more."""
+    for other in others:
+        more = list((Counter(piece) - Counter(other)).elements())
+        if len(piece) == len(other) + len(more) and more in ([], ["0"], ["1"]):
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=1024)
+def read_question(text: str) -> Question:
+    return Question(text)
