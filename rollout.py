@@ -226,8 +226,8 @@ def grade_attempt(chat: Chat, dialogue: Dialogue, ids: list[int], logprobs: list
     dialogue.append(ids, logprobs)
     limit = "context" if len(dialogue.ids) >= CONTEXT else "length"
     dialogue.attempts.append(Attempt(start, len(dialogue.ids), None, "no_answer", "stop" if stopped else limit))
-    response = chat.decode(ids, skip_special_tokens=True)
-    return grader.submit(response, dialogue.problem["answer"], dialogue.problem.get("tolerance"))
+    response, problem = chat.decode(ids, skip_special_tokens=True), dialogue.problem
+    return grader.submit(response, problem["answer"], problem.get("tolerance"), problem["question"])
 
 
 def give_feedback(chat: Chat, dialogue: Dialogue, verdict: grader.Verdict) -> bool:
