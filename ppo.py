@@ -296,11 +296,11 @@ class Actor(nn.Module):
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         hidden = hidden_states(self.lm.model, micro)  # (A, H)
-        rows, columns = micro.state
-        targets = micro.ids[rows, columns + 1]  # (A,)
-        head = self.lm.lm_head.weight  # (V, H)
+        targets = micro.ids[micro.state[0], micro.state[1] + 1]  # (A,)
+        head = self.lm.lm_head.weight  # (V, H), all of it: 151,665 rows would not be aligned, and their product slower
+        padding = -1e9 * (torch.arange(len(head), device=head.device) >= self.tokens).to(head.dtype)  # (V,)
         chunks = zip(hidden.split(packing.LOGITS_CHUNK), targets.split(packing.LOGITS_CHUNK), strict=True)
-        parts = [checkpoint(score_actions, h, t, head, self.tokens, use_reentrant=False) for h, t in chunks]
+        parts = [checkpoint(score_actions, h, t, head, padding, use_reentrant=False) for h, t in chunks]
         logprobs, entropy = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropy)
 
@@ -311,10 +311,9 @@ def hidden_states(body: nn.Module, micro: MicroBatch) -> Tensor:
     return out.last_hidden_state[micro.state]  # (R, L, H) -> (A, H)
 
 
-def score_actions(hidden: Tensor, targets: Tensor, head: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """(A, H), (A,), (V, H) -> log-probability of each target and entropy of its distribution, (A,) float32."""
-    # Cut after the product: rows of 151,665 numbers in bfloat16 are not aligned to 16 bytes, and the product is slower.
-    logits = F.linear(hidden, head)[:, :tokens].float()  # (A, tokens)
+def score_actions(hidden: Tensor, targets: Tensor, head: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, H), (A,), (V, H), (V,) -> log-probability of each target and entropy of its distribution, (A,) float32."""
+    logits = F.linear(hidden, head, padding).float()  # (A, V)
     log_total = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
     entropy = log_total - (logits.softmax(-1) * logits).sum(-1)
