@@ -54,8 +54,14 @@ class DrawnLengths(Engine):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.never = self.padding_bias | dict.fromkeys(self.stop_ids, -100.0)
-        self.padding_bias = self.never
+        self.never = dict.fromkeys(self.stop_ids, -100.0)
+        add_request = self.engine.add_request
+
+        def add_endless_request(key: str, prompt: Any, params: Any) -> None:
+            params.logit_bias = self.never
+            add_request(key, prompt, params)
+
+        self.engine.add_request = add_endless_request
         self.asked: list[tuple[list[int], int]] = []  # prompt, tokens of every attempt
 
     def submit(self, key: int, ids: list[int], max_tokens: int, *sampling: Any) -> None:

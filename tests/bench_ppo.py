@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from plumbing.constants import set_constants
 from rollout import Attempt, Dialogue
 
 ROOT = Path(__file__).resolve().parent.parent
-PART: str = ""  # "update", "memory" or "step"; "" = all, and beside TRL where TRL_PYTHON is given
+PART: str = ""  # "update", "head", "memory" or "step"; "" = all, and beside TRL where TRL_PYTHON is given
 PRESET: str = "gpu" if torch.cuda.is_available() else "cpu"
 TRL_PYTHON: str = ""  # the python that TRL's trainer runs with
 SHORTEST: int = 64  # tokens of a dialogue
@@ -49,9 +49,11 @@ LAYERS: int = 28
 HEADS: int = 12
 KV_HEADS: int = 2
 INTERMEDIATE: int = 8960
-VOCABULARY: int = 151_936
-HEAD_WIDTH: int = 1536  # of the log-probability part, measured alone, with HEAD_VOCABULARY
+VOCABULARY: int = 151_936  # rows of the head
+TOKENS: int = 151_665  # of the tokenizer: the rows that can be sampled
+HEAD_WIDTH: int = 1536  # of the log-probability part, measured alone, with HEAD_VOCABULARY and HEAD_TOKENS
 HEAD_VOCABULARY: int = 151_936
+HEAD_TOKENS: int = 151_665
 HEAD_ACTIONS: tuple[int, ...] = (2048, 16384)  # actions of a micro-batch; memory must not grow with them
 BARE_TOKENS: int = 8192  # tokens of a dense batch of the bare model at the most
 REPEATS: int = 3  # the median of so many counts
@@ -62,6 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"DIALOGUES": 256},
     "cpu": {  # the head holds about as large a part of the weights as in the 1.5 B model
         "HIDDEN": 256, "LAYERS": 4, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE": 1024, "VOCABULARY": 2048,
+        "TOKENS": 2041,
         "SHORTEST": 32, "LONGEST": 1024, "DIALOGUES": 32, "MINI_BATCH": 16, "HEAD_ACTIONS": (1024, 2048),
         "COMPUTE_DTYPE": "float32", "GRADIENT_CHECKPOINTING": False,
         "MAX_TOKENS_PER_MICRO_BATCH": 512, "BARE_TOKENS": 2048,
@@ -130,7 +133,7 @@ def draw_dialogue(rng: random.Random) -> Dialogue:
     dialogue = Dialogue({"id": "x", "question": "q", "answer": "1"}, attempts)
 
     def ids(count: int) -> list[int]:
-        return [rng.randrange(1, VOCABULARY) for _ in range(count)]
+        return [rng.randrange(1, TOKENS) for _ in range(count)]
 
     for k in range(attempts):
         dialogue.append(ids(part if k else length - (2 * attempts - 1) * part))
@@ -193,7 +196,7 @@ def bench_update() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ppo.MODEL = random_model(f"{folder}/model")
         ppo.MAX_MISMATCH = math.inf  # nobody sampled these dialogues
-        learner = ppo.Learner.load(VOCABULARY)
+        learner = ppo.Learner.load(TOKENS)
         parameters = sum(p.numel() for p in learner.actor.parameters())
         print(f"model of {parameters:,} parameters, {ppo.COMPUTE_DTYPE}, {torch.get_num_threads()} threads")
         print(f"{len(lengths)} dialogues of {min(lengths)} to {max(lengths)} tokens, {tokens:,} in all, {actions:,} of "
@@ -255,26 +258,52 @@ def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float
           f"memory {peak / found['gib']:.2f}", flush=True)  # fmt: skip
 
 
-# The memory of the log-probabilities ----------------------------------------------------------------------------------
-def bench_memory(actions: int) -> None:
-    """Actor.forward and its backward pass from given hidden states: what it takes beyond them, the head and both their
-    gradients. On a CPU by the peak of the process, which counts everything."""
-    dtype = torch.bfloat16
+# The log-probabilities alone ------------------------------------------------------------------------------------------
+def make_head_work(actions: int, dtype: torch.dtype) -> Callable[[int], None]:
+    """-> Actor.forward and its backward pass from given hidden states, for a tokenizer of so many tokens."""
     head = nn.Parameter(torch.randn(HEAD_VOCABULARY, HEAD_WIDTH, dtype=dtype, device=ranks.device()) / 40)
-    hidden = torch.randn(actions, HEAD_WIDTH, dtype=dtype, device=ranks.device()).requires_grad_()
-    lm = SimpleNamespace(model=None, lm_head=SimpleNamespace(weight=head))
-    ids = torch.randint(HEAD_VOCABULARY, (1, actions + 1), device=ranks.device())
-    state = (torch.zeros(actions, dtype=torch.int64, device=ids.device), torch.arange(actions, device=ids.device))
-    models.hidden_states = lambda body, micro: hidden
+    hidden = torch.randn(1, actions, HEAD_WIDTH, dtype=dtype, device=ranks.device()).requires_grad_()
     head.grad, hidden.grad = torch.zeros_like(head), torch.zeros_like(hidden)  # counted as there
+    body = lambda **_: SimpleNamespace(last_hidden_state=hidden)  # noqa: E731
+    lm = SimpleNamespace(model=body, lm_head=SimpleNamespace(weight=head))
+    ids = torch.randint(HEAD_TOKENS, (1, actions + 1), device=ranks.device())
+    state = (torch.zeros(actions, dtype=torch.int64, device=ids.device), torch.arange(actions, device=ids.device))
+    micro = SimpleNamespace(ids=ids, positions=None, state=state, attention={})
+
+    def work(tokens: int) -> None:
+        logprobs, entropy = models.Actor.forward(SimpleNamespace(lm=lm, tokens=tokens, learn_entropy=True), micro)
+        (logprobs.sum() - 0.01 * entropy.sum()).backward()
+
+    return work
+
+
+def time_heads(actions: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds, of the CPU where there is no GPU, for all rows of the head and for a tokenizer that has fewer."""
+    work, took = make_head_work(actions, dtype), {HEAD_VOCABULARY: [], HEAD_TOKENS: []}
+    work(HEAD_TOKENS)  # the first is slower
+    for _ in range(REPEATS):  # in turn: whatever slows the machine down slows both
+        for tokens, seconds in took.items():
+            wall, worked = seconds_of(lambda tokens=tokens: work(tokens))
+            seconds.append(wall if torch.cuda.is_available() else worked)
+    return tuple(statistics.median(seconds) for seconds in took.values())
+
+
+def bench_head() -> None:
+    actions = packing.LOGITS_CHUNK
+    whole, cut = time_heads(actions, getattr(torch, ppo.COMPUTE_DTYPE))
+    print(f"{actions} actions, a head of {HEAD_VOCABULARY:,} x {HEAD_WIDTH}, {ppo.COMPUTE_DTYPE}: {whole:.4f} s for as "
+          f"many tokens, {cut:.4f} s for {HEAD_TOKENS:,}: {whole / cut:.3f} times as fast (goal .95)")  # fmt: skip
+
+
+def bench_memory(actions: int) -> None:
+    """What the log-probabilities take beyond hidden states, the head and both their gradients. On a CPU by the peak of
+    the process, which counts everything."""
+    work = make_head_work(actions, torch.bfloat16)
     before = memory_now()
-    actor = SimpleNamespace(lm=lm, tokens=HEAD_VOCABULARY, learn_entropy=True)
-    actor.score_actions = MethodType(models.Actor.score_actions, actor)
-    logprobs, entropy = models.Actor.forward(actor, SimpleNamespace(ids=ids, state=state))
-    (logprobs.sum() - 0.01 * entropy.sum()).backward()
+    work(HEAD_TOKENS)
     extra = 2**30 * ranks.peak_memory() - before
-    shape = f"{actions} actions, {HEAD_VOCABULARY:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={packing.LOGITS_CHUNK}"
-    print(f"{shape}: peak {extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)
+    print(f"{actions} actions, {HEAD_TOKENS:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={packing.LOGITS_CHUNK}: peak "
+          f"{extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)  # fmt: skip
 
 
 def memory_now() -> float:
@@ -308,13 +337,15 @@ def bench_step() -> None:
 def main() -> None:
     print(set_constants(sys.argv[1:], {"bench": sys.modules[__name__]} | ppo.MODULES, PRESETS))
     if not PART:
-        for part in ("update", "step", *(f"memory-{n}" for n in HEAD_ACTIONS)):
+        for part in ("update", "step", "head", *(f"memory-{n}" for n in HEAD_ACTIONS)):
             print(f"\n{part}", flush=True)
             subprocess.run([sys.executable, __file__, *sys.argv[1:], f"PART={part}"], check=True)
         return
     part, _, actions = PART.partition("-")
     if part == "step":
         bench_step()
+    elif part == "head":
+        bench_head()
     elif part == "memory":
         bench_memory(int(actions or HEAD_ACTIONS[0]))
     else:

@@ -5,7 +5,7 @@ import math
 import ppo
 import rollout
 from data.problems import problem_at, split_dev
-from plumbing import packing
+from plumbing import models, packing
 from plumbing.constants import parse_changes, snapshot
 from rollout import Attempt, Dialogue
 
@@ -365,10 +365,10 @@ def test_recomputed_activations_change_nothing(toy, ranks, monkeypatch):
 def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, monkeypatch):
     constants(monkeypatch, LOGITS_CHUNK=2)
     actor, chunks, kept = ppo.Actor(str(toy / "warm_start"), 280, "float32", False), [], []
-    inner = actor.score_actions
+    inner = models.score_actions
     batch = ppo.make_batch(two_dialogues())
     (micro,) = batch.micro_batches(range(2))
-    monkeypatch.setattr(actor, "score_actions", lambda h, t: chunks.append(len(h)) or inner(h, t))
+    monkeypatch.setattr(models, "score_actions", lambda h, *rest: chunks.append(len(h)) or inner(h, *rest))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         actor(micro)
     width = actor.lm.lm_head.weight.shape[1]

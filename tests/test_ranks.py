@@ -35,7 +35,7 @@ def test_weights_that_are_cast_before_they_are_gathered_have_the_same_bits(toy):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command = [*launch, sys.executable, "-c", GATHER, str(toy / "warm_start")]
     done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, check=False)
-    assert done.stdout.count("gathered") == 2, done.stderr[-3000:]  # two processes write at once
+    assert done.stdout.count("gathered") == 2, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
