@@ -5,9 +5,9 @@
 A file of cases has lines {"pred" or "response", "gold", "expected"} and perhaps "question", "set" and "policy" ("quirk"
 rows do not count). A file of problems has lines {"question", "answer"}: each formula of a question is put in a box; it
 is counted how many problems pay one that is not their gold answer itself; then each gold answer is graded against its
-own question. Both graders answer the same rows, one at a time, in one process each, over a pipe; the time of a row is
-taken inside that process. Math-Verify gets what its README asks for: gold and prediction as LaTeX in dollars, its own
-parse() and verify() with their default timeouts.
+own question. Both graders answer the same rows, one at a time, in one process each, over a pipe; the processor time of
+a row is taken inside that process. Math-Verify gets what its README asks for: gold and prediction as LaTeX in dollars,
+its own parse() and verify() with their default timeouts.
 """
 
 import json
@@ -43,12 +43,12 @@ import json, os, sys, time
 out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what a grader prints is not a result
 for line in sys.stdin:
-    case, start = json.loads(line), time.perf_counter()
+    case, start = json.loads(line), time.process_time()
     try:
         verdict = answer(case)
     except Exception:
         verdict = None
-    print(json.dumps([verdict, time.perf_counter() - start]), file=out, flush=True)
+    print(json.dumps([verdict, time.process_time() - start]), file=out, flush=True)
 """
 
 
