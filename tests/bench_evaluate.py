@@ -57,9 +57,9 @@ class DrawnLengths(Engine):
         self.never = dict.fromkeys(self.stop_ids, -100.0)
         add_request = self.engine.add_request
 
-        def add_endless_request(key: str, prompt: Any, params: Any) -> None:
+        def add_endless_request(key: str, prompt: Any, params: Any, **options: Any) -> Any:
             params.logit_bias = self.never
-            add_request(key, prompt, params)
+            return add_request(key, prompt, params, **options)
 
         self.engine.add_request = add_endless_request
         self.asked: list[tuple[list[int], int]] = []  # prompt, tokens of every attempt
@@ -71,7 +71,7 @@ class DrawnLengths(Engine):
         super().submit(key, ids, length, *sampling)
 
 
-def drawn_verdict(response: str, gold: str, tolerance: float | None) -> Future:
+def drawn_verdict(response: str, gold: str, *_: Any) -> Future:
     right = random_number("right", response, gold) / 2**31 < RIGHT
     return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
 

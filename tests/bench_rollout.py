@@ -11,18 +11,23 @@ Lengths and verdicts are drawn in advance, so that every scheme does the same wo
 import math
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grader
 import rollout
-from rollout import Chat, Dialogue, Engine, random_number
+from experiments.median import make_tokenizer
+from plumbing.chat import Chat
+from plumbing.constants import set_constants
+from plumbing.engine import Engine
+from rollout import Dialogue, random_number
 
 MODEL: str = ""  # folder or hub name; "" = a random one
 DTYPE: str = "float32"
@@ -30,19 +35,17 @@ DIALOGUES: int = 512  # 0: the weight transfer alone
 SHORTEST: int = 16  # tokens of an attempt
 LONGEST: int = 512
 RIGHT: float = 0.25  # share of right attempts
-HANGING: float = 0.01  # share of verdicts that hang until their time limit
-TOKENIZER: str = "data/toy/warm_start"  # of the random model
+SLOW: float = 0.01  # share of verdicts that come late, as those on programs will
+LATE: float = 0.3  # seconds, after which they come
 HIDDEN: int = 256  # width of the random model
 LAYERS: int = 4  # its depth
 CHUNK: int = 64  # tokens of one call of the reference's scheme
 REFERENCE_BATCH: int = 256  # dialogues that the reference plays together
 REPEATS: int = 2  # the best of so many counts
 
-HANG = "x^{50} - 3x^{49} + 2x^7 < 1"  # a set that sympy does not find in time
-
 
 def random_model(folder: str) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = make_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=rollout.CONTEXT, tie_word_embeddings=True,
@@ -75,7 +78,14 @@ class DrawnLengths(Engine):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.never |= dict.fromkeys(self.stop_ids, -100.0)
+        self.never = dict.fromkeys(self.stop_ids, -100.0)
+        add_request = self.engine.add_request
+
+        def add_endless_request(key: str, prompt: Any, params: Any, **options: Any) -> Any:
+            params.logit_bias = self.never
+            return add_request(key, prompt, params, **options)
+
+        self.engine.add_request = add_endless_request
         self.attempt: dict[int, int] = {}
         self.generated = 0  # tokens that were sampled, whatever became of them
         scheduler = self.engine.engine_core.engine_core.scheduler
@@ -87,26 +97,28 @@ class DrawnLengths(Engine):
 
         scheduler.update_from_output = count
 
-    def submit(self, key: int, ids: list[int], max_tokens: int, temperature: float, seed: int, stop: set[int]) -> None:
+    def submit(self, key: int, ids: list[int], max_tokens: int, *sampling: Any) -> None:
         attempt = self.attempt[key] = self.attempt.get(key, -1) + 1
-        super().submit(key, ids, attempt_length(key, attempt), temperature, seed, set())
+        super().submit(key, ids, attempt_length(key, attempt), *sampling)
 
 
 class DrawnVerdicts:
-    """In place of grader.submit: grades the text as ever, then gives the verdict that was drawn, or hangs."""
+    """In place of grader.submit: grades the text as ever, then gives the verdict that was drawn, perhaps late."""
 
-    def __init__(self, engine: DrawnLengths, hanging: float):
-        self.engine, self.hanging, self.submit = engine, hanging, grader.submit
+    def __init__(self, engine: DrawnLengths, slow: float):
+        self.engine, self.slow, self.submit = engine, slow, grader.submit
 
-    def __call__(self, response: str, gold: str, tolerance: float | None) -> Future:
+    def __call__(self, response: str, gold: str, tolerance: float | None, question: str) -> Future:
         dialogue = int(gold)  # a problem's answer is its number here
         attempt = self.engine.attempt[dialogue]
         right = is_right(dialogue, attempt)
-        # Wrong ones hang, more of them for that: the dialogue goes on as it would have.
-        if not right and random_number("hang", dialogue, attempt) / 2**31 < self.hanging / (1 - RIGHT):
-            return grader.submit_answer(HANG, "x < 1")
-        self.submit(response, gold, tolerance).result()
-        return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
+        self.submit(response, gold, tolerance, question).result()
+        verdict = grader.Verdict(None, right, "correct" if right else "wrong")
+        if random_number("slow", dialogue, attempt) / 2**31 >= self.slow:
+            return grader.finished(verdict)
+        late: Future = Future()
+        threading.Timer(LATE, late.set_result, [verdict]).start()
+        return late
 
 
 # The schemes: -> seconds, generated tokens ----------------------------------------------------------------------------
@@ -119,10 +131,10 @@ def new_dialogues(chat: Chat) -> list[Dialogue]:
     return dialogues
 
 
-def ours(engine: DrawnLengths, chat: Chat, hanging: float = 0.0) -> tuple[float, int]:
+def ours(engine: DrawnLengths, chat: Chat, slow: float = 0.0) -> tuple[float, int]:
     engine.attempt.clear()
     engine.generated = 0
-    submit, grader.submit = grader.submit, DrawnVerdicts(engine, hanging)
+    submit, grader.submit = grader.submit, DrawnVerdicts(engine, slow)
     dialogues = new_dialogues(chat)
     start = time.perf_counter()
     rollout.play(engine, chat, dialogues, list(range(DIALOGUES)), 1.0)
@@ -173,7 +185,7 @@ def reference(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
                     continue
                 attempt[i] += 1
                 to_come[i], said[i] = attempt_length(i, attempt[i]), ""
-                text[i] += "<|im_end|>" + chat.tokenizer.decode(chat.feedback("", left[i]))
+                text[i] += "<|im_end|>" + chat.decode(rollout.encode_feedback(chat, left[i]))
     return time.perf_counter() - start, tokens
 
 
@@ -188,10 +200,10 @@ def bare_engine(engine: DrawnLengths, chat: Chat, histories: bool = False) -> tu
             prompts.append({"prompt_token_ids": list(dialogue.ids)})
             if histories:
                 said = [random_number(i, k, t) % 200 for t in range(attempt_length(i, k))]
-                dialogue.extend([*said, chat.end_of_turn, *chat.feedback("", 1)])
+                dialogue.append([*said, chat.end_of_turn, *rollout.encode_feedback(chat, 1)])
             params.append(
                 SamplingParams(
-                    temperature=1.0, seed=random_number(i, k) if rollout.SEED_ATTEMPTS else None, logprobs=0,
+                    temperature=1.0, seed=random_number(i, k), logprobs=0,
                     max_tokens=attempt_length(i, k), logit_bias=engine.never, ignore_eos=True, detokenize=False,
                 )
             )  # fmt: skip
@@ -221,7 +233,6 @@ def transfer(engine: DrawnLengths, model: str) -> tuple[float, float, float]:
 
 def compare_schemes(engine: DrawnLengths, chat: Chat) -> None:
     bare_engine(engine, chat)  # the first call in a process is slower
-    assert grader.submit_answer(HANG, "x < 1").result().status == "timeout"  # starts the grader's workers, too
     lengths = [attempt_length(i, k) for i in range(DIALOGUES) for k in range(attempts_of(i))]
     print(f"{DIALOGUES} dialogues, {len(lengths)} attempts, {sum(lengths):,} tokens to generate")
     seconds: dict[str, float] = {}
@@ -236,20 +247,18 @@ def compare_schemes(engine: DrawnLengths, chat: Chat) -> None:
     measure("the loop", ours)
     measure("llm.generate, same tokens", bare_engine)
     measure("... and prompts with their history", bare_engine, True)
-    measure(f"the loop, {HANGING:.0%} of verdicts hang", ours, HANGING)
-    rollout.SEED_ATTEMPTS = False
-    measure("the loop, no seed per attempt", ours)
+    measure(f"the loop, {SLOW:.0%} of verdicts late", ours, SLOW)
     loop = seconds["the loop"]
     for name, taken in seconds.items():
         print(f"the loop is {taken / loop:5.2f} x as fast as: {name}")
 
 
 def main() -> None:
-    rollout.override_constants(sys.argv[1:], {"bench": sys.modules[__name__], "rollout": rollout, "grader": grader})
+    print(set_constants(sys.argv[1:], {"bench": sys.modules[__name__], "rollout": rollout, "grader": grader}))
     with tempfile.TemporaryDirectory() as folder:
         model = MODEL or random_model(folder)
-        engine = DrawnLengths(model, dtype=DTYPE)
-        chat = Chat(engine.tokenizer)
+        engine = DrawnLengths(model, rollout.CONTEXT, dtype=DTYPE)
+        chat = rollout.make_chat(engine.tokenizer)
         if DIALOGUES:
             compare_schemes(engine, chat)
         took, copied, size = transfer(engine, model)

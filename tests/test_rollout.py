@@ -4,7 +4,9 @@ the command line on the real engine."""
 import math
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import Future
 
 import rollout
 from data.problems import load_problems
@@ -148,11 +150,22 @@ def test_the_loop_queues_retries_at_once(chat):
     assert seeds[0] == seeds[2] and len(set(seeds)) == 5  # by a dialogue's seed and the attempt's number alone
 
 
-def test_a_verdict_that_hangs_holds_up_its_own_dialogue_alone(chat):
-    hard = "\\boxed{x^{50} - 3x^{49} + 2x^7 < 1}" + END  # a set that is not found in time
+def test_a_verdict_that_takes_long_holds_up_its_own_dialogue_alone(chat, monkeypatch):
+    """As that on a program will: it comes from elsewhere when the others have ended."""
+    submit, slow, late = rollout.grader.submit, "\\boxed{slow}" + END, Future()
+
+    def submit_slowly(response: str, *rest) -> Future:
+        return late if "slow" in response else submit(response, *rest)
+
+    def end(index: int) -> None:
+        ended.append(index)
+        if len(ended) == 3:
+            threading.Timer(0.05, late.set_result, [rollout.grader.Verdict("slow", False, "timeout")]).start()
+
+    monkeypatch.setattr(rollout.grader, "submit", submit_slowly)
     dialogues = [rollout.new_dialogue(chat, PROBLEM | {"answer": "(1, 2)"}, 2) for _ in range(4)]
-    engine, ended = Scripted(chat, [[WRONG, WRONG], [WRONG, WRONG], [WRONG, WRONG], [hard, WRONG]]), []
-    rollout.play(engine, chat, dialogues, [0] * 4, 1.0, on_end=ended.append)
+    engine, ended = Scripted(chat, [[WRONG, WRONG], [WRONG, WRONG], [WRONG, WRONG], [slow, WRONG]]), []
+    rollout.play(engine, chat, dialogues, [0] * 4, 1.0, on_end=end)
     assert ended == [2, 1, 0, 3]  # it was served first
     assert [a.status for a in dialogues[3].attempts] == ["timeout", "wrong"]
 
