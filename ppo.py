@@ -358,6 +358,10 @@ class Learner:
         """Under their Hugging Face names. All ranks must take them all."""
         return ranks.whole_weights(self.actor.lm, COMPUTE_DTYPE)
 
+    def export(self, folder: Path, tokenizer: Any) -> None:
+        """The policy as a Hugging Face folder. All ranks must call it."""
+        checkpoints.export(folder, self.actor.lm, self.policy_weights(), tokenizer)
+
 
 def set_learning_rates(learner: Learner, progress: float) -> dict[str, float]:
     metrics = {}
@@ -567,12 +571,8 @@ def train(
     sampler.load_weights(learner.policy_weights())
     clock = logs.Clock()
     is_preempted = False
-
-    def export(name: str) -> None:
-        checkpoints.export(folder / name, learner.actor.lm, learner.policy_weights(), chat.tokenizer)
-
     if step > 0 and step == best:
-        export("best")
+        learner.export(folder / "best", chat.tokenizer)
     while progress(step, generated) < 1 and not is_preempted:
         step += 1
         dialogues = play_step(sampler, chat, problems, offline, step)
@@ -608,12 +608,10 @@ def train(
         if is_due or is_preempted:
             checkpoints.save(folder, step, generated, learner.parts, best)
         if step == best:
-            export("best")
+            learner.export(folder / "best", chat.tokenizer)
         clock.stop("save")
-    if log:
-        log.close()
     if progress(step, generated) >= 1:
-        export("policy")
+        learner.export(folder / "policy", chat.tokenizer)
     else:
         print_once(f"{folder}: stopped by SIGTERM after step {step}, which is saved; the same command resumes it")
 

@@ -77,6 +77,8 @@ class Log:
         for name, value in row.items():
             if self.writer and value is not None and name != "step":
                 self.writer.add_scalar(name, value, metrics["step"])
+        if self.writer:
+            self.writer.flush()  # the process may be killed at any time
         cells = [f"{label} {row[name]:.4g}" for name, label in SHOWN.items() if row.get(name) is not None]
         self.bar.write(f"step {metrics['step']} | " + " | ".join(cells))
         self.bar.update(progress - self.bar.n)
@@ -94,11 +96,6 @@ class Log:
     def append(self, file: str, rows: Iterable[dict[str, Any]]) -> None:
         with clear_errors(self.folder / file):
             append_jsonl(self.folder / file, rows)
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.writer:
-            self.writer.close()
 
 
 def describe_dialogue(dialogue: Any, step: int) -> dict[str, Any]:
