@@ -308,10 +308,12 @@ def run_apart(stage: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    print(set_constants(arguments, {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES, PRESETS))
+    changes = set_constants(arguments, {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES, PRESETS)
     if STAGE:
         sys.exit(not run_stage())
-    rows = [row for stage in STAGES for row in run_apart(stage)]
+    print(changes, flush=True)
+    stages = [stage for stage in STAGES if stage != "attention" or packing.has_kernel("bfloat16")]
+    rows = [row for stage in stages for row in run_apart(stage)]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(
         f"\n{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}: `tests/smoke_gpu.py {' '.join(arguments)}`"
