@@ -306,7 +306,8 @@ def make_page(out: Path, data: dict[str, Any], figures: dict[str, str]) -> str:
         drawings += f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
     packed = gzip.compress(json.dumps(data, ensure_ascii=False).encode(), 9, mtime=0)
     text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    script = text[text.index("<script>") + len("<script>") : text.index("</script>")]
+    start = text.index("<script>") + len("<script>")
+    script = text[start : text.index("</script>", start)]
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = text.replace("__SCRIPT_HASH__", allowed).replace("__FIGURES__", drawings)
     return text.replace("__DATA__", base64.b64encode(packed).decode())

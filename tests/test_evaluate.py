@@ -482,7 +482,7 @@ def test_second_call_plays_nothing(tiny, evaluated, call, capsys):
     call(*list_arguments(tiny, tiny / "out"), "MAX_SEQUENCES=200")  # decides on speed only
     printed = capsys.readouterr().out
     assert printed.split("benchmark  ")[1] == evaluated.printed.split("benchmark  ")[1]
-    assert "engine.MAX_SEQUENCES = 200 (command line; the file says 256)" in printed
+    assert "engine.MAX_SEQUENCES = 200 (command line; the file says 512)" in printed
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != "report.html")
 
 

@@ -198,16 +198,16 @@ def test_a_checkpoint_gives_back_models_and_optimisers(toy, ranks, monkeypatch, 
     checkpoints.save(tmp_path, 2, 20, learner.parts, best=0)
     train_on(two_dialogues(), learner)
     resumed = make_learner(toy, monkeypatch, moved=0.1, lr=1e-3)
-    assert checkpoints.load(tmp_path, resumed.parts()) == (2, 20)
+    assert checkpoints.load(tmp_path, resumed.parts) == (2, 20)
     train_on(two_dialogues(), resumed)
-    for part, other in zip(learner.parts, resumed.parts(), strict=True):
+    for part, other in zip(learner.parts, resumed.parts, strict=True):
         expected = copy_weights(part.model)
         assert all(torch.equal(w, expected[n]) for n, w in copy_weights(other.model).items())
 
 
 def test_the_newest_checkpoints_and_the_best_stay(toy, ranks, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoints, "KEEP_CHECKPOINTS", 2)
-    parts = make_learner(toy, monkeypatch).parts()
+    parts = make_learner(toy, monkeypatch).parts
     for step in range(1, 6):
         checkpoints.save(tmp_path, step, 0, parts, best=2)
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
@@ -216,7 +216,7 @@ def test_the_newest_checkpoints_and_the_best_stay(toy, ranks, monkeypatch, tmp_p
 def test_damaged_checkpoints_and_full_disks(toy, ranks, monkeypatch, tmp_path):
     """A damaged or foreign checkpoint is named, with what to do; a disk that fills up (here: files that cannot grow)
     ends in one line and leaves what is there whole."""
-    parts = make_learner(toy, monkeypatch).parts()
+    parts = make_learner(toy, monkeypatch).parts
     for step in (2, 4):
         checkpoints.save(tmp_path, step, 0, parts, best=0)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
