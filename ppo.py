@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plumbing import constants
-from presets import PRESETS
+from plumbing.presets import PRESETS
 
 if __name__ == "__main__":  # a mistyped constant is refused at once; what follows takes seconds to import
     constants.check_early(sys.argv[1:], ("ppo", "rollout", "grader"), PRESETS)
@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 # The values are the paper's. A preset changes a group of them, NAME=value on the command line one; a start prints both.
 # What to train
-PRESET: str = ""  # names from presets.py, comma between them; several apply in order
+PRESET: str = ""  # names from plumbing/presets.py, comma between them; several apply in order
 RUN: str = "run"  # the run's folder is runs/RUN; a run that exists is resumed
 MODEL: str = "Qwen/Qwen2.5-Math-1.5B"  # folder or hub name: start of policy and critic
 REFERENCE: str = ""  # what the KL is measured from; "" = MODEL (SCoRe's second stage: what the first started from)
