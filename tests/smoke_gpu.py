@@ -8,6 +8,7 @@ Each stage is a process of its own, in which nothing is left of the one before; 
 What one GPU cannot show: NCCL between ranks, HSDP.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -263,7 +264,8 @@ def check_resume(folder: Path) -> Checks:
     command += [f"MAX_ATTEMPT_TOKENS={rollout.MAX_ATTEMPT_TOKENS}", f"COMPUTE_DTYPE={ppo.COMPUTE_DTYPE}"]
     first = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
     while first.poll() is None and not (run / "checkpoints" / "step-000001").is_dir():
-        time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=0.05)
     os.killpg(first.pid, signal.SIGKILL)
     yield Check("exit code of the first, which is killed", first.wait(), -signal.SIGKILL, -signal.SIGKILL)
     second = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
