@@ -158,7 +158,7 @@ def combine_values(node: Node, parts: list[Any]) -> Any:
         raise Undefined(name)
     try:
         return RULES[name](*parts)
-    except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
+    except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:  # all are of mpmath
         raise Undefined(name) from error
 
 
