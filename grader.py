@@ -30,7 +30,11 @@ How: cheap checks first. Most verdicts need only a comparison of texts or of exa
 are read into small trees (plumbing/latex.py; nothing is ever executed) and evaluated at a few points with many more
 digits than they have. What a verdict may cost is counted in work, not in time: "timeout" is the same on every machine.
 
+A program is right when it passes all of its tests, which plumbing/sandbox.py runs; there a verdict takes time, and
+"timeout" depends on the machine.
+
     python grader.py < cases.jsonl    # {"pred" or "response", "gold", perhaps "question"} a line -> a verdict a line
+                                      # or, for programs, {"response", "tests", perhaps "setup"}
 """
 
 import functools
@@ -41,24 +45,31 @@ import re
 import sys
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from plumbing import numeric, tree
+from plumbing import numeric, sandbox, tree
+from plumbing.constants import Count
 from plumbing.latex import MAX_ITEMS, read_tree
 from plumbing.question import Question, list_pieces, read_question
+from plumbing.sandbox import Tests
 from plumbing.tokens import COUNTED, HARMLESS, UNICODE_TABLE, UNITS, read_unit, singular, tokenize
 from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
+RUN_SECONDS: Count = 5  # by the clock on the wall; for a program with all of its tests
+RUN_MEMORY: Count = 1024  # MiB; of a program
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What grade() says: the extracted answer, whether it counts, and correct, wrong, no_answer or timeout."""
 
-    answer: str | None
+    answer: str | None  # or the program
     correct: bool
     status: str
+    failed: str = ""  # of a program: the test that failed first, and the error
+    told: str = ""  # the same where it may be told: the test is public, or the program failed before any
 
 
 # Response -> answer ---------------------------------------------------------------------------------------------------
@@ -449,14 +460,33 @@ def grade_answer(answer: str, gold: str, tolerance: float | None = None, questio
     return Verdict(answer, correct, "correct" if correct else "wrong")
 
 
-def grade(response: str, gold: str, tolerance: float | None = None, question: str = "") -> Verdict:
-    r"""The verdict on a response.
+def grade_program(response: str, tests: Tests) -> Verdict:
+    """The verdict on a response that should be a program."""
+    program = sandbox.extract_program(response.split(END_OF_TURN, 1)[0])
+    if program is None:
+        return Verdict(None, False, "no_answer")
+    outcome = sandbox.run_tests(program, tests, RUN_SECONDS, RUN_MEMORY)
+    test = tests.tests[outcome.passed] if 0 <= outcome.passed < len(tests.tests) else ""
+    failed = f"{test}\n{outcome.error}".strip()
+    told = failed if outcome.passed < tests.public else ""
+    return Verdict(program, outcome.status == "correct", outcome.status, failed, told)
+
+
+def read_gold(problem: dict[str, Any]) -> str | Tests:
+    """What a response to a problem is measured by, for grade(): the right answer or, for a program, the tests."""
+    return sandbox.read_tests(problem) if "tests" in problem else problem["answer"]
+
+
+def grade(response: str, gold: str | Tests, tolerance: float | None = None, question: str = "") -> Verdict:
+    r"""The verdict on a response; gold: the right answer, or what a program is tested by.
 
     >>> grade(r"so it is \boxed{\frac{2}{4}}.", "0.5")
     Verdict(answer='\\frac{2}{4}', correct=True, status='correct')
     >>> grade(r"\boxed{1 + 99^2 + 99}", "9901", question="Compute $99^2+99+1$.").status
     'wrong'
     """
+    if isinstance(gold, Tests):
+        return grade_program(response, gold)
     answer = extract_answer(response)
     return Verdict(None, False, "no_answer") if answer is None else grade_answer(answer, gold, tolerance, question)
 
@@ -467,8 +497,10 @@ def finished(verdict: Verdict) -> Future[Verdict]:
     return future
 
 
-def submit(response: str, gold: str, tolerance: float | None = None, question: str = "") -> Future[Verdict]:
-    """The verdict on a response as a future. It is there at once; those on programs, which have to run, will not be."""
+def submit(response: str, gold: str | Tests, tolerance: float | None = None, question: str = "") -> Future[Verdict]:
+    """The verdict on a response as a future: at once, or when a program has run, several at a time."""
+    if isinstance(gold, Tests):
+        return sandbox.workers().submit(grade, response, gold)
     return finished(grade(response, gold, tolerance, question))
 
 
@@ -484,8 +516,10 @@ def is_equivalent(prediction: str, gold: str, tolerance: float | None = None) ->
 def read_case(line: str) -> Verdict:
     """The verdict on a line of the command line's input; ValueError says what is wrong with it."""
     case = json.loads(line, parse_int=str, parse_float=str)
+    if isinstance(case, dict) and "tests" in case and isinstance(case.get("response"), str):
+        return grade_program(case["response"], sandbox.read_tests(json.loads(line)))
     if not isinstance(case, dict) or "gold" not in case or not {"pred", "response"} & case.keys():
-        raise ValueError('write an object with "gold" and either "pred" or "response"')
+        raise ValueError('write an object with "gold" and either "pred" or "response", or with "response" and "tests"')
     for name in ("gold", "pred", "response", "question"):
         if not isinstance(case.get(name, ""), str):
             raise ValueError(f'"{name}" must be a text or a number')
@@ -500,7 +534,7 @@ def main() -> None:
     """Verdicts for the cases on stdin, in their order."""
     for at, line in enumerate(sys.stdin, 1):
         try:
-            print(json.dumps(asdict(read_case(line))))
+            print(json.dumps({name: value for name, value in asdict(read_case(line)).items() if value != ""}))
         except (ValueError, TypeError) as error:
             sys.exit(f"line {at}: {error}")
 

@@ -1,6 +1,9 @@
 """Problem sets: files of questions and answers -> {"id", "question", "answer", ...}, and which questions are the same.
 
-JSONL, Parquet or CSV, under the usual names of the columns. A "tolerance" of a problem goes to the grader.
+JSONL, Parquet or CSV, under the usual names of the columns. A "tolerance" of a problem goes to the grader. A problem
+that asks for a program has "tests" in place of "answer", a list of Python statements that raise where it is wrong, and
+perhaps "setup", code that runs before them; "given", code that stands before the program; and "public", how many of
+the tests, from the first, may be told (0 if it does not say).
 """
 
 import csv
@@ -13,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from plumbing.sandbox import read_tests
+
 COLUMNS = {  # field of a problem -> what a file may call it, in upper or lower case; the first that is there counts
     "id": ("id", "unique_id"),
     "question": ("question", "problem", "prompt"),
@@ -24,7 +29,7 @@ def load_problems(path: str | Path) -> list[dict[str, Any]]:
     """Problems of a JSONL, Parquet or CSV file: a row has a question, an answer and what else is known.
 
     Returns dictionaries with "id", "question", "answer" (strings), perhaps "tolerance" (float), and the other columns
-    as they are. Without an id a row gets "<file stem>/<line>". Raises SystemExit with file, line, id and cure.
+    as they are; with "tests" in place of "answer" where a program is asked for. Without an id a row gets "<file stem>/<line>". Raises SystemExit with file, line, id and cure.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,6 +89,12 @@ def to_problem(row: Any, name: str, where: str) -> dict[str, Any]:
         raise SystemExit(f"{where}: must be an object, or a row as long as the header, not {str(row)[:80]}")
     row, problem = dict(row), dict[str, Any]()
     for field, names in COLUMNS.items():
+        if field == "answer" and row.get("tests") is not None:
+            try:
+                read_tests(row)
+            except ValueError as error:
+                raise SystemExit(f"{where}, id {problem['id']}: {error}; mend or drop it") from error
+            continue
         column = next((c for name in names for c in row if c.lower() == name), None)
         value = row.pop(column, None)
         if field != "question" and type(value) in (int, float) and math.isfinite(value):

@@ -31,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from plumbing import inside
 from plumbing.constants import Count
@@ -60,6 +60,28 @@ class Tests(NamedTuple):
     setup: str = ""  # code that runs before them, where the program does not see it
     given: str = ""  # code that stands before the program, and before setup
     public: int = 0  # how many of the tests, from the first, may be told
+
+
+def read_tests(row: dict[str, Any]) -> Tests:
+    """The Tests of a problem. Raises ValueError for what is none.
+
+    >>> read_tests({"tests": ["assert f(1) = 2"]})
+    Traceback (most recent call last):
+    ValueError: "tests" are not Python (invalid syntax)
+    """
+    tests = Tests(**{name: row[name] for name in Tests._fields if row.get(name) is not None})
+    if not isinstance(tests.tests, list) or not tests.tests or not all(isinstance(test, str) for test in tests.tests):
+        raise ValueError(f'"tests" must be a list of Python statements, not {str(tests.tests)[:40]!r}')
+    if not isinstance(tests.setup, str) or not isinstance(tests.given, str):
+        raise ValueError('"setup" and "given" must be Python code')
+    if tests.public not in range(len(tests.tests) + 1):
+        raise ValueError(f'"public" must say how many of the {len(tests.tests)} tests are')
+    for name, code in (("given", tests.given), ("setup", tests.setup), *(("tests", test) for test in tests.tests)):
+        try:
+            compile(code, name, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f'"{name}" are not Python ({getattr(error, "msg", error)})') from error
+    return tests
 
 
 class Outcome(NamedTuple):
