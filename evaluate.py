@@ -34,7 +34,7 @@ import grader
 import plumbing.engine
 import rollout
 from data.problems import load_problems
-from plumbing import report
+from plumbing import report, sandbox
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import Count, Share, require, set_constants
 from plumbing.engine import Engine
@@ -57,7 +57,8 @@ BOOTSTRAP: Count = 2000  # resamples of the problems, for the intervals that are
 DTYPE: Literal["float32", "bfloat16", "float16"] = "float32"  # of the engine; bfloat16 for models trained in it
 
 # The files that decide on verdicts: all results in OUT come from one version of them.
-GRADING_FILES = ("grader.py", *(f"plumbing/{name}.py" for name in ("tokens", "latex", "tree", "numeric", "question")))
+GRADING = ("tokens", "latex", "tree", "numeric", "question", "sandbox", "inside")
+GRADING_FILES = ("grader.py", *(f"plumbing/{name}.py" for name in GRADING))
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 AVERAGE = "average"  # stands beside the benchmarks in results.json: their mean, in which each counts the same
 Problems = dict[tuple[str, str], dict[str, Any]]  # by benchmark and id
@@ -213,7 +214,8 @@ def make_record(chat: Chat, dialogue: Dialogue, item: Item) -> dict[str, Any]:
     attempts = []
     for a in dialogue.attempts:
         text = chat.decode(dialogue.ids[a.start : a.end], skip_special_tokens=True)
-        judged = {"answer": a.answer, "status": a.status, "ending": a.ending}
+        answer = f"```python\n{a.answer}```" if a.answer and "tests" in dialogue.problem else a.answer
+        judged = {"answer": answer, "status": a.status, "ending": a.ending}
         attempts.append({"text": text, **judged, "tokens": a.end - a.start})
     return item._asdict() | {"attempts": attempts}
 
@@ -224,7 +226,10 @@ def item_of(record: dict[str, Any]) -> Item:
 
 @functools.cache
 def same_answer(a: str | None, b: str | None) -> bool:
-    """Whether the grader takes two answers for the same. A missing one equals nothing, not even another missing one."""
+    """Whether the grader takes two answers for the same; of programs, whether they are the same text. A missing one
+    equals nothing, not even another missing one."""
+    if a and b and a.startswith("```"):
+        return a == b
     return a is not None and b is not None and (a == b or grader.is_equivalent(a, b))
 
 
@@ -519,12 +524,14 @@ def evaluate_model(name: str, model: Path, problems: Problems, out: Path, parts:
 
 def main() -> None:
     modules = {"evaluate": sys.modules[__name__], "rollout": rollout, "grader": grader}
-    changes = set_constants(sys.argv[1:], modules | {"engine": plumbing.engine, "report": report})
+    modules |= {"engine": plumbing.engine, "report": report, "sandbox": sandbox}
+    changes = set_constants(sys.argv[1:], modules)
     rollout.check_constants()
     if SAMPLES > 0 or RESAMPLES > 0:
         require(TEMPERATURE > 0, f"TEMPERATURE={TEMPERATURE}: must be above 0, because SAMPLES or RESAMPLES are drawn")
     folders, benchmarks = name_paths(MODEL, AVERAGE), name_paths(BENCHMARKS, AVERAGE)
     problems = {(name, p["id"]): p for name, path in benchmarks.items() for p in load_problems(path)}
+    sandbox.check_problems(problems.values())
     weights = {name: identify_weights(model) for name, model in folders.items()}
     out, settings = Path(OUT), list_settings(benchmarks)
     results = load_results(out / "results.json", settings, weights)

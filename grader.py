@@ -534,7 +534,9 @@ def main() -> None:
     """Verdicts for the cases on stdin, in their order."""
     for at, line in enumerate(sys.stdin, 1):
         try:
-            print(json.dumps({name: value for name, value in asdict(read_case(line)).items() if value != ""}))
+            verdict = asdict(read_case(line))
+            told = ("answer", "correct", "status", *(["failed"] if verdict["failed"] else []))
+            print(json.dumps({name: verdict[name] for name in told}))
         except (ValueError, TypeError) as error:
             sys.exit(f"line {at}: {error}")
 

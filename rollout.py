@@ -12,7 +12,6 @@
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import os
 import statistics
 import sys
@@ -24,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grader
-from data.problems import load_problems
+from data.problems import load_problems, random_number
 from plumbing import engine as engine_module
+from plumbing import sandbox
 from plumbing.chat import Chat, load_tokenizer, show_dialogue
 from plumbing.constants import Count, Share, require, set_constants
 from plumbing.engine import Engine
@@ -38,6 +38,7 @@ MIN_ATTEMPTS: Count = 1  # attempts; smallest N of a training dialogue (paper 1,
 MAX_ATTEMPTS: Count = 5  # attempts; largest N of a training dialogue, K of an evaluation (paper 5, SCoRe 2)
 PROMPT: Literal["multi_attempt", "single_turn"] = "multi_attempt"  # single_turn does not state N (the paper's baseline)
 FEEDBACK: Literal["verified", "intrinsic"] = "verified"  # told when wrong, stop when right; or never told (SCoRe)
+TOLD_CHARACTERS: int = 0  # of a program's failing public test and its error that "verified" quotes (not in the papers)
 SYSTEM_TURNS: bool = True  # 0: instructions and verdicts are user turns, for chat templates without system turns
 MAX_ATTEMPT_TOKENS: Count = 3000  # tokens; an attempt is cut there (paper: 3000 over all attempts together)
 CONTEXT: Count = 4096  # tokens; prompt and all attempts of a dialogue together (paper 4024)
@@ -70,11 +71,16 @@ SAY_MULTI = (
     SAY_SINGLE + " You have {attempts} attempts to answer the questions, and you should provide the full "
     "reasoning steps in each attempt."
 )
+SAY_PROGRAM = ("put your final answer within \\boxed{}", "put your final program in a Python code block")  # not theirs
 SAY_WRONG = "Your answer is incorrect. You have {attempts} attempts left. Try an alternative."
 SAY_CHECK = (  # SCoRe, appendix C, whose last sentence asks for "Final Answer: ..." where ours asks for a box
     "There might be an error in the solution above because of lack of understanding of the question. Please correct "
     "the error, if any, and rewrite the solution. Only output the final solution! At the end of the Solution, put your "
     "final answer within \\boxed{}."
+)
+SAY_CHECK_PROGRAM = (
+    "# There might be an error in the code above because of lack of understanding of the question. Please correct the "
+    "error, if any, and rewrite the solution. Only output the final correct Python program!"
 )
 STATUSES = ("correct", "wrong", "no_answer", "timeout")
 ENDINGS = ("stop", "length", "context")
@@ -85,17 +91,18 @@ ENDINGS = ("stop", "length", "context")
 class Attempt:
     start: int  # position in Dialogue.ids of the attempt's first token
     end: int  # one past its last
-    answer: str | None  # the content of the last complete box
+    answer: str | None  # the content of the last complete box, or the program
     status: str  # the grader's, one of STATUSES
     ending: str  # what ended it: the policy ("stop"), MAX_ATTEMPT_TOKENS ("length") or a full CONTEXT ("context")
     reward: float = 0.0  # paid at the last action
     advantage: float = 0.0  # where the trainer has no critic
+    failed: str = ""  # of a program: the test that it failed first, and the error
     own: bool = True  # False: made by another policy, and none of its tokens is an action (OFFLINE_ATTEMPTS)
 
 
 @dataclasses.dataclass
 class Dialogue:
-    problem: dict[str, Any]  # {"id", "question", "answer", ...}
+    problem: dict[str, Any]  # {"id", "question", "answer", ...}; with "tests" in place of "answer" for a program
     max_attempts: int  # N
     ids: list[int] = dataclasses.field(default_factory=list)  # prompt, attempts and feedback as the model saw them
     mask: list[int] = dataclasses.field(default_factory=list)  # 1 = sampled by the policy (an action), 0 = environment
@@ -125,11 +132,6 @@ class Dialogue:
 
 
 # A dialogue's beginning -----------------------------------------------------------------------------------------------
-def random_number(*key: int | str) -> int:
-    """31 random bits that depend on the key alone, not on the process, the order of calls or the number of ranks."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") >> 1
-
-
 def draw_attempts(seed: int, step: int, index: int) -> int:
     """N of dialogue `index` in `step`: uniform over {MIN_ATTEMPTS..MAX_ATTEMPTS} (paper, section 2). The
     SAMPLES_PER_PROMPT dialogues of a problem, which follow each other, share it: only then are they a group."""
@@ -146,26 +148,29 @@ def make_chat(tokenizer: Any) -> Chat:
     return chat
 
 
-def encode_prompt(chat: Chat, question: str, max_attempts: int) -> list[int]:
+def encode_prompt(chat: Chat, question: str, max_attempts: int, for_program: bool = False) -> list[int]:
     system = SAY_MULTI.replace("{attempts}", str(max_attempts)) if PROMPT == "multi_attempt" else SAY_SINGLE
-    return chat.prompt(system, question)
+    return chat.prompt(system.replace(*SAY_PROGRAM) if for_program else system, question)
 
 
-def encode_feedback(chat: Chat, attempts_left: int) -> list[int]:
+def encode_feedback(chat: Chat, attempts_left: int, for_program: bool = False, told: str = "") -> list[int]:
     if FEEDBACK == "intrinsic":
-        return chat.reply("user", SAY_CHECK)
-    return chat.reply("system", SAY_WRONG.replace("{attempts}", str(attempts_left)))
+        return chat.reply("user", SAY_CHECK_PROGRAM if for_program else SAY_CHECK)
+    quoted = chat.quote(f"\n{told}", TOLD_CHARACTERS)
+    return chat.reply("system", SAY_WRONG.replace("{attempts}", str(attempts_left)) + quoted)
 
 
 def new_dialogue(chat: Chat, problem: dict[str, Any], max_attempts: int) -> Dialogue:
     dialogue = Dialogue(problem, max_attempts)
-    dialogue.append(encode_prompt(chat, problem["question"], max_attempts))
+    dialogue.append(encode_prompt(chat, problem["question"], max_attempts, "tests" in problem))
     return dialogue
 
 
 def drop_long_problems(chat: Chat, problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The problems whose prompt leaves room for an attempt in CONTEXT; it says which are left out."""
-    fits = [len(encode_prompt(chat, problem["question"], MAX_ATTEMPTS)) < CONTEXT for problem in problems]
+    """The problems whose prompt leaves room for an attempt in CONTEXT; it says which are left out. Raises SystemExit
+    where one asks for a program and programs cannot be run here."""
+    sandbox.check_problems(problems)
+    fits = [len(new_dialogue(chat, problem, MAX_ATTEMPTS).ids) < CONTEXT for problem in problems]
     dropped = [problem["id"] for problem, fit in zip(problems, fits, strict=True) if not fit]
     if dropped and os.environ.get("RANK", "0") == "0":
         named = ", ".join(dropped[:5]) + (", ..." if len(dropped) > 5 else "")
@@ -178,7 +183,7 @@ def place_attempt(chat: Chat, dialogue: Dialogue, text: str, answer: str | None,
     """Append an attempt that the policy did not make, and the feedback to it, as environment. False, and nothing is
     changed, if CONTEXT has no room for it or N no attempt after it."""
     ids = [*chat.encode(text), chat.end_of_turn]
-    feedback = encode_feedback(chat, dialogue.attempts_left - 1)
+    feedback = encode_feedback(chat, dialogue.attempts_left - 1, "tests" in dialogue.problem)
     start = len(dialogue.ids)
     if dialogue.attempts_left < 2 or start + len(ids) + len(feedback) >= CONTEXT:
         return False
@@ -227,16 +232,16 @@ def grade_attempt(chat: Chat, dialogue: Dialogue, ids: list[int], logprobs: list
     limit = "context" if len(dialogue.ids) >= CONTEXT else "length"
     dialogue.attempts.append(Attempt(start, len(dialogue.ids), None, "no_answer", "stop" if stopped else limit))
     response, problem = chat.decode(ids, skip_special_tokens=True), dialogue.problem
-    return grader.submit(response, problem["answer"], problem.get("tolerance"), problem["question"])
+    return grader.submit(response, grader.read_gold(problem), problem.get("tolerance"), problem["question"])
 
 
 def give_feedback(chat: Chat, dialogue: Dialogue, verdict: grader.Verdict) -> bool:
     """Write down the verdict; append feedback if another attempt may follow. False if the dialogue has ended."""
     attempt = dialogue.attempts[-1]
-    attempt.answer, attempt.status = verdict.answer, verdict.status
+    attempt.answer, attempt.status, attempt.failed = verdict.answer, verdict.status, verdict.failed
     if dialogue.attempts_left < 1 or (verdict.correct and FEEDBACK == "verified"):
         return False
-    feedback = encode_feedback(chat, dialogue.attempts_left)
+    feedback = encode_feedback(chat, dialogue.attempts_left, "tests" in dialogue.problem, verdict.told)
     if dialogue.ids[-1] != chat.end_of_turn:  # cut, or ended by another id: the environment closes the turn
         feedback = [chat.end_of_turn, *feedback]
     if len(dialogue.ids) + len(feedback) >= CONTEXT:
@@ -397,7 +402,7 @@ def check_constants() -> None:
 
 
 def main() -> None:
-    modules = {"rollout": sys.modules[__name__], "grader": grader, "engine": engine_module}
+    modules = {"rollout": sys.modules[__name__], "grader": grader, "engine": engine_module, "sandbox": sandbox}
     print(set_constants(sys.argv[1:], modules))
     check_constants()
     chat = make_chat(load_tokenizer(MODEL))

@@ -8,6 +8,7 @@ the tests, from the first, may be told (0 if it does not say).
 
 import csv
 import functools
+import hashlib
 import json
 import math
 import random
@@ -29,7 +30,8 @@ def load_problems(path: str | Path) -> list[dict[str, Any]]:
     """Problems of a JSONL, Parquet or CSV file: a row has a question, an answer and what else is known.
 
     Returns dictionaries with "id", "question", "answer" (strings), perhaps "tolerance" (float), and the other columns
-    as they are; with "tests" in place of "answer" where a program is asked for. Without an id a row gets "<file stem>/<line>". Raises SystemExit with file, line, id and cure.
+    as they are; with "tests" in place of "answer" where a program is asked for. Without an id a row gets
+    "<file stem>/<line>". Raises SystemExit with file, line, id and cure.
     """
     path = Path(path)
     if not path.is_file():
@@ -150,6 +152,11 @@ def split_dev(
     dev = random.Random(f"dev-{seed}").sample(problems, count)
     asked = {question_key(p["question"]) for p in dev}
     return [p for p in problems if question_key(p["question"]) not in asked], dev
+
+
+def random_number(*key: int | str) -> int:
+    """31 random bits that depend on the key alone, not on the process, the order of calls or the number of ranks."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") >> 1
 
 
 def problem_at(problems: list[dict[str, Any]], visit: int, seed: int) -> dict[str, Any]:

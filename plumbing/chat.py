@@ -34,6 +34,7 @@ class Chat:
             raise SystemExit(f"{self.name}: its tokenizer has no chat template; take a model that has one")
         answered = self._render([("user", "?"), ("assistant", SLOT)], open_answer=False)
         closing = self.encode(answered.split(SLOT)[1])
+        self.special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         # The id with which the policy ends its turn. A base model may have another end id as well (Qwen2.5-Math:
         # <|endoftext|>); sampling that one also ends the attempt, and the environment then closes the turn.
@@ -70,6 +71,8 @@ class Chat:
         """Ids from just after an answer's end of turn up to the opening of the next answer."""
         role = role if self.system_turns else "user"
         if (role, text) not in self._replies:
+            if len(self._replies) > 1000:  # those that quote something are many
+                self._replies.clear()
             rendered = self._render([("user", "?"), ("assistant", SLOT), (role, text)], open_answer=True)
             added = rendered.split(SLOT)[1]
             if text not in added:  # some templates move system turns to the front
@@ -78,6 +81,13 @@ class Chat:
             ids = self.encode(added)
             self._replies[role, text] = ids[ids.index(self.end_of_turn) + 1 :]
         return self._replies[role, text]
+
+    def quote(self, text: str, characters: int) -> str:
+        """The beginning of a text that is not ours, without tokens that mean something in a template."""
+        text = text[:characters].rstrip()
+        for token in self.special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
 
 def show_dialogue(chat: Chat, dialogue: Any) -> str:
@@ -89,6 +99,6 @@ def show_dialogue(chat: Chat, dialogue: Any) -> str:
         out += f"{dim}{chat.decode(dialogue.ids[at : attempt.start])}{plain}"
         out += f"{bright}{chat.decode(dialogue.ids[attempt.start : attempt.end])}{plain}"
         out += f" {color}[attempt {number}: {attempt.status}, answer {attempt.answer}, gold "
-        out += f"{dialogue.problem['answer']}, reward {attempt.reward}]{plain}"
+        out += f"{dialogue.problem.get('answer', 'its tests')}, reward {attempt.reward}]{plain}"
         at = attempt.end
     return out

@@ -26,7 +26,7 @@ Modules = dict[str, ModuleType]
 Presets = dict[str, dict[str, Any]]
 
 # Files of plumbing whose constants only say where and how fast a run computes: it may be resumed with others.
-WHERE_AND_HOW_FAST = ("engine", "packing", "ranks", "checkpoints", "logs")
+WHERE_AND_HOW_FAST = ("engine", "packing", "ranks", "checkpoints", "logs", "sandbox")
 
 
 class Change(NamedTuple):

@@ -28,7 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,7 +108,7 @@ def extract_program(response: str) -> str | None:
     if blocks:
         return blocks[-1] if blocks[-1].strip() else None
     try:
-        return response if ast.parse(response).body else None
+        return None if all(isinstance(part, ast.Expr) for part in ast.parse(response).body) else response
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -241,6 +241,12 @@ def require_isolation(isolation: str) -> None:
     tried = subprocess.run([*container(), PYTHON, "-S", "-c", ""], capture_output=True, text=True, cwd="/")
     if tried.returncode != 0:
         raise SystemExit(INSTALL.format(reason=tried.stderr.strip()))
+
+
+def check_problems(problems: Iterable[dict[str, Any]]) -> None:
+    """require_isolation() if one of the problems asks for a program: at the start, not after the first answer."""
+    if any("tests" in problem for problem in problems):
+        require_isolation(ISOLATION)
 
 
 @functools.cache
