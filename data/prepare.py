@@ -4,12 +4,16 @@
 2. Each set has one rule for its gold answer: an integer (AIME, AMC), the solution's last box (MATH, Minerva), the list
    of all answers (OlympiadBench). A tolerance that a problem states is passed on to the grader.
 3. Training questions that equal or resemble a question of a benchmark, or an earlier one of their own, are dropped.
+4. Programs: MBPP with its published split, and HumanEval. Of their tests only those are public which the question says.
 
     python -m data.prepare                                     # all six; files that are there already are checked
     python -m data.prepare SETS=aime24,math500 FORCE=1         # make some of them again
+    python -m data.prepare SETS=humaneval,mbpp_prompts,mbpp_dev,mbpp_test,mbpp_train    # programs
     python -m data.prepare HUB_MIRROR=folder                   # without network, from folder/<owner>/<name>
 """
 
+import ast
+import doctest
 import hashlib
 import json
 import re
@@ -24,6 +28,7 @@ import grader
 from data.problems import COLUMNS, load_problems, question_key, question_words
 from plumbing.constants import Share, set_constants
 from plumbing.files import read_jsonl, to_line, write_atomically
+from plumbing.sandbox import Tests
 
 SETS: str = "aime24,amc23,math500,minerva_math,olympiadbench,math_train"  # the sets to get
 OUT: str = "data"  # folder for the files
@@ -82,6 +87,25 @@ SOURCES = {
         Source("nlile/hendrycks-MATH-benchmark", 12_500, "solution", ("train", "test")),
     ),
 }
+MBPP = (
+    Source("google-research-datasets/mbpp", 974, "test_list", ("train", "validation", "test", "prompt"), ("full",)),
+)
+PROGRAMS = {
+    "humaneval": (Source("openai/openai_humaneval", 164, "test"),),
+    **dict.fromkeys(("mbpp_prompts", "mbpp_dev", "mbpp_test", "mbpp_train"), MBPP),
+}
+MBPP_IDS = {  # the published split
+    "mbpp_prompts": range(1, 11),
+    "mbpp_test": range(11, 511),
+    "mbpp_dev": range(511, 601),
+    "mbpp_train": range(601, 975),
+}
+CLEANED_OF = {  # training set -> the sets whose questions must not be trained on
+    TRAINING: [name for name in SOURCES if name != TRAINING],
+    "mbpp_train": ["humaneval", "mbpp_test", "mbpp_dev"],
+}
+WRONG_EXAMPLES = ("median([-10, 4, 6, 1000, 10, 20])",)  # HumanEval/47 says that it is 15, and tests that it is 8
+SHOWN = "\nYour program should pass this test:\n"
 
 
 class Unavailable(Exception):
@@ -147,6 +171,44 @@ def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> d
     return problem | {"source": source.name}
 
 
+def list_examples(prompt: str, entry: str) -> list[str]:
+    r"""HumanEval: the examples in a function's docstring as tests, if they are written as doctests.
+
+    >>> list_examples("def f(x):\n    'Double it.\n    >>> f(2)\n    4'".replace("'", "'" * 3), "f")
+    ['assert f(2) == 4']
+    """
+    function = next(p for p in ast.parse(prompt).body if isinstance(p, ast.FunctionDef) and p.name == entry)
+    tests = []
+    try:
+        for example in doctest.DocTestParser().get_examples(ast.get_docstring(function) or ""):
+            source, value = ast.unparse(ast.parse(example.source.strip(), mode="eval")), example.want.strip()
+            ast.literal_eval(value)
+            if source not in WRONG_EXAMPLES:
+                tests.append(f"assert {source} == {value}")
+    except (ValueError, SyntaxError):  # no value, or a docstring that doctest cannot read
+        return []
+    return tests
+
+
+def to_program(name: str, source: Source, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """to_problem() for programs. HumanEval's examples and MBPP's first test are public."""
+    columns = ("task_id", *(("prompt", "entry_point", "test") if name == "humaneval" else ("text", "test_list")))
+    if missing := [column for column in columns if column not in row]:
+        raise ValueError(f"row {number} has no column {' and '.join(missing)}; it has {', '.join(row)}")
+    problem: dict[str, Any] = {"id": f"{name}/{str(row['task_id']).rpartition('/')[2]}"}
+    if name == "humaneval":
+        prompt, entry = row["prompt"], row["entry_point"]
+        tests = list_examples(prompt, entry)
+        problem |= {"question": f"Complete this function:\n\n```python\n{prompt.strip()}\n```"}
+        problem |= {"tests": [*tests, f"check({entry})"], "setup": row["test"], "public": len(tests)}
+        problem["given"] = prompt[: prompt.index(f"def {entry}")]
+    else:
+        tests = [*row["test_list"], *row.get("challenge_test_list", [])]
+        problem |= {"question": f"{row['text'].strip()}{SHOWN}{tests[0]}", "tests": tests, "public": 1}
+        problem["setup"] = row.get("test_setup_code", "")
+    return problem | {"source": source.name}
+
+
 # Download -------------------------------------------------------------------------------------------------------------
 def fetch(source: Source) -> list[dict[str, Any]]:
     """All rows of a source. Raises ValueError for another number of rows, and what `datasets` raises."""
@@ -175,9 +237,12 @@ def load_set(name: str) -> list[dict[str, Any]]:
     from huggingface_hub.utils import httpx  # the HTTP client of the hub's own code, httpx or httpx2
 
     reasons = ""
-    for source in SOURCES[name]:
+    make = to_program if name in PROGRAMS else to_problem
+    for source in (SOURCES | PROGRAMS)[name]:
         try:
-            problems = [to_problem(name, source, number, row) for number, row in enumerate(fetch(source))]
+            problems = [make(name, source, number, row) for number, row in enumerate(fetch(source))]
+            if name in MBPP_IDS:
+                problems = [p for p in problems if int(p["id"].partition("/")[2]) in MBPP_IDS[name]]
             if len({problem["id"] for problem in problems}) < len(problems):
                 raise ValueError("ids repeat")
             print(f"{name}: {len(problems)} rows of {source.name}{reasons and ', instead of'}{reasons}")
@@ -193,7 +258,7 @@ def load_set(name: str) -> list[dict[str, Any]]:
 
 def describe_cure(name: str) -> str:
     """How to get a set by hand."""
-    source, *others = SOURCES[name]
+    source, *others = (SOURCES | PROGRAMS)[name]
     parts = ", ".join(["split " + " and ".join(source.splits), *filter(None, source.configs)])
     return f"""
   Either download it where there is a network ({parts}; columns {"/".join(COLUMNS["question"])}, {source.answer}):
@@ -230,22 +295,32 @@ def find_duplicates(questions: Sequence[str], known: Sequence[str]) -> list[dict
     return found
 
 
+def prose(problem: dict[str, Any]) -> str:
+    """What two problems are compared by: of those that ask for a program, what it shall do, without code."""
+    question = problem["question"]
+    if "tests" not in problem:
+        return question
+    docstrings = re.findall(r'''(?:"""|\'{3})(.*?)(?:>>>|"""|\'{3})''', question, re.S)
+    text = docstrings[-1] if docstrings else question.partition(SHOWN)[0]
+    return re.sub(r"^Write a (?:python )?function (?:to|that|which)?", "", text)
+
+
 def drop_duplicates(training: Sequence[dict], benchmarks: Sequence[dict]) -> tuple[list[dict], Counter]:
     """The training problems that are no duplicates, and how many were dropped for which reason.
 
     A question that equals or resembles a benchmark's is dropped. One that only resembles an earlier training question
     is kept if its answer is another: "What is the smallest factor of 15?" and "... of 77?" are two problems.
     """
-    questions = [problem["question"] for problem in training]
-    of_benchmarks = find_duplicates(questions, [problem["question"] for problem in benchmarks])
+    questions = [prose(problem) for problem in training]
+    of_benchmarks = find_duplicates(questions, [prose(problem) for problem in benchmarks])
     of_training = find_duplicates(questions, questions)
     kept: dict[int, dict] = {}
     dropped: Counter = Counter()
     for position, problem in enumerate(training):
         hits = [(same, benchmarks[p]["id"].split("/")[0]) for p, same in of_benchmarks[position].items()]
         for p, same in of_training[position].items():
-            if p in kept and (same or grader.is_equivalent(problem["answer"], kept[p]["answer"])):
-                hits.append((same, TRAINING))
+            if p in kept and (same or has_same_gold(problem, kept[p])):
+                hits.append((same, problem["id"].split("/")[0]))
         if hits:
             same, where = max(hits)
             dropped[f"{'the same' if same else 'nearly'} as in {where}"] += 1
@@ -254,20 +329,29 @@ def drop_duplicates(training: Sequence[dict], benchmarks: Sequence[dict]) -> tup
     return list(kept.values()), dropped
 
 
+def has_same_gold(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two problems have the same answer; those with tests never do: each names its own function."""
+    return "answer" in a and grader.is_equivalent(a["answer"], b["answer"])
+
+
 # Main -----------------------------------------------------------------------------------------------------------------
 def checksum(problems: Sequence[dict]) -> str:
-    """SHA-256 of the questions and answers, in order."""
-    return hashlib.sha256(json.dumps([[p["question"], p["answer"]] for p in problems]).encode()).hexdigest()
+    """SHA-256 of the questions and answers, or tests, in order."""
+    golds = [p.get("answer") or [p.get(part) for part in Tests._fields] for p in problems]
+    rows = [[p["question"], gold] for p, gold in zip(problems, golds, strict=True)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def make_training_set(benchmarks: Sequence[dict]) -> list[dict]:
-    """The problems of TRAINING that have the right level and an answer, and are no duplicates."""
-    levels = [p for p in load_set(TRAINING) if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
-    problems = [p for p in levels if p["answer"]]
-    print(f"{TRAINING}: {len(levels)} of levels {LEVELS[0]} to {LEVELS[1]}, {len(problems)} of them with an answer")
+def make_training_set(name: str, benchmarks: Sequence[dict]) -> list[dict]:
+    """The problems of a training set that are no duplicates and, of TRAINING, have the right level and an answer."""
+    problems = load_set(name)
+    if name == TRAINING:
+        levels = [p for p in problems if LEVELS[0] <= p.get("level", 0) <= LEVELS[1]]
+        problems = [p for p in levels if p["answer"]]
+        print(f"{name}: {len(levels)} of levels {LEVELS[0]} to {LEVELS[1]}, {len(problems)} of them with an answer")
     kept, dropped = drop_duplicates(problems, benchmarks)
     for reason, count in sorted(dropped.items()):
-        print(f"{TRAINING}: dropped {count}, {reason}")
+        print(f"{name}: dropped {count}, {reason}")
     return kept
 
 
@@ -277,25 +361,27 @@ def prepare(name: str) -> None:
     made = {line["set"]: line for line in read_jsonl(record)}
     now: dict[str, Any] = {"set": name}
     benchmarks: list[dict] = []
-    if name == TRAINING:
-        files = {other: Path(OUT, f"{other}.jsonl") for other in SOURCES if other != TRAINING}
+    if name in CLEANED_OF:
+        files = {other: Path(OUT, f"{other}.jsonl") for other in CLEANED_OF[name]}
         if missing := [other for other, file in files.items() if not file.is_file()]:
             raise Unavailable(f"make {', '.join(missing)} first: their questions must not be trained on")
         sets = {other: load_problems(file) for other, file in files.items()}
         benchmarks = [problem for problems in sets.values() for problem in problems]
-        now |= {"LEVELS": list(LEVELS), "SHINGLE": SHINGLE, "NEAR": NEAR}
+        now |= ({"LEVELS": list(LEVELS)} if name == TRAINING else {}) | {"SHINGLE": SHINGLE, "NEAR": NEAR}
         now["cleaned of"] = {other: checksum(problems) for other, problems in sets.items()}
 
     if path.is_file() and not FORCE:
-        problems, rows = load_problems(path), {source.rows for source in SOURCES[name]}
-        if name != TRAINING and len(problems) not in rows:
+        problems, rows = load_problems(path), {source.rows for source in (SOURCES | PROGRAMS)[name]}
+        if name in MBPP_IDS:
+            rows = {len(MBPP_IDS[name])}
+        if name not in CLEANED_OF and len(problems) not in rows:
             raise SystemExit(f"{path}: {len(problems)} rows where {rows} are expected; complete it, or say FORCE=1")
         now |= {"rows": len(problems), "sha256": checksum(problems)}
         if made.get(name, now) != now:
             raise SystemExit(f"{path}: not as it was made; FORCE=1 makes it again\n  then {made[name]}\n  now  {now}")
         note = "is there already" if name in made else "is there already, not made here"
     else:
-        problems = make_training_set(benchmarks) if name == TRAINING else load_set(name)
+        problems = make_training_set(name, benchmarks) if name in CLEANED_OF else load_set(name)
         now |= {"rows": len(problems), "sha256": checksum(problems)}
         write_atomically(path, "".join(map(to_line, problems)))
         made[name] = now
@@ -308,11 +394,12 @@ def main() -> None:
     if changed := set_constants(sys.argv[1:], {"prepare": sys.modules[__name__]}):
         print(changed)
     names = SETS.split(",")
-    if unknown := set(names) - set(SOURCES):
-        raise SystemExit(f"SETS: no set {', '.join(sorted(unknown))}; there are {', '.join(SOURCES)}")
+    known = list(SOURCES | PROGRAMS)
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"SETS: no set {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     Path(OUT).mkdir(parents=True, exist_ok=True)
     failures = []
-    for name in sorted(names, key=list(SOURCES).index):  # the training set last
+    for name in sorted(names, key=known.index):  # training sets last
         try:
             prepare(name)
         except Unavailable as error:
