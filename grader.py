@@ -51,7 +51,7 @@ from plumbing import numeric, sandbox, tree
 from plumbing.constants import Count
 from plumbing.latex import MAX_ITEMS, read_tree
 from plumbing.question import Question, list_pieces, read_question
-from plumbing.sandbox import Tests
+from plumbing.sandbox import ProgramTests
 from plumbing.tokens import COUNTED, HARMLESS, UNICODE_TABLE, UNITS, read_unit, singular, tokenize
 from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
@@ -460,7 +460,7 @@ def grade_answer(answer: str, gold: str, tolerance: float | None = None, questio
     return Verdict(answer, correct, "correct" if correct else "wrong")
 
 
-def grade_program(response: str, tests: Tests) -> Verdict:
+def grade_program(response: str, tests: ProgramTests) -> Verdict:
     """The verdict on a response that should be a program."""
     program = sandbox.extract_program(response.split(END_OF_TURN, 1)[0])
     if program is None:
@@ -472,12 +472,12 @@ def grade_program(response: str, tests: Tests) -> Verdict:
     return Verdict(program, outcome.status == "correct", outcome.status, failed, told)
 
 
-def read_gold(problem: dict[str, Any]) -> str | Tests:
+def read_gold(problem: dict[str, Any]) -> str | ProgramTests:
     """What a response to a problem is measured by, for grade(): the right answer or, for a program, the tests."""
     return sandbox.read_tests(problem) if "tests" in problem else problem["answer"]
 
 
-def grade(response: str, gold: str | Tests, tolerance: float | None = None, question: str = "") -> Verdict:
+def grade(response: str, gold: str | ProgramTests, tolerance: float | None = None, question: str = "") -> Verdict:
     r"""The verdict on a response; gold: the right answer, or what a program is tested by.
 
     >>> grade(r"so it is \boxed{\frac{2}{4}}.", "0.5")
@@ -485,7 +485,7 @@ def grade(response: str, gold: str | Tests, tolerance: float | None = None, ques
     >>> grade(r"\boxed{1 + 99^2 + 99}", "9901", question="Compute $99^2+99+1$.").status
     'wrong'
     """
-    if isinstance(gold, Tests):
+    if isinstance(gold, ProgramTests):
         return grade_program(response, gold)
     answer = extract_answer(response)
     return Verdict(None, False, "no_answer") if answer is None else grade_answer(answer, gold, tolerance, question)
@@ -497,9 +497,11 @@ def finished(verdict: Verdict) -> Future[Verdict]:
     return future
 
 
-def submit(response: str, gold: str | Tests, tolerance: float | None = None, question: str = "") -> Future[Verdict]:
+def submit(
+    response: str, gold: str | ProgramTests, tolerance: float | None = None, question: str = ""
+) -> Future[Verdict]:
     """The verdict on a response as a future: at once, or when a program has run, several at a time."""
-    if isinstance(gold, Tests):
+    if isinstance(gold, ProgramTests):
         return sandbox.workers().submit(grade, response, gold)
     return finished(grade(response, gold, tolerance, question))
 

@@ -28,7 +28,7 @@ import grader
 from data.problems import COLUMNS, load_problems, question_key, question_words
 from plumbing.constants import Share, set_constants
 from plumbing.files import read_jsonl, to_line, write_atomically
-from plumbing.sandbox import Tests
+from plumbing.sandbox import ProgramTests
 
 SETS: str = "aime24,amc23,math500,minerva_math,olympiadbench,math_train"  # the sets to get
 OUT: str = "data"  # folder for the files
@@ -337,7 +337,7 @@ def has_same_gold(a: dict[str, Any], b: dict[str, Any]) -> bool:
 # Main -----------------------------------------------------------------------------------------------------------------
 def checksum(problems: Sequence[dict]) -> str:
     """SHA-256 of the questions and answers, or tests, in order."""
-    golds = [p.get("answer") or [p.get(part) for part in Tests._fields] for p in problems]
+    golds = [p.get("answer") or [p.get(part) for part in ProgramTests._fields] for p in problems]
     rows = [[p["question"], gold] for p, gold in zip(problems, golds, strict=True)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -53,7 +53,7 @@ SCRATCH = 1 << 26  # bytes that a program can write
 FIRST_USER, USERS = 40_000, 20_000  # whom programs run as where this process is root: each as another one
 
 
-class Tests(NamedTuple):
+class ProgramTests(NamedTuple):
     """What a program is tested by."""
 
     tests: Sequence[str]  # Python statements that raise where the program is wrong
@@ -62,14 +62,14 @@ class Tests(NamedTuple):
     public: int = 0  # how many of the tests, from the first, may be told
 
 
-def read_tests(row: dict[str, Any]) -> Tests:
-    """The Tests of a problem. Raises ValueError for what is none.
+def read_tests(row: dict[str, Any]) -> ProgramTests:
+    """The ProgramTests of a problem. Raises ValueError for what is none.
 
     >>> read_tests({"tests": ["assert f(1) = 2"]})
     Traceback (most recent call last):
     ValueError: "tests" are not Python (invalid syntax)
     """
-    tests = Tests(**{name: row[name] for name in Tests._fields if row.get(name) is not None})
+    tests = ProgramTests(**{name: row[name] for name in ProgramTests._fields if row.get(name) is not None})
     if not isinstance(tests.tests, list) or not tests.tests or not all(isinstance(test, str) for test in tests.tests):
         raise ValueError(f'"tests" must be a list of Python statements, not {str(tests.tests)[:40]!r}')
     if not isinstance(tests.setup, str) or not isinstance(tests.given, str):
@@ -194,13 +194,13 @@ def kill(sandbox: subprocess.Popen) -> None:
     sandbox.wait()
 
 
-def run_tests(program: str, tests: Tests, seconds: int = 5, memory: int = 1024) -> Outcome:
+def run_tests(program: str, tests: ProgramTests, seconds: int = 5, memory: int = 1024) -> Outcome:
     """Run a program against its tests, in order.
 
     seconds: limit on the wall clock, for all of it. memory: limit in MiB of each of its processes. Raises SyntaxError
     for tests that are not Python, SystemExit where there is no sandbox.
 
-    >>> tests = Tests(["assert double(2) == 4", "assert double(-1) == -2"])
+    >>> tests = ProgramTests(["assert double(2) == 4", "assert double(-1) == -2"])
     >>> run_tests("def double(x): return x + x", tests), run_tests("def double(x): return 4", tests).error
     (Outcome(status='correct', passed=2, error=''), 'AssertionError: the last call returned 4')
     """

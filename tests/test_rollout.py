@@ -170,6 +170,21 @@ def test_a_verdict_that_takes_long_holds_up_its_own_dialogue_alone(chat, monkeyp
     assert [a.status for a in dialogues[3].attempts] == ["timeout", "wrong"]
 
 
+def test_a_dialogue_about_a_program(chat, monkeypatch):
+    dialogue = rollout.new_dialogue(chat, {"id": "p", "question": "Write f.", "tests": ["assert f(1) == 2"]}, 2)
+    assert "put your final program in a Python code block" in chat.decode(dialogue.ids)
+    said = {}
+    for characters, feedback in ((0, "verified"), (20, "verified"), (20, "intrinsic")):
+        monkeypatch.setattr(rollout, "TOLD_CHARACTERS", characters)
+        monkeypatch.setattr(rollout, "FEEDBACK", feedback)
+        ids = rollout.encode_feedback(chat, 1, True, "<|im_end|> == 12\nAssertionError")
+        said[characters, feedback] = chat.decode(ids)
+        assert ids.count(chat.end_of_turn) == 1
+    assert "attempts left. Try an alternative.<|im_end|>" in said[0, "verified"]
+    assert "Try an alternative.\n< |im_end|> == 12\nA<|im_end|>" in said[20, "verified"].replace("  ", " ")
+    assert "rewrite the solution. Only output the final correct Python program!<|im_end|>" in said[20, "intrinsic"]
+
+
 # Rewards --------------------------------------------------------------------------------------------------------------
 REWARDS = {  # outcome, per_attempt, score_stage1, score_stage2; values 1, -0.5, -1, discount 0.9, SCORE_ALPHA 2
     "": ([], [], [], []),
