@@ -145,7 +145,7 @@ users = itertools.count()
 def container() -> list[str]:
     """bwrap's part of a command: a container that has Python and the C library, and nothing else of this machine's."""
     options = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--new-session", "--die-with-parent"]
-    options += ["--cap-drop", "ALL"]
+    options += ["--as-pid-1", "--cap-drop", "ALL"]
     if os.geteuid() == 0:  # to become another user, which loses them
         options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
@@ -182,16 +182,20 @@ def start(role: str, seconds: int, memory: int, read: int, write: int, pipes: Se
 
 
 def kill(sandbox: subprocess.Popen) -> None:
-    """Kill all that runs in a sandbox. bwrap's only child is the first process of the container: all others end with
-    it, and bwrap itself after them."""
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{sandbox.pid}/task/{sandbox.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-            if ISOLATION == "bwrap":
-                sandbox.wait()
-    with contextlib.suppress(OSError):
-        os.killpg(sandbox.pid, signal.SIGKILL)
-    sandbox.wait()
+    """Kill all that runs in a sandbox. bwrap has one child, the first process of the container (--as-pid-1): everything
+    in there ends with that one, and bwrap after it."""
+    if ISOLATION == "bwrap":
+        with contextlib.suppress(OSError):  # it has just ended
+            for child in Path(f"/proc/{sandbox.pid}/task/{sandbox.pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+    else:
+        with contextlib.suppress(OSError):
+            os.killpg(sandbox.pid, signal.SIGKILL)
+    try:
+        sandbox.wait(1)
+    except subprocess.TimeoutExpired:  # killed before it had a child
+        sandbox.kill()
+        sandbox.wait()
 
 
 def run_tests(program: str, tests: ProgramTests, seconds: int = 5, memory: int = 1024) -> Outcome:

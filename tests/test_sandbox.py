@@ -3,6 +3,7 @@
 Without bubblewrap the tests of what isolation holds are skipped, and say so.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -43,9 +44,11 @@ HOSTILE = [
     "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "quit()", "raise KeyboardInterrupt",
     "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import sys\ndef f(x): sys.exit(0)",
     "import os\ndef f(x): os._exit(0)", "print('loaded\\npassed\\npassed\\npassed')",
-    "import os\nfor n in range(64):\n try: os.write(n, b'loaded\\npassed\\npassed\\npassed\\n')\n except OSError: pass",
+    "import os\nfor n in range(64):\n try: os.write(n, b'loaded\\npassed\\npassed\\npassed\\n')\n"
+    " except OSError: pass",
     "import os\nfor n in range(3, 64):\n try: os.write(n, b't3\\ny\\ni1\\nn\\n.\\n' * 9)\n except OSError: pass",
-    "import os\nfor n in range(64):\n try: os.write(n, b'junk\\n.\\nl99999999999\\n.\\no-1\\n.\\n')\n except OSError: pass",
+    "import os\nfor n in range(64):\n try: os.write(n, b'junk\\n.\\nl99999999999\\n.\\no-1\\n.\\n')\n"
+    " except OSError: pass",
     "import os\nos.closerange(0, 99)", "import atexit, os\natexit.register(os._exit, 0)\nraise ValueError",
     # is equal to everything, or changes what comparing means
     "class A:\n def __eq__(self, o): return True\n __ne__ = __bool__ = lambda *a: False\ndef f(x): return A()",
@@ -54,13 +57,17 @@ HOSTILE = [
     "class M(type):\n def __eq__(self, o): return True\nclass A(metaclass=M): pass\ndef f(x): return A",
     "class A(dict):\n __getattr__ = __getitem__ = __missing__ = lambda s, k: A()\ndef f(x): return A()",
     "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {'__new__': lambda c, *a: None})",
-    "import builtins, sys\nfor n in ('exec', 'compile', 'print', 'isinstance'): setattr(builtins, n, lambda *a, **k: None)",
+    "import builtins, sys\n"
+    "for n in ('exec', 'compile', 'print', 'isinstance'): setattr(builtins, n, lambda *a, **k: None)",
     "__builtins__ = {'AssertionError': None}\n__debug__x = False", "import ast; ast.Assert = ast.Pass",
-    "f = __import__('unittest.mock').mock.MagicMock()", "import sys\nsys.modules['builtins'] = None\ndel sys.modules['sys']",
-    "import sys\nsys.settrace(lambda *a: None); sys.setprofile(lambda *a: None); sys.excepthook = lambda *a: sys.exit(0)",
-    "import sys\nm = sys.modules['__main__']\nfor n in list(vars(m)):\n if callable(vars(m)[n]): setattr(m, n, lambda *a: True)",
+    "f = __import__('unittest.mock').mock.MagicMock()",
+    "import sys\nsys.modules['builtins'] = None\ndel sys.modules['sys']",
+    "import sys\n"
+    "sys.settrace(lambda *a: None); sys.setprofile(lambda *a: None); sys.excepthook = lambda *a: sys.exit(0)",
+    "import sys\nm = sys.modules['__main__']\nfor n in list(vars(m)):\n"
+    " if callable(vars(m)[n]): setattr(m, n, lambda *a: True)",
     # looks for the tests, the nonce, the answers
-    "import sys\ndef f(x):\n g = sys._getframe()\n while g: print(g.f_locals, g.f_globals); v = g.f_locals; g = g.f_back\n"
+    "import sys\ndef f(x):\n g = sys._getframe()\n while g:\n  v = g.f_locals; g = g.f_back\n"
     " return v.get('tests') or v.get('nonce')",
     "import gc\ndef f(x):\n s = [o for o in gc.get_objects() if isinstance(o, (list, tuple, dict)) and '58' in repr(o)]\n"
     " return max((o for o in s), key=len, default=0)",
@@ -70,34 +77,43 @@ HOSTILE = [
     "import os\ndef f(x): return [os.read(n, 1 << 16) for n in range(3, 9)]",
     "import ctypes\ndef f(x): return ctypes.CDLL(None).ptrace(16, 1, 0, 0)",
     "def f(x): return open('ROOT/grader.py').read()", "import os\ndef f(x): return os.listdir('FOLDER')",
-    "import os\nassert os.path.exists('FOLDER')\n" + RIGHT, "import os\nassert os.path.exists('/etc/passwd')\n" + RIGHT,
+    "import os\nassert os.path.exists('FOLDER')\n" + RIGHT,
+    "import os\nassert os.path.exists('/etc/passwd')\n" + RIGHT,
     # answers the public case by heart
     "def f(x):\n if x == 1: return 12", "def f(x): return 12", "def f(x, seen=[]): seen.append(12); return seen[0]",
     # takes all there is
     "import os\nwhile True: os.fork()", "while True: pass", "import time; time.sleep(99)", "def f(x): return f(x)",
     "x = [0] * 10**12", "x = []\nwhile True: x.append('y' * 10**7)", "def f(x): return 'y' * 10**9",
-    "print('y' * 2**27)\nimport sys\nsys.stderr.write('y' * 2**27)", "import sys\nwhile True: sys.stdout.write('y' * 2**20)",
-    "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x) + 1", "x = 9 ** 9 ** 9", "def f(x): return 1 << 10**8",
-    "import itertools\ndef f(x): return itertools.count()", "x = []\nx.append(x)\ndef f(y): return x",
-    "def f(x):\n y = []\n for _ in range(10**5): y = [y]\n return y", "exec('(' * 10**5)", "import re; re.match('(a+)+b', 'a' * 50)",
-    "n = 0\nwhile True:\n open(f'/tmp/{n}', 'w').write('y' * 2**20); n += 1", "open('/tmp/big', 'w').write('y' * 2**27)",
-    "import signal\nfor n in range(1, 65):\n try: signal.signal(n, signal.SIG_IGN)\n except (OSError, ValueError): pass\nwhile 1: 1",
-    "import ctypes; ctypes.string_at(0)", "import threading, time\nwhile 1: threading.Thread(target=time.sleep, args=[99]).start()",
+    "print('y' * 2**27)\nimport sys\nsys.stderr.write('y' * 2**27)",
+    "import sys\nwhile True: sys.stdout.write('y' * 2**20)",
+    "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x) + 1", "x = 9 ** 9 ** 9",
+    "def f(x): return 1 << 10**8", "import itertools\ndef f(x): return itertools.count()",
+    "x = []\nx.append(x)\ndef f(y): return x", "def f(x):\n y = []\n for _ in range(10**5): y = [y]\n return y",
+    "exec('(' * 10**5)", "import re; re.match('(a+)+b', 'a' * 50)",
+    "n = 0\nwhile True:\n open(f'/tmp/{n}', 'w').write('y' * 2**20); n += 1",
+    "open('/tmp/big', 'w').write('y' * 2**27)",
+    "import signal\nfor n in range(1, 65):\n try: signal.signal(n, signal.SIG_IGN)\n"
+    " except (OSError, ValueError): pass\nwhile 1: 1",
+    "import ctypes; ctypes.string_at(0)",
+    "import threading, time\nwhile 1: threading.Thread(target=time.sleep, args=[99]).start()",
     # does harm, or leaves something behind
     "import os, signal\ntry: os.kill(PID, signal.SIGKILL)\nexcept OSError: pass\nos.kill(-1, signal.SIGKILL)",
     "import shutil; shutil.rmtree('/', ignore_errors=True)\nshutil.rmtree('FOLDER', ignore_errors=True)",
     "open('FOLDER/left', 'w').write('x')", "open('/left', 'w')", "open('ROOT/left.txt', 'w').write('x')",
-    "import os; os.symlink('/', '/tmp/up'); open('/tmp/upFOLDER/left', 'w')", "import os; os.chmod('/', 0o777); os.mkdir('/left')",
-    "import socket; socket.create_connection(('127.0.0.1', PORT), 1)", "import socket; socket.create_connection(('1.1.1.1', 53), 1)",
+    "import os; os.symlink('/', '/tmp/up'); open('/tmp/upFOLDER/left', 'w')",
+    "import os; os.chmod('/', 0o777); os.mkdir('/left')",
+    "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
+    "import socket; socket.create_connection(('1.1.1.1', 53), 1)",
     "import urllib.request; urllib.request.urlopen('http://localhost:PORT')",
     "import subprocess; subprocess.Popen(['/bin/sh', '-c', 'touch FOLDER/left; sleep 99'], start_new_session=True)",
     "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(99)\n os._exit(0)",
     "import threading, time; threading.Thread(target=time.sleep, args=[99]).start()",
     "import multiprocessing, time\nmultiprocessing.get_context('fork').Process(target=time.sleep, args=[99]).start()",
-    "import ctypes, os\nc = ctypes.CDLL(None)\nassert c.unshare(0x10000000) == 0 and c.mount(b'x', b'/', b'tmpfs', 0, 0) == 0\n" + RIGHT,
-    "import os\nos.setuid(0)\n" + RIGHT, "import os\nos.nice(-5)\n" + RIGHT, "import os; os.mknod('/tmp/disk', 0o60666, 2048)\n" + RIGHT,
+    "import ctypes, os\nc = ctypes.CDLL(None)\nassert c.unshare(1 << 28) == c.mount(b'x', b'/', b'tmpfs', 0, 0) == 0\n" + RIGHT,
+    "import os\nos.setuid(0)\n" + RIGHT, "import os\nos.nice(-5)\n" + RIGHT,
+    "import os; os.mknod('/tmp/disk', 0o60666, 2048)\n" + RIGHT,
     "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n" + RIGHT,
-]  # fmt: skip  # noqa: E501
+]  # fmt: skip
 
 
 @isolated
@@ -113,8 +129,9 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     program += "" if "def f" in program or "\nf =" in f"\n{program}" else "\ndef f(x): return 0"
 
     def note_and_kill(box: subprocess.Popen) -> None:
-        for child in Path(f"/proc/{box.pid}/task/{box.pid}/children").read_text().split():
-            namespaces.add(os.readlink(f"/proc/{child}/ns/pid"))
+        with contextlib.suppress(OSError):  # it has ended
+            for child in Path(f"/proc/{box.pid}/task/{box.pid}/children").read_text().split():
+                namespaces.add(os.readlink(f"/proc/{child}/ns/pid"))
         kill(box)
 
     monkeypatch.setattr(sandbox, "kill", note_and_kill)
@@ -126,7 +143,7 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     assert sentinel.poll() is None
     with pytest.raises(BlockingIOError):
         listener.accept()
-    assert namespaces and not namespaces & {namespace_of(p) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    assert not namespaces & {namespace_of(p) for p in Path("/proc").iterdir() if p.name.isdigit()}
     assert run_tests(RIGHT, TESTS).status == "correct"  # the next one is as ever
     sentinel.kill()
     sentinel.wait()
@@ -142,9 +159,10 @@ def namespace_of(process: Path) -> str:
 
 # Right programs -------------------------------------------------------------------------------------------------------
 VALUES = [  # as a test writes them
-    "None", "True", "0", "-7", "0.1", "float('inf')", "2j", "''", "'½\\n\\ud800'", "b'\\x00a'", "[]", "[1, [2]]", "(1, (2,))",
-    "{1, 2}", "frozenset({1})", "{'a': [1], (1, 2): None}", "[True, 1, 1.0]",
-]  # fmt: skip  # noqa: E501
+    # as a test writes them "None", "True", "0", "-7", "0.1", "float('inf')", "2j", "''", "'½\\n\\ud800'",
+    "b'\\x00a'", "[]", "[1, [2]]", "(1, (2,))", "{1, 2}", "frozenset({1})", "{'a': [1], (1, 2): None}",
+    "[True, 1, 1.0]",
+]  # fmt: skip
 NODE = "class Node:\n def __init__(self, v, n=None): self.v, self.n = v, n\n def __len__(self): return 3\n"
 NODE += " def __getitem__(self, i): return i * 2\n def __str__(self): return 'node'\n def add(self, k=1): self.v += k"
 PAID = [  # program, tests
@@ -158,13 +176,13 @@ PAID = [  # program, tests
     ("def f(n): yield from range(n)", Checks(["assert list(f(3)) == [0, 1, 2]", "assert 2 in f(3)"])),
     ("import collections as c\ndef f(x): return c.Counter(x)", Checks(["assert f('aab') == {'a': 2, 'b': 1}"])),
     ("def f(x): return int(x)", Checks(["try: f('x')\nexcept ValueError: pass\nelse: assert False"])),
-    (NODE, Checks(["n = Node(1, Node(2)); n.add(k=4); n.n.v = 7", "assert (n.v, n.n.v, len(n), n[4]) == (5, 7, 3, 8)",
-                  "assert str(n) == f'{n}' == 'node' and n and n != Node(1)"])),
+    (NODE, Checks(["n = Node(1, Node(2)); n.add(k=4); n.n.v = 7", "assert [n.v, n.n.v, len(n), n[4]] == [5, 7, 3, 8]",
+                   "assert str(n) == f'{n}' == 'node' and n and n != Node(1)"])),
     (NODE + "\ndef f(ns): return ns[0].v + 1", Checks(["assert f([root]) == 9"], setup="root = Node(8)")),
-    ("def f(x): return helper(x)", Checks(["check(f)"], "def check(g): assert g(2) == helper(2)", "def helper(x): return x*3")),
+    ("def f(x): return h(x)", Checks(["check(f)"], "def check(g): assert g(2) == h(2)", "def h(x): return x * 3")),
     ("from __future__ import annotations\ndef f(x: Any) -> No: return __name__", Checks(["assert f(1) == 'solution'"])),
-    ("import random, json, datetime, re, typing, heapq\ndef f(): return open('/tmp/x', 'w').write('abc')", Checks(["assert f() == 3"])),
-]  # fmt: skip  # noqa: E501
+    ("import random, json, re, typing\ndef f(): return open('/tmp/x', 'w').write('abc')", Checks(["assert f() == 3"])),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(len(PAID)))
@@ -182,14 +200,14 @@ def test_the_program_of_another_problem_is_wrong():
 # What is extracted, said and told -------------------------------------------------------------------------------------
 RESPONSES = {
     "```python\nx = 1\n```": "x = 1\n", "a\n~~~\nx = 1\n~~~\n```py\ny = 2\n```\nb": "y = 2\n", "```\nx = 1": "x = 1",
-    "def f(x):\n    return x": "def f(x):\n    return x", "I do not know.": None, "yes": None, "": None, "```\n\n```": None,
+    "def f(x):\n    return x": "def f(x):\n    return x", "I do not know.": None, "yes": None, "": None, "```\n```": None,
     "````md\n```\nx\n```\n````": "```\nx\n```\n", "```python\nx = 1\n```<|im_end|>\n```\nz = 3\n```": "x = 1\n",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("response", RESPONSES)
-def test_the_last_code_block_is_the_program(response):
-    assert extract_program(response.split("<|im_end|>")[0]) == RESPONSES[response]
+def test_the_last_code_block_is_the_program():
+    for response, program in RESPONSES.items():
+        assert extract_program(response.split("<|im_end|>")[0]) == program
 
 
 HEART = "def f(x):\n    if x == 1: return 12\n    return 0"
