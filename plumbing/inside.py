@@ -196,16 +196,19 @@ def examine(requests: IO[str], replies: IO[str], case: IO[str], verdict: IO[str]
     """Run the tests, in order, against a program in the other sandbox. Writes "loaded", "passed" after each test, and
     then the nonce; or, where something fails, "failed" and the error, and no more."""
     given, program, names, setup, tests, nonce = receive(case, id)
-    last: list[Any] = []  # what the program returned last
+    last: list[Any] = []  # what the program returned, if a call was the last request
 
     def ask(name: str, *args: Any) -> Any:
+        last.clear()
         send(requests, (name, *args), number_of)
         succeeded, *reply = receive(replies, lambda number: Remote(number, ask))
         if succeeded is True:
-            last[:], changed = reply[:1], reply[1]
+            value, changed = reply
+            if name == "call":
+                last.append(value)
             if changed is not None:
                 update(args, tuple(changed))
-            return reply[0]
+            return value
         kind = getattr(builtins, reply[0], None)
         if isinstance(kind, type) and issubclass(kind, Exception):
             raise kind(reply[1])
@@ -226,7 +229,7 @@ def examine(requests: IO[str], replies: IO[str], case: IO[str], verdict: IO[str]
         said = str(error) or (f"the last call returned {last[0]!r}" if last else "")
         print(
             "failed",
-            f"{type(error).__name__}: {said}"[:MAX_ERROR].encode("utf-8", "replace").hex(),
+            f"{type(error).__name__}: {said}".removesuffix(": ")[:MAX_ERROR].encode("utf-8", "replace").hex(),
             file=verdict,
             flush=True,
         )
