@@ -16,7 +16,7 @@ import grader
 from data.problems import load_problems
 from plumbing import sandbox
 from plumbing.sandbox import ProgramTests as Checks
-from plumbing.sandbox import extract_program, run_tests
+from plumbing.sandbox import run_tests
 from tests.conftest import ROOT, alone
 
 import pytest
@@ -44,33 +44,25 @@ HOSTILE = [
     "import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "quit()", "raise KeyboardInterrupt",
     "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "import sys\ndef f(x): sys.exit(0)",
     "import os\ndef f(x): os._exit(0)", "print('loaded\\npassed\\npassed\\npassed')",
-    "import os\nfor n in range(64):\n try: os.write(n, b'loaded\\npassed\\npassed\\npassed\\n')\n"
-    " except OSError: pass",
+    "import os\nfor n in range(64):\n try: os.write(n, b'loaded\\n' + b'passed\\n' * 3)\n except OSError: pass",
     "import os\nfor n in range(3, 64):\n try: os.write(n, b't3\\ny\\ni1\\nn\\n.\\n' * 9)\n except OSError: pass",
-    "import os\nfor n in range(64):\n try: os.write(n, b'junk\\n.\\nl99999999999\\n.\\no-1\\n.\\n')\n"
-    " except OSError: pass",
+    "import os\nfor n in range(3, 64):\n try: os.write(n, b'l9999999\\n.\\no-1\\n.\\n')\n except OSError: pass",
     "import os\nos.closerange(0, 99)", "import atexit, os\natexit.register(os._exit, 0)\nraise ValueError",
     # is equal to everything, or changes what comparing means
     "class A:\n def __eq__(self, o): return True\n __ne__ = __bool__ = lambda *a: False\ndef f(x): return A()",
     "class A(int):\n def __eq__(self, o): return True\n __hash__ = None\ndef f(x): return A(7)",
     "class A(list):\n def __eq__(self, o): return True\ndef f(x): return A([A()])",
     "class M(type):\n def __eq__(self, o): return True\nclass A(metaclass=M): pass\ndef f(x): return A",
-    "class A(dict):\n __getattr__ = __getitem__ = __missing__ = lambda s, k: A()\ndef f(x): return A()",
     "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {'__new__': lambda c, *a: None})",
-    "import builtins, sys\n"
-    "for n in ('exec', 'compile', 'print', 'isinstance'): setattr(builtins, n, lambda *a, **k: None)",
+    "import builtins\nfor n in ('exec', 'print', 'isinstance'): setattr(builtins, n, lambda *a, **k: None)",
     "__builtins__ = {'AssertionError': None}\n__debug__x = False", "import ast; ast.Assert = ast.Pass",
     "f = __import__('unittest.mock').mock.MagicMock()",
     "import sys\nsys.modules['builtins'] = None\ndel sys.modules['sys']",
-    "import sys\n"
-    "sys.settrace(lambda *a: None); sys.setprofile(lambda *a: None); sys.excepthook = lambda *a: sys.exit(0)",
-    "import sys\nm = sys.modules['__main__']\nfor n in list(vars(m)):\n"
-    " if callable(vars(m)[n]): setattr(m, n, lambda *a: True)",
+    "import sys\nsys.settrace(lambda *a: None); sys.excepthook = lambda *a: sys.exit(0)",
+    "import sys\nm = sys.modules['__main__']\nfor n in list(vars(m)): setattr(m, n, lambda *a: True)",
     # looks for the tests, the nonce, the answers
-    "import sys\ndef f(x):\n g = sys._getframe()\n while g:\n  v = g.f_locals; g = g.f_back\n"
-    " return v.get('tests') or v.get('nonce')",
-    "import gc\ndef f(x):\n s = [o for o in gc.get_objects() if isinstance(o, (list, tuple, dict)) and '58' in repr(o)]\n"
-    " return max((o for o in s), key=len, default=0)",
+    "import sys\ndef f(x):\n g = sys._getframe()\n while g.f_back: g = g.f_back\n return {**g.f_globals}['tests']",
+    "import gc\ndef f(x): return [o for o in gc.get_objects() if type(o) is list and '58' in repr(o)]",
     "import sys\ndef f(x): return sys.stdin.read()", "import sys\ndef f(x): return sys.argv + sys.orig_argv",
     "import os\ndef f(x): return [os.readlink(f'/proc/self/fd/{n}') for n in range(9)]",
     "def f(x): return open('/proc/1/environ').read()", "import os\ndef f(x): return dict(os.environ)",
@@ -84,32 +76,24 @@ HOSTILE = [
     # takes all there is
     "import os\nwhile True: os.fork()", "while True: pass", "import time; time.sleep(99)", "def f(x): return f(x)",
     "x = [0] * 10**12", "x = []\nwhile True: x.append('y' * 10**7)", "def f(x): return 'y' * 10**9",
-    "print('y' * 2**27)\nimport sys\nsys.stderr.write('y' * 2**27)",
-    "import sys\nwhile True: sys.stdout.write('y' * 2**20)",
+    "print('y' * 2**27)", "import sys\nwhile True: sys.stdout.write('y' * 2**20)",
     "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x) + 1", "x = 9 ** 9 ** 9",
     "def f(x): return 1 << 10**8", "import itertools\ndef f(x): return itertools.count()",
     "x = []\nx.append(x)\ndef f(y): return x", "def f(x):\n y = []\n for _ in range(10**5): y = [y]\n return y",
     "exec('(' * 10**5)", "import re; re.match('(a+)+b', 'a' * 50)",
     "n = 0\nwhile True:\n open(f'/tmp/{n}', 'w').write('y' * 2**20); n += 1",
-    "open('/tmp/big', 'w').write('y' * 2**27)",
-    "import signal\nfor n in range(1, 65):\n try: signal.signal(n, signal.SIG_IGN)\n"
-    " except (OSError, ValueError): pass\nwhile 1: 1",
-    "import ctypes; ctypes.string_at(0)",
-    "import threading, time\nwhile 1: threading.Thread(target=time.sleep, args=[99]).start()",
+    "import signal\nfor n in (1, 2, 3, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile 1: 1",
+    "import ctypes; ctypes.string_at(0)", "import threading\nwhile 1: threading.Timer(99, print).start()",
     # does harm, or leaves something behind
     "import os, signal\ntry: os.kill(PID, signal.SIGKILL)\nexcept OSError: pass\nos.kill(-1, signal.SIGKILL)",
     "import shutil; shutil.rmtree('/', ignore_errors=True)\nshutil.rmtree('FOLDER', ignore_errors=True)",
     "open('FOLDER/left', 'w').write('x')", "open('/left', 'w')", "open('ROOT/left.txt', 'w').write('x')",
-    "import os; os.symlink('/', '/tmp/up'); open('/tmp/upFOLDER/left', 'w')",
     "import os; os.chmod('/', 0o777); os.mkdir('/left')",
     "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
-    "import socket; socket.create_connection(('1.1.1.1', 53), 1)",
-    "import urllib.request; urllib.request.urlopen('http://localhost:PORT')",
     "import subprocess; subprocess.Popen(['/bin/sh', '-c', 'touch FOLDER/left; sleep 99'], start_new_session=True)",
     "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0: time.sleep(99)\n os._exit(0)",
     "import threading, time; threading.Thread(target=time.sleep, args=[99]).start()",
-    "import multiprocessing, time\nmultiprocessing.get_context('fork').Process(target=time.sleep, args=[99]).start()",
-    "import ctypes, os\nc = ctypes.CDLL(None)\nassert c.unshare(1 << 28) == c.mount(b'x', b'/', b'tmpfs', 0, 0) == 0\n" + RIGHT,
+    "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, 0) == 0\n" + RIGHT,
     "import os\nos.setuid(0)\n" + RIGHT, "import os\nos.nice(-5)\n" + RIGHT,
     "import os; os.mknod('/tmp/disk', 0o60666, 2048)\n" + RIGHT,
     "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n" + RIGHT,
@@ -143,18 +127,12 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     assert sentinel.poll() is None
     with pytest.raises(BlockingIOError):
         listener.accept()
-    assert not namespaces & {namespace_of(p) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    left = subprocess.run("readlink /proc/[0-9]*/ns/pid", shell=True, capture_output=True, text=True).stdout
+    assert not namespaces & set(left.split())
     assert run_tests(RIGHT, TESTS).status == "correct"  # the next one is as ever
     sentinel.kill()
     sentinel.wait()
     listener.close()
-
-
-def namespace_of(process: Path) -> str:
-    try:
-        return os.readlink(process / "ns/pid")
-    except OSError:  # it has just ended
-        return ""
 
 
 # Right programs -------------------------------------------------------------------------------------------------------
@@ -197,19 +175,7 @@ def test_the_program_of_another_problem_is_wrong():
         assert run_tests(program, tests).status == "wrong", program
 
 
-# What is extracted, said and told -------------------------------------------------------------------------------------
-RESPONSES = {
-    "```python\nx = 1\n```": "x = 1\n", "a\n~~~\nx = 1\n~~~\n```py\ny = 2\n```\nb": "y = 2\n", "```\nx = 1": "x = 1",
-    "def f(x):\n    return x": "def f(x):\n    return x", "I do not know.": None, "yes": None, "": None, "```\n```": None,
-    "````md\n```\nx\n```\n````": "```\nx\n```\n", "```python\nx = 1\n```<|im_end|>\n```\nz = 3\n```": "x = 1\n",
-}  # fmt: skip
-
-
-def test_the_last_code_block_is_the_program():
-    for response, program in RESPONSES.items():
-        assert extract_program(response.split("<|im_end|>")[0]) == program
-
-
+# What is said and told -------------------------------------------------------------------------------------
 HEART = "def f(x):\n    if x == 1: return 12\n    return 0"
 CASES = [  # program, status, failed, whether it may be told
     (RIGHT, "correct", "", False),
