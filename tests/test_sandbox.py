@@ -169,6 +169,14 @@ def test_a_right_program_is_paid(number):
     assert run_tests(program, tests) == ("correct", len(tests.tests), "")
 
 
+def test_what_a_program_says_of_its_own_objects_does_not_count():
+    claims = "class A:\n __contains__ = __eq__ = lambda *a: True\n __iter__ = lambda s: iter([])\ndef f(x): return A()"
+    for test in ("assert 5 in f(1)", "assert f(1) in [5]", "assert f(1) == f(1)", "assert f(1) == [f(1)]"):
+        assert run_tests(claims, Checks([test])).status == "wrong"
+    stops = "def f(x): raise StopIteration"
+    assert run_tests(stops, Checks(["assert all(map(lambda x: f(x) == 1, [1]))"])).status == "wrong"
+
+
 def test_the_program_of_another_problem_is_wrong():
     programs = [(program, tests) for program, tests in PAID if "f(" in tests.tests[0]]
     for (program, _), (_, tests) in zip(programs, programs[1:] + programs[:1], strict=True):
