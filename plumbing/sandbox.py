@@ -166,7 +166,9 @@ def boot() -> tuple[str, str]:
 
 
 def start(role: str, seconds: int, memory: int, read: int, write: int, pipes: Sequence[int] = ()) -> subprocess.Popen:
-    user = FIRST_USER + next(users) % USERS if os.geteuid() == 0 else 0
+    is_open = all(folder.stat().st_mode & 1 for folder in Path(PYTHON).parents)  # another user could run Python
+    becomes_another = os.geteuid() == 0 and (ISOLATION == "bwrap" or is_open)
+    user = FIRST_USER + next(users) % USERS if becomes_another else 0
     numbers = map(str, (seconds, memory << 20, user, *pipes))
     command = [PYTHON, "-s", "-S", "-P", "-c", *boot(), role, *numbers]
     return subprocess.Popen(
