@@ -57,7 +57,8 @@ def write_value(value: Any, lines: list[str], keep: Callable[[Any], int]) -> lis
             for part in value.items() if container is dict else value:
                 write_value(part, lines, keep)
             return lines
-    lines.append(f"o{keep(value)}")
+    is_built_in = isinstance(value, type) and vars(builtins).get(value.__name__) is value
+    lines.append(f"k{value.__name__}" if is_built_in else f"o{keep(value)}")
     return lines
 
 
@@ -74,6 +75,8 @@ def read_value(lines: Iterator[str], find: Callable[[int], Any]) -> Any:
         return SINGLE[text]
     if letter == "o":
         return find(int(text))
+    if letter == "k" and isinstance(vars(builtins)[text], type):
+        return vars(builtins)[text]
     if letter in PLAIN:
         return PLAIN[letter][2](text)
     return CONTAINERS[letter]([read_value(lines, find) for _ in range(int(text))])

@@ -142,6 +142,7 @@ NODE += " def __getitem__(self, i): return i * 2\n def __str__(self): return 'no
 PAID = [  # program, tests
     (RIGHT, TESTS),
     ("print('hello'); f = lambda x: x", Checks([f"assert repr(f({v})) == repr({v})" for v in VALUES])),
+    ("def f(x, kind): return [type(x) is kind, type(x)]", Checks(["assert f(1, int) == [True, int]"])),
     ("def f(x): return 10 ** x", Checks(["assert f(5000) == 10 ** 5000"])),
     ("def sum(a, b): return 6", Checks(["assert sum(10, 15) == 6"])),  # named as a built-in function
     ("import math\ndef f(x): return math.sqrt(x)", Checks(["assert math.isclose(f(2) ** 2, 2)"])),
