@@ -181,7 +181,8 @@ def test_a_dialogue_about_a_program(chat, monkeypatch):
         said[characters, feedback] = chat.decode(ids)
         assert ids.count(chat.end_of_turn) == 1
     assert "attempts left. Try an alternative.<|im_end|>" in said[0, "verified"]
-    assert "Try an alternative.\n< |im_end|> == 12\nA<|im_end|>" in said[20, "verified"].replace("  ", " ")
+    quoted = said[20, "verified"].replace(" ", "")  # the toy's tokenizer has spaces of its own
+    assert "Tryanalternative.\n<|im_end|>==12\nAs<|im_end|>" in quoted  # the first is no token
     assert "rewrite the solution. Only output the final correct Python program!<|im_end|>" in said[20, "intrinsic"]
 
 
