@@ -119,7 +119,7 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     monkeypatch.setattr(sandbox, "kill", note_and_kill)
     files, start = sorted(ROOT.iterdir()), time.perf_counter()
     outcome = run_tests(program, TESTS, LIMIT, 256)
-    assert time.perf_counter() - start < LIMIT + 1
+    assert time.perf_counter() - start < 2 * LIMIT
     assert outcome.status != "correct" and outcome.passed <= 1
     assert [p.name for p in tmp_path.iterdir()] == ["kept"] and sorted(ROOT.iterdir()) == files
     assert sentinel.poll() is None
