@@ -61,7 +61,7 @@ def test_names_and_links(page):
     source = "".join(path.read_text() for path in ROOT.rglob("*.py") if ".venv" not in str(path))
     for word in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):
         for name in re.findall(r"\b([A-Z][A-Z_]{2,})(?==|$)", word):
-            is_defined = re.search(rf"^ *{name}: ", source, re.M)
+            is_defined = re.search(rf'^ *{name}: |"{name}"', source, re.M)
             assert is_defined or name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), f"no constant {name}"
         if re.fullmatch(r"[\w/.]+\.(?:py|md|jsonl?)", word) and "/" in word and not word.startswith(("runs", "data/")):
             assert (ROOT / word).exists(), word
