@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plumbing import checkpoints
 from plumbing.files import read_jsonl
-from tests.conftest import ROOT, alone, list_arguments
+from tests.conftest import ROOT, alone, list_arguments, run_python
 from tests.test_runs import assert_same_up_to_rounding
 
 import psutil
@@ -64,9 +64,9 @@ def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[Nodes]:
 
 
 def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_process(toy, straight, tmp_path):
-    """The torchrun of the second node dies: both nodes save and end well. Then all processes of that node die: the rank
-    of the other one fails and says why. What is resumed, by a replica on each node, has the numbers of an undisturbed
-    run of one process."""
+    """A replica on each node. The torchrun of the second node dies: both nodes save and end well. Resumed, all processes
+    of that node die: the rank of the other one fails and says why. One process that resumes what they have left comes
+    to the numbers of an undisturbed run of its own."""
     run, arguments = tmp_path / "runs/nodes", list_arguments(toy, "nodes")
 
     def steps() -> int:
@@ -85,8 +85,7 @@ def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_proce
             process.kill()
         assert not psutil.wait_procs(nodes.known, timeout=BOUND)[1]
         assert "losed by peer" in nodes.said(0) or "reset by peer" in nodes.said(0)
-    assert not (run / "policy").exists()
-    with start_nodes(tmp_path, "ppo.py", *arguments) as nodes:
-        nodes.wait()
         assert "resumes after step" in nodes.said(0) and "resumes after step" not in nodes.said(1)
+    assert not (run / "policy").exists()
+    run_python(ROOT / "ppo.py", *arguments, cwd=tmp_path)
     assert_same_up_to_rounding(straight, run)
