@@ -11,6 +11,7 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM compiles a count of ranks, for seconds, in each process
 
 
 def alone() -> dict[str, str]:

@@ -64,7 +64,7 @@ def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[Nodes]:
 
 
 def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_process(toy, straight, tmp_path):
-    """A replica on each node. The torchrun of the second node dies: both nodes save and end well. Resumed, all processes
+    """A replica on each node. The torchrun of the second one dies: both nodes save and end well. Resumed, all processes
     of that node die: the rank of the other one fails and says why. One process that resumes what they have left comes
     to the numbers of an undisturbed run of its own."""
     run, arguments = tmp_path / "runs/nodes", list_arguments(toy, "nodes")
