@@ -1,17 +1,13 @@
-"""How much time one queue for all K saves, how large the report is, and how fast its script builds and searches it.
+"""How much time one queue for all K saves.
 
     python tests/bench_evaluate.py                      # a random model of 1 M parameters; minutes on two cores
     python tests/bench_evaluate.py PROBLEMS=30,40,500,272,675 MAX_SEQUENCES=256 MODEL=folder DTYPE=bfloat16
-    python tests/bench_evaluate.py PROBLEMS= TEXTS=file.jsonl    # the report alone, with texts from a file's questions
 
 Attempts have 16 to LONGEST tokens (log-uniform: a long tail), and a quarter of them are right. Lengths and verdicts
 depend on what the model was shown, so that every scheme plays the same dialogues, greedily. On a machine that others
 use at the same time, the CPU seconds of this process are the steadier measure (of an engine on the CPU).
 """
 
-import json
-import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -23,13 +19,10 @@ import evaluate
 import grader
 import plumbing.engine
 import rollout
-from data.problems import load_problems
 from evaluate import Item, Problems
 from experiments import median
-from plumbing import report
 from plumbing.constants import set_constants
 from rollout import random_number
-from tests.browser import Page
 from tests.workload import DrawnLengths, draw_length, finish, save_random_model, seconds_of
 
 PROBLEMS: str = "3,4,50,27,68"  # sizes of the benchmarks: the paper's five by ten; so are the engine's 256 sequences
@@ -40,9 +33,6 @@ LAYERS: int = 4  # its depth
 SHORTEST: int = 16  # tokens of an attempt
 LONGEST: int = 128
 RIGHT: float = 0.25  # share of right attempts
-REPORT_PROBLEMS: int = 1517  # of the report; the paper's five benchmarks have as many
-REPORT_ATTEMPTS: int = 2500  # characters of an attempt in the report
-TEXTS: str = ""  # problem files whose questions make the report's texts; "" = made-up words
 
 Play = tuple[float, float, int]  # seconds, CPU seconds of this process, generated tokens
 
@@ -91,67 +81,13 @@ def bench_queue(folder: Path) -> None:
     engine.shutdown()
 
 
-def draw_texts(rng: random.Random) -> list[str]:
-    """The questions of TEXTS, or made-up words, a few of which are frequent (Zipf's law)."""
-    if TEXTS:
-        return [p["question"] for path in TEXTS.split(",") for p in load_problems(path)]
-    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(3000)]
-    words += [f"${rng.choice('xyzabn')}^{rng.randint(2, 9)} + {rng.randint(1, 99)}$" for _ in range(1000)]
-    shares = [1 / rank for rank in range(1, len(words) + 1)]
-    rng.shuffle(words)
-    return [" ".join(rng.choices(words, shares, k=40)) for _ in range(9000)]
-
-
-def bench_report(folder: Path) -> None:
-    rng = random.Random(0)
-    texts = draw_texts(rng)
-
-    def attempt(gold: str) -> dict[str, Any]:
-        text = ""
-        while len(text) < REPORT_ATTEMPTS - 40:
-            text += rng.choice(texts)[: REPORT_ATTEMPTS - 40 - len(text)] + "\n"
-        answer = gold if rng.random() < RIGHT else str(rng.randint(100, 140))
-        status = "correct" if answer == gold else "wrong"
-        text += f"The answer is \\boxed{{{answer}}}."
-        return {"text": text, "answer": answer, "status": status, "ending": "stop", "tokens": len(text) // 3}
-
-    names = [("five", f"five/{i}") for i in range(REPORT_PROBLEMS)]
-    problems = {name: {"question": rng.choice(texts), "answer": str(i % 50)} for i, name in enumerate(names)}
-    records = []
-    for key, problem in problems.items():
-        for k in range(1, rollout.MAX_ATTEMPTS + 1):
-            attempts = [attempt(problem["answer"])]
-            while len(attempts) < k and attempts[-1]["status"] != "correct":
-                attempts.append(attempt(problem["answer"]))
-            records.append(Item(*key, k, False, 0)._asdict() | {"attempts": attempts})
-    results = {"settings": evaluate.list_settings({}), "versions": report.list_versions()}
-    files = folder, results, problems, {"m": records}, {}, evaluate.find_repeats
-    pages: list[Page] = []
-    measured, _ = seconds_of(lambda: results.update(evaluate.summarise({"m": records})))
-    written, _ = seconds_of(lambda: report.write_files(*files))
-    built, _ = seconds_of(lambda: pages.append(Page(folder / "report.html")))
-    lengths = pages[0].run("DATA.problems.flatMap(p => p[4]).flatMap(d => d[1]).map(a => a[0].length)")
-    print(
-        f"\n{REPORT_PROBLEMS} problems at K = {rollout.MAX_ATTEMPTS}: {len(lengths)} attempts of "
-        f"{statistics.fmean(lengths):.0f} characters\nsize {(folder / 'report.html').stat().st_size / 1e6:.1f} MB; "
-        f"metrics of all K {measured:.1f} s, files {written:.1f} s; in V8, without layout: built in {built:.1f} s"
-    )
-    searches = []
-    for words in ("five/77", "boxed{7}", "e", "no such words", texts[5][5:25].lower(), "x^2"):
-        script = f"($('search').value = {json.dumps(words)}, $('search').oninput())"
-        searches.append(seconds_of(lambda script=script: pages[0].run(script))[0])
-    print("a search takes " + ", ".join(f"{1e3 * seconds:.0f}" for seconds in searches) + " ms (six words)")
-
-
 def main() -> None:
     rollout.MAX_ATTEMPTS, plumbing.engine.MAX_SEQUENCES, evaluate.RESAMPLES = 7, 26, 0
     modules = {"bench": sys.modules[__name__], "rollout": rollout, "engine": plumbing.engine}
     print(set_constants(sys.argv[1:], modules))
     grader.submit = lambda said, gold, *_: finish(random_number("right", said, gold) / 2**31 < RIGHT)
     with tempfile.TemporaryDirectory() as folder:
-        if PROBLEMS:
-            bench_queue(Path(folder))
-        bench_report(Path(folder))
+        bench_queue(Path(folder))
 
 
 if __name__ == "__main__":

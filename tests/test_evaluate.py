@@ -20,7 +20,7 @@ from data.problems import load_problems
 from experiments import median
 from plumbing import report
 from plumbing.constants import list_constants
-from plumbing.files import fingerprint, name_paths, read_jsonl, to_json, to_line
+from plumbing.files import name_paths, read_jsonl, to_json, to_line
 from tests.conftest import ROOT, alone, run_python
 from tests.test_nodes import start_nodes
 
@@ -281,15 +281,6 @@ def test_results_of_other_settings_or_weights_are_refused(tmp_path):
     assert evaluate.load_results(path, {"K": 5}, {"b": "2"})["weights"] == {"a": "1"}  # a is not asked for: none either
     with pytest.raises(SystemExit, match="K: 5 there, 6 now\n  a: 1 there, 3 now"):
         evaluate.load_results(path, {"K": 6}, {"a": "3"})
-
-
-def test_fingerprint_sees_every_file(tmp_path):
-    weights, tokenizer, prints = tmp_path / "weights", tmp_path / "tokenizer", []
-    for contents in ("1", "2"), ("1", "3"), ("3", "3"), ("3", "3"):
-        weights.write_text(contents[0])
-        tokenizer.write_text(contents[1])
-        prints.append(fingerprint(weights, tokenizer))
-    assert len(set(prints)) == len(set(prints[:3])) == 3
 
 
 def test_the_fingerprint_covers_every_file_that_grades():

@@ -360,32 +360,6 @@ def test_attempts_of_another_policy_are_no_baseline(change, estimator, samples):
     assert [d.attempts[0].advantage for d in dialogues] == [(10 - 1.5) / 2, 0.0, -(10 - 1.5) / 2]
 
 
-def test_in_stage_one_first_attempts_feel_the_kl_alone(toy, ranks, change):
-    """The gradient of the first attempts' actions is that of their KL, whatever the second ones earned."""
-    change(rollout, REWARD="score_stage1", SAMPLES_PER_PROMPT=2)
-    options = {"ESTIMATOR": "rloo", "KL_COEF": (0.1, 0.0), "ENTROPY_COEF": 0.0, "WHITEN": False, "ATTEMPT_GAMMA": 0.0}
-
-    def gradient(second_statuses: tuple[str, str], counted: int) -> Tensor:
-        """Of the loss over the actions of the attempts numbered `counted`."""
-        learner = make_learner(toy, change, moved=0.05, **options)
-        dialogues = []
-        for ids, status in zip((11, 14), second_statuses, strict=True):
-            parts = [([5, 9, 7], False), ([ids, ids + 1], True), ([3, 4], False), ([ids + 2, 6], True)]
-            dialogues.append(dialogue(parts, ["correct" if status == "wrong" else "wrong", status]))
-            rollout.assign_rewards(dialogues[-1])
-        batch = ppo.make_batch(dialogues)
-        ppo.prepare(batch, dialogues, learner)
-        batch.mask *= packing.pad([ppo.spread(d, [counted == 0, counted == 1]) for d in batch.dialogues])
-        (micro,) = batch.micro_batches(range(2))
-        ppo.accumulate_actor_gradient(batch, micro, learner.actor)
-        return torch.cat([p.grad.full_tensor().flatten() for p in learner.actor.parameters()])
-
-    mixed, equal = ("correct", "wrong"), ("wrong", "wrong")
-    assert torch.allclose(gradient(mixed, 0), gradient(equal, 0), atol=1e-7)  # no reward reaches a first attempt
-    assert gradient(equal, 0).abs().max() > 1e-3  # its KL does
-    assert not gradient(equal, 1).any() and gradient(mixed, 1).abs().max() > 1e-3  # second attempts: only their reward
-
-
 # Learning -------------------------------------------------------------------------------------------------------------
 def test_ppo_solves_a_bandit(toy, ranks, change):
     """Five answers of one token, one of which pays: the policy, asked for nothing else, comes to give it."""

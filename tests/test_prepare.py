@@ -16,7 +16,6 @@ from plumbing.files import append_jsonl, to_line
 import pyarrow
 import pyarrow.parquet
 import pytest
-from huggingface_hub.utils import httpx
 
 
 # A hub in a folder ----------------------------------------------------------------------------------------------------
@@ -252,20 +251,6 @@ def test_rows_that_are_not_as_expected(hub, change, rows, reason):
         prepare.load_set("amc23")
 
 
-@pytest.mark.parametrize("error", [ConnectionError, httpx.ProxyError])
-def test_without_network_the_first_set_says_what_to_do(hub, run, change, error):
-    """`datasets` lets the HTTP client's own errors through, such as that of a proxy that refuses."""
-
-    def refuse(source):
-        raise error("403 Forbidden")
-
-    change(prepare, fetch=refuse)
-    with pytest.raises(SystemExit, match=r"aime24: the hub cannot be reached \((.*: )?403 Forbidden\)") as stop:
-        run()
-    assert "HUB_MIRROR=mirror" in str(stop.value) and "amc23: " not in str(stop.value)
-    assert list(Path(prepare.OUT).iterdir()) == []
-
-
 # Gold answers and the grader ------------------------------------------------------------------------------------------
 MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
 
@@ -274,14 +259,10 @@ MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
     ("source", "given", "right", "wrong"),
     [
         (MINERVA, {}, (r"4.5 \times 10^{33}", "4.5e33", r"4.5e33 \text{ erg/s}"), ("4.5e32", "4.6e33")),
-        (MINERVA, {"solution": boxed("-3./2")}, ("-1.5", r"-\frac{3}{2}"), ("1.5",)),
         (MINERVA, {"solution": boxed("np.arcsin(10/13)")}, (r"\arcsin\frac{10}{13}",), (r"\arcsin\frac{13}{10}",)),
         (OLYMPIAD, {"final_answer": ["$69$,$84$"]}, ("84, 69", r"69 \text{ and } 84"), ("69", "84", "69, 84, 1")),
         (OLYMPIAD, {"final_answer": ["$x=2$", "$x=-2$"]}, ("-2, 2", r"\pm 2"), ("2",)),
-        (OLYMPIAD, {"final_answer": ["(1,2), (3,4)"]}, ("(3, 4), (1, 2)",), ("(1,2)", "(2,1),(3,4)")),
         (OLYMPIAD, {"final_answer": ["45"], "unit": "minute"}, ("45", r"45 \text{ minutes}"), ("54", "45 hours")),
-        (OLYMPIAD, {"final_answer": ["$166$"], "unit": "$cm^2$"}, (r"166\mathrm{~cm}^{2}",), (r"166\text{ cm}^3",)),
-        (OLYMPIAD, {"final_answer": [r"$\frac67$"], "unit": "km/h"}, (r"\frac{6}{7}",), (r"\frac{6}{7}\text{ m/s}",)),
         (OLYMPIAD, {"final_answer": ["$a=9$,$b=8$"], "unit": r"^{\circ}"}, (r"9^\circ, 8^\circ", "a=9, b=8"), ("9",)),
         (OLYMPIAD, {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"}, ("4.27", r"4.15\%"), ("4.35", "0.042")),
         (OLYMPIAD, {"final_answer": ["4.2"]}, ("4.2",), ("4.27",)),
@@ -297,18 +278,11 @@ def test_oddities_from_the_source_to_the_verdict(source, given, right, wrong):
 
 
 # Duplicates -----------------------------------------------------------------------------------------------------------
-DRESSES = (
-    (" ", "  "), (" ", "\n"), ("+", " + "), ("(", r"\left("), (")", r"\right)"), (r"\frac", r"\dfrac"), ("$", r"\("),
-    ("x^2", "x^{2}"), (r"\ldots", r"\cdots"), ("Find", "find"), (",", r",\,"), ("odd", r"\text{odd}"),
-)  # fmt: skip
-
-
 def test_question_key_sees_no_dress():
-    """Each way in which another author would type it, alone and after those before it; but every other meaning."""
-    text = dressed = r"Find all odd $x$, $y$ with $\frac{1}{23}(x^2+y) = 1, 2, \ldots, 10.5$, in that order."
-    for plain, dress in DRESSES:
-        dressed = dressed.replace(plain, dress)
-        assert question_key(text.replace(plain, dress)) == question_key(dressed) == question_key(text)
+    text = r"Find all odd $x$, $y$ with $\frac{1}{23}(x^2+y) = 1, 2, \ldots, 10.5$, in that order."
+    typed = r"""find all \text{odd} \(x\),\, \(y\) with
+        \[\dfrac 1{23}\left(x^{2} + y\right) = 1,2, \cdots, 10.5\] in that  order"""
+    assert question_key(typed) == question_key(text)
     others = [("+", "-"), ("23", "32"), ("{1}{23}", "{12}{3}"), ("10.5", "105"), ("(x^2+y)", "x^2+y"), ("odd", "even")]
     assert len({question_key(text.replace(a, b)) for a, b in others} - {question_key(text)}) == len(others)
 
@@ -386,17 +360,12 @@ def test_numbers_and_tolerances(tmp_path):
     [
         ("p.jsonl", '{"question": "q", "answer": "1"}\n{"question', "p.jsonl, line 2: not JSONL"),
         ("p.jsonl", '{"id": "a", "question": "", "answer": 1}', 'id a: "question" must be a non-empty string, not'),
-        ("p.jsonl", '{"id": "a", "question": "q", "answer": [1]}', '"answer" must be a non-empty string or a number'),
-        ("p.jsonl", '{"question": "q", "answer": true}', 'line 1, id p/1: "answer" must be'),
         ("p.jsonl", '{"question": "q", "answer": NaN}', 'id p/1: "answer" must be .*mend or drop it'),
         ("p.jsonl", '{"question": "q", "solution": "1"}', 'id p/1: "answer" .* there are solution'),
         ("p.jsonl", '{"question": "q", "answer": "1", "tolerance": "x"}', '"tolerance" must be a number'),
         ("p.jsonl", '{"id": "a", "question": "q", "answer": 1}\n' * 2, "line 2: id 'a' is there already"),
-        ("p.jsonl", '"question"', "line 1: must be an object"),
         ("p.csv", "question,answer\nq,1\nq,1,2\n", "p.csv, line 3: must be .* a row as long as the header"),
-        ("p.csv", "question,answer\nq,1\nq\n", 'p.csv, line 3, id p/3: "answer" must be'),
         ("p.csv", 'question,answer\nq,1\n"q,1\n', "p.csv, line 3: not CSV"),
-        ("p.csv", "question,answer\n", "p.csv: no problem in it"),
         ("p.parquet", "not Parquet", "p.parquet: not PARQUET"),
         ("p.txt", "q", "p.txt: a problem file ends in .jsonl"),
     ],
