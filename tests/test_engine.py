@@ -2,7 +2,6 @@
 and nothing but the program decides how. plumbing/chat.py with the chat templates of other models."""
 
 import contextlib
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import ANY, Mock, call
@@ -217,18 +216,14 @@ def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(("template", "system_turns"), [(LLAMA, True), (LLAMA, False), (GEMMA, False)])
 def test_turns_read_as_the_template_renders_the_whole(template, system_turns):
-    """And sampled ids are kept, although the tokenizer would make others of the text: here the policy has spelt out
-    what is a token."""
     tokenizer = make_tokenizer(template)
     chat = Chat(tokenizer, system_turns)
     assert chat.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
-    sampled = [*itertools.chain(*map(chat.encode, "It is \\boxed{3}")), chat.end_of_turn]
-    ids = [*chat.prompt("Do it.", "1 + 1?"), *sampled, *chat.reply("system", "Wrong.")]
-    assert len(chat.encode(chat.decode(sampled))) < len(sampled)
-    roles, ask = ["system", "user", "assistant", "system"], ["Do it.", "1 + 1?"]
+    answer = [*chat.encode("It is \\boxed{3}"), chat.end_of_turn]
+    ids = [*chat.prompt("Do it.", "1 + 1?"), *answer, *chat.reply("system", "Wrong.")]
+    turns = [("system", "Do it."), ("user", "1 + 1?"), ("assistant", "It is \\boxed{3}"), ("system", "Wrong.")]
     if not system_turns:
-        roles, ask = ["user", "assistant", "user"], ["Do it.\n\n1 + 1?"]
-    turns = zip(roles, [*ask, "It is \\boxed{3}", "Wrong."], strict=True)
+        turns = [("user", "Do it.\n\n1 + 1?"), turns[2], ("user", "Wrong.")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert chat.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 

@@ -11,7 +11,7 @@ import grader
 from data import prepare
 from data.prepare import SOURCES, TRAINING, drop_duplicates, find_duplicates
 from data.problems import load_problems, question_key
-from plumbing.files import append_jsonl, to_line
+from plumbing.files import to_line
 
 import pyarrow
 import pyarrow.parquet
@@ -192,17 +192,6 @@ def test_files_that_are_there_are_checked(hub, run, change, capsys):
         run(f"SETS={TRAINING}", "FORCE=0")
     run(f"SETS={TRAINING}", "FORCE=1")
     assert "dropped 3, the same as in amc23" in capsys.readouterr().out
-
-
-def test_a_benchmark_written_by_hand_is_taken_if_it_is_whole(hub, run, change):
-    expect_rows(change, 3)
-    file = Path(prepare.OUT) / "aime24.jsonl"
-    file.parent.mkdir()
-    append_jsonl(file, [{"question": question(i), "answer": "25"} for i in range(3)])
-    run("SETS=aime24")
-    append_jsonl(file, [{"question": question(3), "answer": "25"}])
-    with pytest.raises(SystemExit, match=r"aime24.jsonl: 4 rows where \{3\} are expected; complete it, or say FORCE=1"):
-        run("SETS=aime24")
 
 
 def test_sources_are_tried_in_order_and_what_works_is_kept(hub, run, change, capsys):

@@ -1,6 +1,7 @@
 """rollout.py: a dialogue to the letter, the attempt loop on a scripted engine, rewards, metrics, offline attempts, and
 the command line on the real engine."""
 
+import itertools
 import math
 import runpy
 import sys
@@ -30,9 +31,9 @@ def chat() -> Chat:
 
 
 class Scripted:
-    """An engine that says given texts, for corners that no model can be steered into; last come, first served."""
+    """An engine that says given texts or ids, for corners to which no model can be steered; last come, first served."""
 
-    def __init__(self, chat: Chat, answers: list[list[str]]):
+    def __init__(self, chat: Chat, answers: list[list]):
         self.chat, self.answers, self.queue, self.asked = chat, answers, [], []
 
     def submit(self, key, ids, max_tokens, temperature, seed, stop_id):
@@ -45,13 +46,14 @@ class Scripted:
 
     def step(self) -> list[Sample]:
         key, max_tokens, ends = self.queue.pop()
-        ids = self.chat.encode(self.answers[key].pop(0))
+        answer = self.answers[key].pop(0)
+        ids = self.chat.encode(answer) if isinstance(answer, str) else answer
         length = next((number for number, token in enumerate(ids, 1) if token in ends), math.inf)
         ids = ids[: min(length, max_tokens, len(ids))]
         return [Sample(key, ids, [-0.5] * len(ids), length <= max_tokens)]
 
 
-def play(chat: Chat, *answers: str, attempts: int, placed: str = "") -> Dialogue:
+def play(chat: Chat, *answers, attempts: int, placed: str = "") -> Dialogue:
     """A dialogue in which the policy says these answers, perhaps after one that is not its own."""
     dialogue = rollout.new_dialogue(chat, PROBLEM, attempts)
     if placed:
@@ -99,6 +101,14 @@ def test_a_dialogue_to_the_letter(chat, change, constants, answers, role, said):
     sampled = [any(a.start <= t < a.end for a in d.attempts) for t in range(len(d.ids))]
     assert d.mask == [int(s) for s in sampled] and d.logprobs == [-0.5 * s for s in sampled]
     assert [a.answer for a in d.attempts] == [{RIGHT: "2", WRONG: "3", SILENT: None}[answer] for answer in answers]
+
+
+def test_sampled_ids_stay_as_they_are(chat):
+    """Although the tokenizer makes others of their text: the policy has spelt out what is a token."""
+    spelt = [*itertools.chain(*map(chat.encode, "It is \\boxed{2}")), chat.end_of_turn]
+    assert len(chat.encode(chat.decode(spelt))) < len(spelt)
+    d = play(chat, spelt, attempts=2)
+    assert d.ids[d.attempts[0].start :] == spelt and d.attempts[0].answer == "2"
 
 
 # The attempt loop -----------------------------------------------------------------------------------------------------
