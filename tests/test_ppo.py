@@ -267,6 +267,14 @@ def test_the_gradients_of_a_step_by_hand(toy, ranks, change, estimator):
         assert metrics[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
+def test_each_attempt_has_its_own_weight_of_the_kl(ranks, change):
+    change(ppo, KL_COEF=(0.1, 0.2), MINI_BATCH=1)
+    d = dialogue([([1], False), *[([2, 3], True)] * 4], ["wrong"] * 4)
+    assert ppo.make_batch([d]).kl_coef[0].tolist() == pytest.approx(
+        [0, 0.1, 0.1, *[0.2] * 6]
+    )  # the last for all others
+
+
 WAYS = {  # to compute the same gradients
     "a dialogue a micro-batch": {"MAX_TOKENS_PER_MICRO_BATCH": 1},
     "logits of one action": {"LOGITS_CHUNK": 1},
