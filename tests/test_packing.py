@@ -75,4 +75,5 @@ def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, change, tmp_path, kv
     actor.lm.set_attn_implementation(packing.attention_name("bfloat16"))
     micro = packing.make_micro_batch(batch.ids, batch.mask, lengths, [0, 1], kernel=True)
     got, _ = actor(micro)
+    assert micro.positions[0].tolist() == [t for length in lengths for t in range(length)]  # from 0 in each
     assert micro.ids.shape == (1, sum(lengths)) and torch.allclose(got, expected, atol=1e-5)
