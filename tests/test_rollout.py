@@ -272,12 +272,6 @@ def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
 
 
-def test_questions_that_fill_the_context_are_left_out(chat, capsys):
-    long = [PROBLEM | {"id": f"long {i}", "question": "why? " * 1000} for i in range(6)]
-    assert rollout.drop_long_problems(chat, [PROBLEM, *long]) == [PROBLEM]
-    assert "of 4096 tokens: 6 questions (long 0, long 1, long 2, long 3, long 4, ...)" in capsys.readouterr().out
-
-
 def test_constants_that_do_not_fit_each_other(change):
     rollout.check_constants()
     for changes, message in (

@@ -153,7 +153,9 @@ def test_the_papers_preset_in_small(toy, tmp_path):
     problems.append({"id": "long", "question": "x" * 5000, "answer": "1"})
     append_jsonl(tmp_path / "p.jsonl", problems)
     changes = ["PRESET=paper", "STEPS=3", "MAX_ATTEMPT_TOKENS=12", "ACTOR_LR=1e-3", "WARMUP=0", "DEV_PROBLEMS=4"]
-    run_python(PPO, *list_arguments(toy, "paper"), *changes, f"TRAIN_DATA={tmp_path / 'p.jsonl'}", cwd=tmp_path)
+    changes += [f"TRAIN_DATA={tmp_path / 'p.jsonl'}"]
+    said = run_python(PPO, *list_arguments(toy, "paper"), *changes, cwd=tmp_path).stdout
+    assert "left out, because they fill the context of 4096 tokens: 1 questions (long)" in said
     steps = read_metrics(tmp_path / "runs/paper")
     assert len(steps) == 3 and all(math.isfinite(v) for s in steps for v in s.values())
     assert all(0 < step["sampler_mismatch"] < ppo.MAX_MISMATCH for step in steps)
