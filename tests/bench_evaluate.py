@@ -27,7 +27,7 @@ import plumbing.engine
 import rollout
 from data.problems import load_problems
 from evaluate import Item, Problems
-from experiments import median
+from experiments import median, warm
 from plumbing import report
 from plumbing.constants import set_constants
 from plumbing.engine import Engine
@@ -102,9 +102,9 @@ def bare_engine(engine: DrawnLengths, asked: list[tuple[list[int], int]]) -> Pla
 
 def bench_queue(folder: Path) -> None:
     tokenizer = median.make_tokenizer()
-    median.HIDDEN, median.LAYERS, median.HEADS, median.INTERMEDIATE = HIDDEN, LAYERS, 4, 4 * HIDDEN
+    warm.HIDDEN, warm.LAYERS, warm.HEADS, warm.INTERMEDIATE = HIDDEN, LAYERS, 4, 4 * HIDDEN
     if not MODEL:
-        median.make_model(tokenizer, 0).save_pretrained(folder)
+        warm.make_model(tokenizer, 0).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     engine = DrawnLengths(MODEL or str(folder), rollout.CONTEXT, DTYPE)
     sizes = [int(size) for size in PROBLEMS.split(",")]

@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from experiments import {module}, runs
 world = Path(sys.argv.pop())
-runs.make_world = lambda seed, folder: world
+runs.make_world = lambda module, out, *arguments: world
 {module}.main()
 """
 
 
-def call(module: str, toy: Path, *given: str) -> str:
-    """What it prints, in a process of its own, in the tests' toy world."""
-    arguments = [*given, f"TRAINING={TINY}", "EVALUATION_RANKS=1", str(toy)]
+def call(module: str, world: Path, *given: str) -> str:
+    """What it prints, in a process of its own, in this world."""
+    arguments = [*given, f"TRAINING={TINY}", "EVALUATION_RANKS=1", str(world)]
     command = [sys.executable, "-c", PROGRAM.format(module=module), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
