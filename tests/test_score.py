@@ -87,13 +87,17 @@ def test_score_trains_what_the_paper_says_on_one_budget(scored, world):
     assert all(1500 <= tokens < 2500 for tokens in spent.values())  # whole rollouts
 
 
-def test_score_says_what_was_played(scored):
+def test_score_says_what_was_played(scored, world):
     """Every number again, from the dialogues."""
+    lengths = {p["id"]: len(arrows.read_question(p["question"])) - 1 for p in read_jsonl(world / "test.jsonl")}
     results = json.loads((scored[0] / "results.json").read_text())
     shown = read_table(scored[1])
     assert shown == read_table((scored[0] / "table.md").read_text()) and results["meaning"] in scored[1]
     for name, label in score.MODELS.items():
-        played = [r["attempts"] for r in read_jsonl(scored[0] / f"seed-0/evaluation/dialogues-{name}.jsonl")]
+        records = read_jsonl(scored[0] / f"seed-0/evaluation/dialogues-{name}.jsonl")
+        played = [r["attempts"] for r in records]
+        two = [r["attempts"][1]["status"] == "correct" for r in records if lengths[r["id"]] == 2]
+        assert results["by_arrows"][name]["2"]["Acc@t2"]["value"] == pytest.approx(sum(two) / len(two))
         assert len(played) == results["n"] == 40 and all(len(attempts) == 2 for attempts in played)
         assert any(
             f"{label}: {a['text']} [{a['status']}] then{b['text']} [{b['status']}]" in scored[1] for a, b in played
@@ -121,18 +125,12 @@ def test_score_says_what_was_played(scored):
             assert x["low"] <= x["value"] <= x["high"]
 
 
-def test_score_splits_by_arrows_and_draws_what_was_trained(scored, world):
-    out, results = scored[0], json.loads((scored[0] / "results.json").read_text())
-    lengths = {p["id"]: len(arrows.read_question(p["question"])) - 1 for p in read_jsonl(world / "test.jsonl")}
-    for name, split in results["by_arrows"].items():
-        played = read_jsonl(out / f"seed-0/evaluation/dialogues-{name}.jsonl")
-        for length in (1, 2):
-            right = [r["attempts"][1]["status"] == "correct" for r in played if lengths[r["id"]] == length]
-            assert split[str(length)]["Acc@t2"]["value"] == pytest.approx(sum(right) / len(right))
+def test_curves_are_what_was_trained(scored):
+    out, curves = scored[0], json.loads((scored[0] / "results.json").read_text())["curves"]
     rows = [row for run in ("score_stage1", "score_stage2") for row in read_jsonl(out / f"seed-0/{run}/metrics.jsonl")]
-    seconds = results["curves"]["score_stage2"]["accuracy_at_2"]
+    seconds = curves["score_stage2"]["accuracy_at_2"]
     assert seconds[0] == rows[0]["accuracy_at_2"] and {*seconds} <= {row["accuracy_at_2"] for row in rows}
-    assert results["curves"]["single_turn"].keys() == {"accuracy_at_1"} and (out / "curves.svg").is_file()
+    assert curves["single_turn"].keys() == {"accuracy_at_1"} and (out / "curves.svg").is_file()
 
 
 def test_score_does_nothing_twice(scored, world):
