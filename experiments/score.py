@@ -29,7 +29,12 @@ from plumbing.report import Curve, color_models, draw
 SEEDS: tuple[int, ...] = (0,)  # each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/score"  # folder of the results
 TOKEN_BUDGET: int = 400_000  # generated tokens of each method, SCoRe's two stages together
-METHODS: tuple[str, ...] = ("score_stage1", "score_stage2", "multi_turn", "single_turn")  # what to train
+METHODS: tuple[str, ...] = (
+    "score_stage1",
+    "score_stage2",
+    "multi_turn",
+    "single_turn",
+)  # to train; stage I never alone
 WORLD: str = ""  # arguments for arrows.py, spaces between, such as "EAGER=0.3 CHAINS=1,2,2,3"
 STAGE_1: float = 0.5  # share of the tokens in stage I (not in the paper); 0: stage II begins from the warm start
 BETA_1: float = 0.01  # weight of the KL to the warm start, everywhere (paper 0.01)
@@ -192,15 +197,15 @@ def make_tables(results: dict[str, Any]) -> str:
 
 
 def draw_curves(results: dict[str, Any], out: Path) -> None:
-    """Accuracy of first and of second answers by generated tokens, in out/curves.png and .svg."""
-    panels: dict[str, list[Curve]] = {"first answers": [], "second answers": []}
-    colors = color_models(CURVES)
+    """Accuracy of first (dotted) and of second answers by generated tokens, in out/curves.png and .svg."""
+    lines, colors = [], color_models(CURVES)
     places = [TOKEN_BUDGET * (number + 0.5) / PLACES / 1000 for number in range(PLACES)]
     for name, curves in results["curves"].items():
-        for panel, metric in zip(panels.values(), ("accuracy_at_1", "accuracy_at_2"), strict=True):
-            if metric in curves:
-                panel.append(Curve(MODELS[name], curves[metric], color=colors[name], steps=places))
-    draw({title: curves for title, curves in panels.items() if curves}, out, "curves", "thousand generated tokens")
+        for metric, values in reversed(curves.items()):  # a method is named at its second answers, if it has any
+            look = {"color": colors[name], "line": ":" if metric == "accuracy_at_1" else "-", "steps": places}
+            lines.append(Curve("" if metric == "accuracy_at_1" and len(curves) > 1 else MODELS[name], values, **look))
+    title = "Accuracy of second answers; dotted: of first ones"
+    draw({title: lines}, out, "curves", "thousand generated tokens")
 
 
 def compare_with_zero(x: dict[str, float], above: str, below: str, neither: str) -> str:
