@@ -235,9 +235,10 @@ def describe_results(results: dict[str, Any]) -> str:
         sentences.append(f"At the second attempt {a} is {words} {b} ({value} points, {low} to {high}).")
     first, second = results["ideal"]
     return (
-        f"{' '.join(sentences)} Answers that follow one arrow more than the last one did are right in at most "
-        f"{first:.0%} and {second:.0%} of the cases. Where checking is so much easier than finding, a gain says that a "
-        "method can teach to check, and how fast; it is no evidence about language models on mathematics."
+        f"{' '.join(sentences)} First answers that follow no more arrows than the authors of the warm start do, and "
+        f"second ones that follow one more, are right in at most {first:.0%} and {second:.0%} of the cases. Where "
+        "checking is so much easier than finding, a gain says that a method can teach to check, and how fast; it is no "
+        "evidence about language models on mathematics."
     )
 
 
