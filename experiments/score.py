@@ -7,8 +7,9 @@ For each seed, in a world where checking is easier than finding (arrows.py): SCo
 policy of stage I), plain multi-turn RL and single-turn RL, each with the same budget of generated tokens. Then two
 greedy attempts at each held-out problem; the second is asked for in SCoRe's words, whatever the first one was.
 
-What the paper takes out one by one is a constant here: SCORE_ALPHA by TRAINING="SCORE_ALPHA=0", stage I by STAGE_1=0,
-the stronger KL on first attempts by BETA_2=0.01; METHODS=score_stage1,score_stage2 leaves the baselines out.
+What the paper takes out one by one is a constant here: SCORE_ALPHA by TRAINING="SCORE_ALPHA=0", stage I by
+STAGE_1=0 METHODS=score_stage2, the stronger KL on first attempts by BETA_2=0.01; METHODS=score_stage1,score_stage2
+leaves the baselines out.
 """
 
 import json
@@ -82,11 +83,12 @@ def list_trainings(seed: int, world: Path, folder: Path) -> list[Training]:
         "multi_turn": ["PRESET=toy,multi_turn"],
         "score_stage2": ["PRESET=toy,score_stage2", f"TOKEN_BUDGET={TOKEN_BUDGET - stage_1}"],
     }
+    after: dict[str, Path] = {}
     if stage_1:
         arguments["score_stage2"] += [f"MODEL={folder}/score_stage1/policy", f"REFERENCE={warm_start}"]
+        after["score_stage2"] = folder / "score_stage1"
     shared = [f"SEED={seed}", f"MODEL={warm_start}", f"TRAIN_DATA={world}/train.jsonl", "DEV_PROBLEMS=0"]
     shared += [f"KL_COEF={BETA_1}", f"TOKEN_BUDGET={TOKEN_BUDGET}"]
-    after = {"score_stage2": folder / "score_stage1"}
     return [
         Training(f"seed {seed}, {MODELS[run]}", folder / run, [*shared, *own], after.get(run))
         for run, own in arguments.items()
