@@ -165,8 +165,9 @@ def accuracy_curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, l
     return panels
 
 
-def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> None:
-    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. A curve is named at its end."""
+def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy", step_label: str = "training step") -> None:
+    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. A curve is named at its end.
+    step_label: of the x axis where curves have steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,7 +191,7 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
             axes.plot(x, curve.accuracy, curve.line, **look, zorder=order, gid=name)
         last = max(x[-1] for x in places)
         if by_step:
-            axes.set(title=title, xlabel="training step", xmargin=0)
+            axes.set(title=title, xlabel=step_label, xmargin=0)
         else:
             top = min(1.0, max(max(curve.high or curve.accuracy) for curve in lines) * 1.08 + 0.01)
             axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, int(last) + 1))

@@ -17,7 +17,7 @@ from pathlib import Path
 import evaluate
 import rollout
 from data.problems import load_problems
-from experiments import median
+from experiments import median, warm
 from plumbing import report
 from plumbing.constants import list_constants
 from plumbing.files import name_paths, read_jsonl, to_json, to_line
@@ -315,7 +315,7 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = median.make_tokenizer()
     for seed, name in enumerate(("one", "two/policy")):
-        median.make_model(tokenizer, seed).save_pretrained(folder / name)
+        warm.make_model(tokenizer, seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     problems = median.make_problems(5, 0, held_out=True)
     texts = r"Compute $\sqrt{49}\,$ – “exactly”.", r"Let $f(x)=x^2-\frac{1}{2}$. Find $f(3)$.\n", "9" * 600

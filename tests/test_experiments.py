@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import rollout
-from experiments import demo, median, runs
+from experiments import demo, median, runs, warm
 
 import pytest
 
@@ -69,8 +69,8 @@ def test_a_forced_answer_reads_like_one_that_was_sampled():
     chat = rollout.make_chat(median.make_tokenizer())
     problem = median.make_problems(1, 0, held_out=True)[0]
     dialogue = demo.force_first_answer(chat, problem, "13")
-    prompt, answer = median.prompt_text(problem["question"], 2), median.response_text(13)
-    assert chat.decode(dialogue.ids) == prompt + answer + median.feedback_text(1)
+    prompt, answer = warm.prompt_text(problem["question"], 2), median.response_text(13)
+    assert chat.decode(dialogue.ids) == prompt + answer + warm.feedback_text(1)
     assert dialogue.mask == [0] * len(dialogue.ids)
     first = dialogue.attempts[0]
     assert chat.decode(dialogue.ids[first.start : first.end]) == answer
