@@ -1,7 +1,7 @@
 # make demo        the paper's figure in small, on any machine: toy world, two trainings, evaluation (runs/demo)
 # make test        ruff and the tests
 # make reproduce   the demo over three seeds; renews the table and the figure in docs
-# make score       SCoRe's two stages against plain multi-turn and single-turn RL in the toy world (runs/score)
+# make score       SCoRe's two stages against plain multi-turn and single-turn RL, where checking is easier than finding (runs/score)
 # make ablations   change one constant, see what it does: a table over three seeds (runs/ablations; hours)
 # make data        the toy world alone (data/toy)
 # make benchmarks  AIME 2024, AMC 2023, MATH-500, Minerva, OlympiadBench and MATH level 3-5 into data/*.jsonl (needs network)
@@ -66,4 +66,4 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) runs data/toy
+	rm -rf $(VENV) $(CUDA_VENV) runs data/toy data/arrows

@@ -63,7 +63,7 @@ def run_seed(seed: int) -> dict[str, Any]:
     """World, trainings and evaluation of one seed: the value of each row and column, and its difference from the base,
     whose interval is known only when there are several seeds."""
     rows, folder = choose_rows(), Path(OUT) / f"seed-{seed}"
-    world = runs.make_world(seed, folder)
+    world = runs.make_toy(seed, folder)
     shared = ["PRESET=toy", f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
     shared += [f"TOKEN_BUDGET={TOKEN_BUDGET}", "DEV_PROBLEMS=0"]
     folders = {row: folder / row.replace(" ", "_") for row in rows}

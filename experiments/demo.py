@@ -18,6 +18,7 @@ from data.problems import load_problems
 from evaluate import wilson
 from experiments import median, runs
 from experiments.runs import Training, format_share
+from experiments.warm import LAYERS
 from plumbing.chat import Chat
 from plumbing.engine import Engine
 from plumbing.files import read_jsonl, to_json, write_atomically
@@ -92,7 +93,7 @@ def probe_model(name: str, model: Path, problems: list[dict], records: list[dict
 def run_seed(seed: int) -> dict[str, Any]:
     """World, trainings, evaluation and probe of one seed."""
     folder = Path(OUT) / f"seed-{seed}"
-    world = runs.make_world(seed, folder)
+    world = runs.make_toy(seed, folder)
     source = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
     runs.run_trainings(
         [Training(f"seed {seed}, {MODELS[arm]}", folder / arm, [*own, *source]) for arm, own in ARMS.items()]
@@ -186,7 +187,7 @@ def describe_results(results: dict[str, Any]) -> str:
         f"multi-attempt RL is {points(multi[0] - single[0])} from single-turn RL and {points(multi[0] - warm[0])} "
         f"from the warm start. {len(multi)} independent samples of the warm start, without any feedback, reach "
         f"{resampled:.2f}; multi-attempt RL is {points(multi[-1] - resampled)} from there. All this is one kind of "
-        f"question and a model of {median.LAYERS} layers, with settings chosen on such questions: a demonstration of "
+        f"question and a model of {LAYERS} layers, with settings chosen on such questions: a demonstration of "
         "the mechanism, no evidence about language models on mathematics."
     )
 

@@ -1,4 +1,4 @@
-"""A toy world: questions that no reader can answer for certain, a tokenizer, and a tiny model to start from.
+"""A toy world: questions that no reader can answer for certain.
 
     python -m experiments.median SEED=0 OUT=data/toy      # a second call finds it there and returns at once
 
@@ -8,36 +8,23 @@ A question asks for the median of nine numbers, two of which cannot be read:
 
 The nine are distinct and come from 18 consecutive numbers somewhere in 1..24. Even the best reader can only say how
 likely each answer is, so a second attempt is worth something. Those probabilities can be computed, and with them the
-best possible accuracy at every number of attempts (`ideal_accuracy`). The folder OUT receives:
-
-    train.jsonl  test.jsonl     {"id", "question", "answer", "source"}; no training ever sees a test question
-    warm_start/                 a Hugging Face folder that transformers and vLLM open like any other model
-    made.json                   the constants that made it, the accuracy of the warm start and of the ideal reader
+best possible accuracy at every number of attempts (`ideal_accuracy`). The folder OUT, the tokenizer and the model, as
+far as they do not depend on the questions, are warm.py's; made.json says how good the ideal reader is.
 """
 
-import hashlib
-import json
 import math
-import os
 import random
-import shutil
 import sys
 from collections.abc import Iterable
+from functools import partial
 from itertools import combinations
-from pathlib import Path
+from typing import Any
 
-from plumbing.constants import set_constants
-from plumbing.files import to_line
-from rollout import SAY_CHECK, SAY_MULTI, SAY_SINGLE, SAY_WRONG
+from experiments import warm
+from experiments.warm import Row, feedback_text, is_held_out, prompt_text
 
-import torch
-import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-SEED: int = 0  # decides the questions, which of them are held out, and the initial weights
 OUT: str = "data/toy"  # the folder to make
 
 # The problems
@@ -46,41 +33,12 @@ WINDOW: int = 18  # a list comes from this many consecutive numbers: the readabl
 LIST_LENGTH: int = 9  # numbers in a list, the unreadable ones among them; odd, so the median is one of them
 UNREADABLE: int = 2  # numbers shown as BLANK
 BLANK: str = "_"  # how an unreadable number looks
-TRAIN_PROBLEMS: int = 20_000
-TEST_PROBLEMS: int = 1_000  # standard error of an accuracy: about 1.5 points
-HELD_OUT_ONE_IN: int = 5  # one question in so many (by hash) is for testing only
-
-# The tokenizer
-CHAT_TEMPLATE: str = (  # ChatML as in Qwen2.5, with system messages in any place
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-PHRASES: tuple[str, ...] = (  # single tokens; any other text becomes a token a byte
-    *(role + "\n" for role in ("system", "user", "assistant")),
-    SAY_SINGLE,
-    *SAY_MULTI.removeprefix(SAY_SINGLE).split(" {attempts}"),
-    *SAY_WRONG.split(" {attempts}"),
-    SAY_CHECK,
-    "What is the median of",
-    "It is \\boxed{",
-    f" {BLANK}",
-)
-
-# The model
-HIDDEN: int = 64  # width
-LAYERS: int = 2
-HEADS: int = 2  # heads of 32: the smallest size that vLLM's CPU attention takes
-INTERMEDIATE: int = 192  # width of the MLP
-CONTEXT: int = 4096  # tokens; enough for questions from any file
 
 # The warm start
 WARM_STEPS: int = 1000  # about a minute on two cores
 MUON_UNTIL: float = 0.25  # share of the steps in which Muon, not AdamW, updates the layers' matrices
 MATRIX_LR: float = 2e-2  # peak, of Muon; with AdamW from the start one seed in three stays on a plateau
 WARM_LR: float = 4e-3  # peak, of AdamW, which updates everything else and, later, the matrices as well
-WARM_UP: int = 40  # steps of rising learning rates; then a cosine falls to 5 % of the peak
 SINGLE_ROWS: int = 128  # dialogues in a batch of single attempts
 DIALOGUE_ROWS: int = 64  # dialogues in a batch of several attempts
 DIALOGUE_SHARE: float = 0.6  # share of batches with several attempts
@@ -113,23 +71,12 @@ def read_question(question: str) -> tuple[list[int], int]:
     return [int(word) for word in words if word != BLANK], words.count(BLANK)
 
 
-def is_held_out(question: str, seed: int) -> bool:
-    digest = hashlib.sha256(f"{seed} {question}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+def draw_problem(rng: random.Random) -> tuple[str, int]:
+    shown, answer = draw_list(rng, LIST_LENGTH, UNREADABLE)
+    return write_question(shown), answer
 
 
-def make_problems(count: int, seed: int, held_out: bool) -> list[dict]:
-    """`count` different problems, all of them held out from training or none."""
-    part = "test" if held_out else "train"
-    rng = random.Random(f"{seed} {part}")
-    problems: dict[str, dict] = {}
-    while len(problems) < count:
-        shown, answer = draw_list(rng, LIST_LENGTH, UNREADABLE)
-        question = write_question(shown)
-        if is_held_out(question, seed) == held_out and question not in problems:
-            name = f"toy-{seed}-{part}-{len(problems)}"
-            problems[question] = {"id": name, "question": question, "answer": str(answer), "source": "toy"}
-    return list(problems.values())
+make_problems = partial(warm.draw_problems, "toy", draw_problem)
 
 
 def median_probabilities(readable: list[int], unreadable: int) -> dict[int, float]:
@@ -158,52 +105,15 @@ def ideal_accuracy(questions: Iterable[str], k_max: int) -> list[float]:
     return [sum(sum(probabilities[:k]) for probabilities in sets) / len(sets) for k in range(1, k_max + 1)]
 
 
-# Tokenizer ------------------------------------------------------------------------------------------------------------
-
-
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes (a BPE without merges), so that any text survives a round trip; Qwen's three special tokens; the numbers
-    and the phrases of the prompts, so that a dialogue has few tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256 printable stand-ins for the bytes
-    backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    # A number and the space before it are one token, the same in a question and in a box. The longest match wins, so
-    # that " 12" is one token.
-    words = [f" {number}" for number in range(1, LARGEST + 1)] + list(PHRASES)
-    backend.add_tokens([AddedToken(word, normalized=False) for word in words])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        clean_up_tokenization_spaces=False,  # it would change the text
-        model_max_length=CONTEXT,
-        chat_template=CHAT_TEMPLATE,
-    )
+    """A number and the space before it are one token, the same in a question and in a box."""
+    numbers = [f" {number}" for number in range(1, LARGEST + 1)]
+    return warm.build_tokenizer([*numbers, *warm.PHRASES, "What is the median of", "It is \\boxed{", f" {BLANK}"])
 
 
 # Warm start -----------------------------------------------------------------------------------------------------------
-Row = list[tuple[str, bool]]  # a dialogue of the warm start: its texts, and whether each is trained on
-
-
-def prompt_text(question: str, attempts: int | None) -> str:
-    """The start of a dialogue; attempts None: the single-turn prompt, which does not mention attempts."""
-    system = SAY_SINGLE if attempts is None else SAY_MULTI.replace("{attempts}", str(attempts))
-    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-
-
 def response_text(answer: int | str) -> str:
     return f"It is \\boxed{{ {answer}}}<|im_end|>"
-
-
-def feedback_text(attempts_left: int | None) -> str:
-    """What the environment says between two attempts; None: it asks to check the answer, without a verdict."""
-    role, words = "system", SAY_WRONG.replace("{attempts}", str(attempts_left))
-    if attempts_left is None:
-        role, words = "user", SAY_CHECK
-    return f"\n<|im_start|>{role}\n{words}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def draw_answers(
@@ -229,7 +139,7 @@ def draw_answers(
     return answers
 
 
-def draw_batch(rng: random.Random, seed: int, sharpness: float) -> list[Row]:
+def draw_dialogues(rng: random.Random, seed: int, sharpness: float) -> list[Row]:
     """Dialogues of one length."""
     length, unreadable = rng.choice(CURRICULUM)
     failures = rng.randint(1, MOST_FAILURES) if rng.random() < DIALOGUE_SHARE else 0
@@ -249,117 +159,27 @@ def draw_batch(rng: random.Random, seed: int, sharpness: float) -> list[Row]:
     return rows
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (B, T), positions of the responses (A,), their labels (B, A) with -100 where nothing is trained.
-
-    The texts of all rows have the same lengths, one by one, so nothing is padded.
-    """
-    texts = ["".join(text for text, _ in row) for row in rows]
-    ids = torch.tensor(tokenizer(texts, add_special_tokens=False).input_ids)
-    lengths = [len(part) for part in tokenizer([text for text, _ in rows[0]], add_special_tokens=False).input_ids]
-    part = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # (T,) the text that a position is in
-    actions = (part % 2 == 1).nonzero().squeeze(1)  # texts alternate: environment, response, environment, ...
-    trained = torch.tensor([[trained for _, trained in row] for row in rows])[:, part[actions]]  # (B, A)
-    return ids, actions, ids[:, actions].where(trained, torch.tensor(-100))
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        intermediate_size=INTERMEDIATE,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=torch.float32,
-    )
-    return Qwen2ForCausalLM(config)
-
-
-def learning_rate(step: int) -> float:
-    """As a share of the peak."""
-    return min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / WARM_STEPS)))
+def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
+    return draw_dialogues(rng, seed, SHARPNESS[step >= SHARP_UNTIL * WARM_STEPS])
 
 
 def train_warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Supervised training on responses: the format, the skill as far as it can be had, and what dialogues look like."""
-    model = make_model(tokenizer, seed)
-    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    # Muon gets every seed off the plateau. But PPO often turned a model that Muon had trained to the end into a fixed
-    # order of answers, which ignores what has failed; it never did so after AdamW had trained the model further.
-    muon = torch.optim.Muon(matrices, weight_decay=0.01)
-    adamw_matrices = torch.optim.AdamW(matrices, betas=(0.9, 0.98), weight_decay=0.01)
-    adamw_others = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
-    rng = random.Random(f"{seed} warm")
-    for step in tqdm(range(WARM_STEPS), desc="warm start", unit="step"):
-        sharpness = SHARPNESS[0] if step < SHARP_UNTIL * WARM_STEPS else SHARPNESS[1]
-        ids, actions, labels = encode_batch(tokenizer, draw_batch(rng, seed, sharpness))  # (B, T), (A,), (B, A)
-        logits = model(ids, logits_to_keep=actions - 1).logits  # (B, A, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        of_matrices, peak = (muon, MATRIX_LR) if step < MUON_UNTIL * WARM_STEPS else (adamw_matrices, WARM_LR)
-        of_matrices.param_groups[0]["lr"] = peak * learning_rate(step)
-        adamw_others.param_groups[0]["lr"] = WARM_LR * learning_rate(step)
-        of_matrices.step()
-        adamw_others.step()
-        model.zero_grad()
-    return model.eval()
+    """Supervised training on responses: the format, the skill as far as it can be had, and what dialogues look like.
+
+    Muon gets every seed off the plateau. But PPO often turned a model that Muon had trained to the end into a fixed
+    order of answers, which ignores what has failed; it never did so after AdamW had trained the model further.
+    """
+    rates = {"muon_until": MUON_UNTIL, "matrix_lr": MATRIX_LR, "lr": WARM_LR, "other_lr": WARM_LR}
+    return warm.train(tokenizer, seed, WARM_STEPS, partial(draw_batch, seed), **rates)
 
 
-@torch.no_grad()
-def measure_first_answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> float:
-    """Share of problems whose greedy first response, with one attempt granted, is the right one, token by token."""
-    prompts = tokenizer([prompt_text(p["question"], 1) for p in problems], add_special_tokens=False)["input_ids"]
-    gold = tokenizer([response_text(p["answer"]) for p in problems], add_special_tokens=False)["input_ids"]
-    ids, responses = torch.tensor(prompts), torch.tensor(gold)  # (B, T), (B, R): all questions have the same length
-    # A greedy response is the gold one exactly if the model, given the gold tokens so far, prefers the next one.
-    logits = model(torch.cat([ids, responses], 1), logits_to_keep=responses.shape[1] + 1).logits[:, :-1]  # (B, R, V)
-    return (logits.argmax(-1) == responses).all(1).float().mean().item()
-
-
-# The folder -----------------------------------------------------------------------------------------------------------
-def make_world() -> None:
-    """Make the folder OUT, whole or not at all: it is made under another name, which is changed at the end."""
-    out = Path(OUT)
-    settings = {name: json.loads(json.dumps(globals()[name])) for name in __annotations__ if name != "OUT"}
-    if out.exists():
-        made = json.loads((out / "made.json").read_text(encoding="utf-8"))["settings"]
-        differ = [name for name, value in settings.items() if made.get(name) != value]
-        if differ:
-            raise SystemExit(f"{out} was made with other {', '.join(differ)}: delete it or choose another OUT")
-        print(f"{out} is there already")
-        return
-    beside = out.with_name(f"{out.name}.making-{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
-        train = make_problems(TRAIN_PROBLEMS, SEED, held_out=False)
-        test = make_problems(TEST_PROBLEMS, SEED, held_out=True)
-        for name, problems in ("train", train), ("test", test):
-            (beside / f"{name}.jsonl").write_text("".join(map(to_line, problems)), encoding="utf-8")
-        make_tokenizer().save_pretrained(beside / "warm_start")
-        tokenizer = AutoTokenizer.from_pretrained(beside / "warm_start")  # as the stages will open it
-        model = train_warm_start(tokenizer, SEED)
-        model.save_pretrained(beside / "warm_start")
-        accuracy = measure_first_answers(model, tokenizer, test)
-        ideal = ideal_accuracy([problem["question"] for problem in test], 5)
-        made = {"settings": settings, "warm_start_accuracy": accuracy, "ideal_accuracy": ideal}
-        (beside / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # what is left if something failed
-    print(f"warm start: {accuracy:.3f} of {len(test)} held-out problems right at the first attempt")
-    print("ideal reader with 1 to 5 attempts:", " ".join(f"{value:.3f}" for value in ideal))
+def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> dict[str, Any]:
+    """Accuracy of greedy first responses, with one attempt granted; that of the ideal reader with 1 to 5 attempts."""
+    prompts = [prompt_text(problem["question"], 1) for problem in problems]
+    responses = [response_text(problem["answer"]) for problem in problems]
+    accuracy = warm.share_said(model, tokenizer, prompts, responses)
+    return {"warm_start_accuracy": accuracy, "ideal_accuracy": ideal_accuracy((p["question"] for p in problems), 5)}
 
 
 if __name__ == "__main__":
-    if changed := set_constants(sys.argv[1:], {"median": sys.modules[__name__]}):
-        print(changed)
-    make_world()
+    warm.main(sys.modules[__name__])

@@ -32,12 +32,16 @@ T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 # Worlds, trainings, evaluations ---------------------------------------------------------------------------------------
-def make_world(seed: int, folder: Path) -> Path:
-    """The toy world of a seed: in data/toy, where the stages look for it, if the seed is 0; else in folder/toy."""
-    world = folder / "toy" if seed else Path("data/toy")
-    command = [sys.executable, "-m", "experiments.median", f"SEED={seed}", f"OUT={world}"]
+def make_world(module: str, out: Path, *arguments: str) -> Path:
+    """The folder of a world (median.py or arrows.py)."""
+    command = [sys.executable, "-m", f"experiments.{module}", f"OUT={out}", *arguments]
     run_command(command, OMP_NUM_THREADS=str(os.cpu_count()))
-    return world
+    return out
+
+
+def make_toy(seed: int, folder: Path) -> Path:
+    """The median world of a seed: in data/toy, where the stages look for it, if the seed is 0; else in folder/toy."""
+    return make_world("median", folder / "toy" if seed else Path("data/toy"), f"SEED={seed}")
 
 
 class Training:
@@ -179,7 +183,8 @@ def average_seeds(results: Sequence[Any], bound: int = 0) -> Any:
         return t_interval(results)[bound]
     if isinstance(first, list):
         return [average_seeds(column, bound) for column in zip(*results, strict=True)]
-    kept = [key for key in first if key not in ("low", "high", "metrics")]  # metrics: evaluate.py's others, for a seed
+    of_a_seed = ("metrics", "dialogues")  # evaluate.py's other metrics; text
+    kept = [key for key in first if key not in ("low", "high", *of_a_seed)]
     merged = {key: average_seeds([result[key] for result in results]) for key in kept}
     if "low" in first:
         values = [result["value"] if "value" in result else result["accuracy"] for result in results]

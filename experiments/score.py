@@ -3,24 +3,41 @@
     python -m experiments.score                                    # `make score`: minutes on two cores
     python -m experiments.score SEEDS=1,2,3 OUT=runs/score-seeds   # t-intervals over the seeds
 
-For each seed, in the toy world: SCoRe (stage I, then stage II from the policy of stage I), plain multi-turn RL and
-single-turn RL, each with the same budget of generated tokens. Then two greedy attempts at each held-out problem; the
-second is asked for in SCoRe's words, whatever the first one was.
+For each seed, in a world where checking is easier than finding (arrows.py): SCoRe (stage I, then stage II from the
+policy of stage I), plain multi-turn RL and single-turn RL, each with the same budget of generated tokens. Then two
+greedy attempts at each held-out problem; the second is asked for in SCoRe's words, whatever the first one was.
+
+What the paper takes out one by one is a constant here: SCORE_ALPHA by TRAINING="SCORE_ALPHA=0", stage I by
+STAGE_1=0 METHODS=score_stage2, the stronger KL on first attempts by BETA_2=0.01; METHODS=score_stage1,score_stage2
+leaves the baselines out.
 """
 
+import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.problems import load_problems
-from experiments import median, runs
+from evaluate import wilson
+from experiments import runs
+from experiments.arrows import read_question
 from experiments.runs import Training, format_share
+from plumbing.files import read_jsonl
+from plumbing.report import Curve, color_models, draw
 
 SEEDS: tuple[int, ...] = (0,)  # each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/score"  # folder of the results
 TOKEN_BUDGET: int = 400_000  # generated tokens of each method, SCoRe's two stages together
-STAGE_1: float = 0.5  # share of them in stage I (not in the paper)
+METHODS: tuple[str, ...] = (
+    "score_stage1",
+    "score_stage2",
+    "multi_turn",
+    "single_turn",
+)  # to train; stage I never alone
+WORLD: str = ""  # arguments for arrows.py, spaces between, such as "EAGER=0.3 CHAINS=1,2,2,3"
+STAGE_1: float = 0.5  # share of the tokens in stage I (not in the paper); 0: stage II begins from the warm start
 BETA_1: float = 0.01  # weight of the KL to the warm start, everywhere (paper 0.01)
 BETA_2: float = 0.1  # the same for stage I's first attempts, which should not change (paper 0.1; 0.25 for code)
 
@@ -39,6 +56,12 @@ COLUMNS = {  # of the table -> a metric of evaluate.py, and the attempt that it 
     "c→i": ("c_to_i", 1),
     "changed": ("changed", 1),
 }
+CURVES = {
+    "score_stage2": ("score_stage1", "score_stage2"),
+    "multi_turn": ("multi_turn",),
+    "single_turn": ("single_turn",),
+}
+PLACES = 40  # of a learning curve, at equal distances in tokens
 PAIRS = (("score_stage2", "multi_turn"), ("score_stage2", "single_turn"), ("multi_turn", "single_turn"))
 BOUNDS = ("value", "low", "high")
 LEGEND = (
@@ -60,33 +83,85 @@ def list_trainings(seed: int, world: Path, folder: Path) -> list[Training]:
         "multi_turn": ["PRESET=toy,multi_turn"],
         "score_stage2": ["PRESET=toy,score_stage2", f"TOKEN_BUDGET={TOKEN_BUDGET - stage_1}"],
     }
-    arguments["score_stage2"] += [f"MODEL={folder}/score_stage1/policy", f"REFERENCE={warm_start}"]
+    after: dict[str, Path] = {}
+    if stage_1:
+        arguments["score_stage2"] += [f"MODEL={folder}/score_stage1/policy", f"REFERENCE={warm_start}"]
+        after["score_stage2"] = folder / "score_stage1"
     shared = [f"SEED={seed}", f"MODEL={warm_start}", f"TRAIN_DATA={world}/train.jsonl", "DEV_PROBLEMS=0"]
     shared += [f"KL_COEF={BETA_1}", f"TOKEN_BUDGET={TOKEN_BUDGET}"]
-    after = {"score_stage2": folder / "score_stage1"}
     return [
         Training(f"seed {seed}, {MODELS[run]}", folder / run, [*shared, *own], after.get(run))
         for run, own in arguments.items()
+        if run in METHODS
     ]
 
 
 def run_seed(seed: int) -> dict[str, Any]:
     """World, trainings and evaluation of one seed."""
     folder = Path(OUT) / f"seed-{seed}"
-    world = runs.make_world(seed, folder)
+    world = runs.make_world("arrows", folder / "arrows", f"SEED={seed}", *WORLD.split())
     runs.run_trainings(list_trainings(seed, world, folder))
-    models = [world / "warm_start" if name == "warm_start" else folder / name / "policy" for name in MODELS]
-    config = runs.read_config(folder / "multi_turn")
-    names = ("PROMPT", "FEEDBACK", "MAX_ATTEMPTS", "MAX_ATTEMPT_TOKENS")  # as in training
-    arguments = [*(f"{name}={config[f'rollout.{name}']}" for name in names), "RESAMPLES=0", f"SEED={seed}"]
-    evaluation = runs.evaluate_models(models, world, folder / "evaluation", arguments)
-    questions = [problem["question"] for problem in load_problems(world / "test.jsonl")]
+    names = [name for name in MODELS if name in METHODS or name == "warm_start"]
+    models = [world / "warm_start" if name == "warm_start" else folder / name / "policy" for name in names]
+    config = runs.read_config(folder / METHODS[-1])
+    settings = ("PROMPT", "FEEDBACK", "MAX_ATTEMPT_TOKENS")  # as in training
+    arguments = [*(f"{name}={config[f'rollout.{name}']}" for name in settings), "MAX_ATTEMPTS=2", "RESAMPLES=0"]
+    evaluation = runs.evaluate_models(models, world, folder / "evaluation", [*arguments, f"SEED={seed}"])
+    problems = load_problems(world / "test.jsonl")
+    lengths = {problem["id"]: len(read_question(problem["question"])) - 1 for problem in problems}
+    played = {name: read_jsonl(folder / "evaluation" / f"dialogues-{name}.jsonl") for name in names}
     return {
-        "n": len(questions),
-        "ideal": median.ideal_accuracy(questions, 1)[0],
-        "models": {name: select_columns(evaluation["models"][name]["test"]) for name in MODELS},
-        "differences": {f"{a} - {b}": select_difference(evaluation["comparisons"], a, b) for a, b in PAIRS},
+        "n": len(problems),
+        "ideal": json.loads((world / "made.json").read_text(encoding="utf-8"))["ceilings"],
+        "models": {name: select_columns(evaluation["models"][name]["test"]) for name in names},
+        "differences": {
+            f"{a} - {b}": select_difference(evaluation["comparisons"], a, b) for a, b in PAIRS if {a, b} <= {*names}
+        },
+        "by_arrows": {name: split_by_arrows(played[name], lengths) for name in names},
+        "curves": {name: read_curves([folder / run for run in CURVES[name]]) for name in names if name in CURVES},
+        "dialogues": show_dialogues(played, problems, lengths),
     }
+
+
+def split_by_arrows(records: list[dict], lengths: dict[str, int]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{arrows of the chain: {"Acc@t1": {"value", "low", "high"}, "Acc@t2": ...}}."""
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for length in sorted(set(lengths.values())):
+        attempts = [record["attempts"] for record in records if lengths[record["id"]] == length]
+        result[str(length)] = {}
+        for attempt, column in enumerate(("Acc@t1", "Acc@t2")):
+            right = sum(each[attempt]["status"] == "correct" for each in attempts)
+            low, high = wilson(right, len(attempts))
+            result[str(length)][column] = {"value": right / len(attempts), "low": low, "high": high}
+    return result
+
+
+def read_curves(folders: list[Path]) -> dict[str, list[float]]:
+    """{"accuracy_at_1", "accuracy_at_2"} of the sampled training dialogues at PLACES places of the token budget, of
+    runs that follow each other; each is the mean of the steps around it, or the nearest step's."""
+    rows, before = [], 0
+    for folder in filter(Path.exists, folders):
+        rows += [row | {"at": before + row["generated_tokens"]} for row in read_jsonl(folder / "metrics.jsonl")]
+        before = rows[-1]["at"]
+    curves: dict[str, list[float]] = {}
+    for metric in ("accuracy_at_1", "accuracy_at_2"):
+        for number in range(PLACES if metric in rows[0] else 0):
+            place, width = TOKEN_BUDGET * (number + 0.5) / PLACES, TOKEN_BUDGET / PLACES / 2
+            nearest = min(rows, key=lambda row: abs(row["at"] - place))
+            near = [row[metric] for row in rows if abs(row["at"] - place) <= width] or [nearest[metric]]
+            curves.setdefault(metric, []).append(statistics.fmean(near))
+    return curves
+
+
+def show_dialogues(played: dict[str, list[dict]], problems: list[dict], lengths: dict[str, int]) -> list[str]:
+    """A question whose chain has two arrows or more, and what each model said."""
+    problem = next(problem for problem in problems if lengths[problem["id"]] > 1)
+    lines = [f"{problem['question']} ({problem['answer']})"]
+    for name, records in played.items():
+        (record,) = (record for record in records if record["id"] == problem["id"])
+        said = [f"{attempt['text']} [{attempt['status']}]" for attempt in record["attempts"]]
+        lines.append(f"{MODELS[name]}: " + " then".join(said))
+    return lines
 
 
 def select_columns(test: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -110,13 +185,29 @@ def select_difference(comparisons: Sequence[dict[str, Any]], a: str, b: str) -> 
 
 
 # What is shown --------------------------------------------------------------------------------------------------------
-def make_table(results: dict[str, Any]) -> str:
-    """Markdown, in percent."""
-    rows = [["model", *COLUMNS]]
-    for name, label in MODELS.items():
-        columns = results["models"][name].items()
-        rows.append([label, *(format_share(**x, sign="+" if column == "Δ(t1,t2)" else "") for column, x in columns)])
-    return runs.format_table(rows)
+def make_tables(results: dict[str, Any]) -> str:
+    """Markdown, in percent: the columns of each model, and accuracy by the number of arrows."""
+    rows, lengths = [["model", *COLUMNS]], list(results["by_arrows"]["warm_start"])
+    by_arrows = [["model", *(f"{length} arrows, {t}" for length in lengths for t in ("t1", "t2"))]]
+    for name, shown in results["models"].items():
+        columns = shown.items()
+        cells = [format_share(**x, sign="+" if column == "Δ(t1,t2)" else "") for column, x in columns]
+        rows.append([MODELS[name], *cells])
+        split = results["by_arrows"][name]
+        by_arrows.append([MODELS[name], *(format_share(**x) for length in lengths for x in split[length].values())])
+    return f"{runs.format_table(rows)}\n\n{runs.format_table(by_arrows)}"
+
+
+def draw_curves(results: dict[str, Any], out: Path) -> None:
+    """Accuracy of first (dotted) and of second answers by generated tokens, in out/curves.png and .svg."""
+    lines, colors = [], color_models(CURVES)
+    places = [TOKEN_BUDGET * (number + 0.5) / PLACES / 1000 for number in range(PLACES)]
+    for name, curves in results["curves"].items():
+        for metric, values in reversed(curves.items()):  # a method is named at its second answers, if it has any
+            look = {"color": colors[name], "line": ":" if metric == "accuracy_at_1" else "-", "steps": places}
+            lines.append(Curve("" if metric == "accuracy_at_1" and len(curves) > 1 else MODELS[name], values, **look))
+    title = "Accuracy of second answers; dotted: of first ones"
+    draw({title: lines}, out, "curves", "thousand generated tokens")
 
 
 def compare_with_zero(x: dict[str, float], above: str, below: str, neither: str) -> str:
@@ -129,25 +220,27 @@ def compare_with_zero(x: dict[str, float], above: str, below: str, neither: str)
 def describe_results(results: dict[str, Any]) -> str:
     """What the measured numbers say, and what they do not."""
     sentences = []
-    for name in ("score_stage2", "multi_turn"):
-        x = results["models"][name]
-        words = compare_with_zero(x["Δ(t1,t2)"], "better than", "worse than", "not distinguishable from")
-        sentences.append(
-            f"After {MODELS[name]} second answers are {words} first ones ({100 * x['Δ(t1,t2)']['value']:+.1f} points; "
-            f"{100 * x['i→c']['value']:.1f} corrected, {100 * x['c→i']['value']:.1f} made wrong, "
-            f"{x['changed']['value']:.0%} changed)."
-        )
+    for name in ("score_stage2", "multi_turn", "single_turn"):
+        if name in results["models"]:
+            x = results["models"][name]
+            words = compare_with_zero(x["Δ(t1,t2)"], "better than", "worse than", "not distinguishable from")
+            sentences.append(
+                f"After {MODELS[name]} second answers are {words} first ones ({100 * x['Δ(t1,t2)']['value']:+.1f} "
+                f"points; {100 * x['i→c']['value']:.1f} corrected, {100 * x['c→i']['value']:.1f} made wrong, "
+                f"{x['changed']['value']:.0%} changed)."
+            )
     for pair, columns in results["differences"].items():
         a, b = (MODELS[name] for name in pair.split(" - "))
         x = columns["Acc@t2"]
         value, low, high = (f"{100 * x[bound]:+.1f}" for bound in BOUNDS)
         words = compare_with_zero(x, "above", "below", "within noise of")
         sentences.append(f"At the second attempt {a} is {words} {b} ({value} points, {low} to {high}).")
+    first, second = results["ideal"]
     return (
-        f"{' '.join(sentences)} The best possible reader is right in {results['ideal']:.0%} of the cases at either "
-        "attempt, for it learns nothing in between: a second attempt can only read the question once more. And this is "
-        f"one kind of question and a model of {median.LAYERS} layers: it shows what the methods do to such a model, "
-        "and is no evidence about language models on mathematics."
+        f"{' '.join(sentences)} First answers that follow no more arrows than the authors of the warm start do, and "
+        f"second ones that follow one more, are right in at most {first:.0%} and {second:.0%} of the cases. Where "
+        "checking is so much easier than finding, a gain says that a method can teach to check, and how fast; it is no "
+        "evidence about language models on mathematics."
     )
 
 
@@ -156,8 +249,10 @@ def main() -> None:
     out = Path(OUT)
     results = runs.run_seeds(SEEDS, run_seed, out)
     results["meaning"] = describe_results(results)
-    words = f"{LEGEND} Intervals: {results['interval']}.\n\n{results['meaning']}"
-    runs.write_report(out, results, make_table(results), words)
+    dialogues = "\n".join(results["seeds"][str(SEEDS[0])]["dialogues"])
+    words = f"{LEGEND} Intervals: {results['interval']}.\n\n{results['meaning']}\n\n```\n{dialogues}\n```"
+    draw_curves(results, out)
+    runs.write_report(out, results, make_tables(results), words)
 
 
 if __name__ == "__main__":

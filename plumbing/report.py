@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -43,17 +44,16 @@ METRICS = {  # what results.json has for k = 1, 2, ... allowed attempts
     "c_to_i": "share of all problems that are right at attempt 1 and wrong at attempt k",
     "changed": "share of all problems whose answer at attempt k is not the answer at attempt 1",
 }
-# Metrics of metrics.jsonl that are drawn by step.
-TRAINING = (
-    "reward",
-    "accuracy",
-    "attempts_used",
-    "attempt_length",
-    "entropy",
-    "kl_k1",
-    "clipped",
-    "explained_variance",
-)
+TRAINING = {  # metrics of metrics.jsonl that are drawn by step -> the title of their panel
+    "reward": "reward of a dialogue",
+    "accuracy": "dialogues solved, share",
+    "attempts_used": "attempts of a dialogue",
+    "attempt_length": "tokens of an attempt",
+    "entropy": "entropy, nats",
+    "kl_k1": "KL to the start model, nats",
+    "clipped": "ratios clipped, share",
+    "explained_variance": "explained variance of the returns",
+}
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # colour-blind readers tell them apart
 
 
@@ -68,6 +68,7 @@ class Curve:
     color: str = "#555555"
     line: str = "-"  # "-", "--" or ":"
     steps: Sequence[float] | None = None  # the training step of each value; None: the x axis is k = 1, 2, ...
+    faint: bool = False  # drawn as a background to another one
 
 
 # Numbers: `results` is the content of results.json --------------------------------------------------------------------
@@ -157,14 +158,16 @@ def accuracy_curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, l
         for benchmark, r in models[name].items():
             panel = panels.setdefault(f"{benchmark} (n = {r['n']})", [])
             panel.append(Curve(name, r["accuracy"], r["low"], r["high"], color))
-            control = r["metrics"].get("majority" if "i_to_c" in r["metrics"] else "pass", {"value": []})
+            metric, words = ("majority", "vote of samples") if "i_to_c" in r["metrics"] else ("pass", "no feedback")
+            control = r["metrics"].get(metric, {"value": []})
             values = [v for v in control["value"] if v is not None]
-            panel += [Curve("", values, color=color, line=":")] if values else []
+            panel += [Curve(words, values, color=color, line=":")] if values else []
     return panels
 
 
-def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> None:
-    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. A curve is named at its end."""
+def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy", step_label: str = "training step") -> None:
+    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. A curve is named at its end.
+    step_label: of the x axis where curves have steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,12 +185,13 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy") -> N
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(x, curve.low, curve.high, color=curve.color, alpha=0.13, linewidth=0, zorder=order)
             mark = "o" if curve.line == "-" and not by_step else None
-            look = {"color": curve.color, "marker": mark, "markersize": 4, "linewidth": 1.2 if by_step else 1.8}
+            look = {"color": curve.color, "marker": mark, "markersize": 4, "linewidth": 0.8 if curve.faint else 1.8}
+            look["alpha"] = 0.3 if curve.faint else 1.0
             name = f"curve-{number}-{len(lines) + 1 - order}"  # in the SVG: the panel, and the curve in it
             axes.plot(x, curve.accuracy, curve.line, **look, zorder=order, gid=name)
         last = max(x[-1] for x in places)
         if by_step:
-            axes.set(title=title, xlabel="training step", xmargin=0)
+            axes.set(title=title, xlabel=step_label, xmargin=0)
         else:
             top = min(1.0, max(max(curve.high or curve.accuracy) for curve in lines) * 1.08 + 0.01)
             axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, int(last) + 1))
@@ -226,14 +230,27 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def learning_curves(runs: dict[str, list[dict[str, Any]]], color_of: dict[str, str]) -> dict[str, list[Curve]]:
-    """A panel for each metric of TRAINING, a curve for each run. runs: the rows of each metrics.jsonl."""
+    """A panel for each metric of TRAINING; for each run a running mean over the faint values of the steps. runs: the
+    rows of each metrics.jsonl."""
     panels: dict[str, list[Curve]] = {}
-    for metric in TRAINING:
+    for metric, title in TRAINING.items():
         for name, rows in runs.items():
             if points := [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]:
                 steps, values = zip(*points, strict=True)
-                panels.setdefault(metric, []).append(Curve(name, values, color=color_of[name], steps=steps))
+                smooth = running_mean(values, 1 + len(values) // 20)
+                panel = panels.setdefault(title, [])
+                panel.append(Curve(name, smooth, color=color_of[name], steps=steps))
+                panel.append(Curve("", values, color=color_of[name], steps=steps, faint=True))
     return panels
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of the last `width` values, of fewer at the beginning.
+
+    >>> running_mean([1.0, 3.0, 5.0], 2)
+    [1.0, 2.0, 4.0]
+    """
+    return [statistics.fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -260,7 +277,7 @@ def write_files(
     runs = {name: read_jsonl(folder.parent / "metrics.jsonl") for name, folder in folders.items()}
     if panels := learning_curves(runs, color_models(results["models"])):
         draw(panels, out, "training")
-        figures["training"] = "Training, by step."
+        figures["training"] = "Training, by step: running means over a twentieth of the run, and the steps themselves."
     data = page_data(results, problems, records, find_repeats)
     data["tokens"] = {name: read_last_rows(folder.parent / "tokens.jsonl") for name, folder in folders.items()}
     write_atomically(out / "report.html", make_page(out, data, figures))

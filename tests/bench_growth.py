@@ -23,14 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
-from experiments.median import make_tokenizer
 from plumbing import checkpoints, constants, engine, files, logs, packing, ranks
+from tests.workload import save_random_model
 
 SIZES: tuple[int, ...] = (128, 512, 2048, 8192)  # dialogues of a step
 RANKS: tuple[int, ...] = (1, 2)  # processes
@@ -87,16 +84,9 @@ def stop_before(module: Any, name: str, phase: str, phase_of_it: str = "") -> No
 
 
 def make_world(folder: Path) -> None:
-    """A random model with the toy's tokenizer, and problems."""
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    """A tiny random model, and problems."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    save_random_model(folder / "model", **shape, num_attention_heads=1, num_key_value_heads=1)
     problems = []
     for i in range(PLAYED + sum(max(size, PLAYED) for size in SIZES)):
         share = i * (math.sqrt(5) - 1) / 2 % 1  # evenly spread over [0, 1) in every part of the sequence
@@ -118,8 +108,7 @@ def measure(folder: Path) -> None:
     logs.Clock = CpuClock
     stop_before(ranks, "gather_interleaved", "rollout", "exchange")
     stop_before(rollout, "rollout_metrics", "packing")
-    checkpoints.save = lambda *_: None
-    checkpoints.export = lambda *_: None
+    checkpoints.save = checkpoints.export = lambda *_: None
     chat = rollout.make_chat(ppo.load_tokenizer(ppo.MODEL))
     problems = ppo.load_problems(folder / "problems.jsonl")
     sampler = ppo.Engine(ppo.MODEL, rollout.CONTEXT, ppo.COMPUTE_DTYPE, sleeps=True)

@@ -13,13 +13,10 @@ import json
 import math
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,18 +25,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
-from experiments.median import make_tokenizer
 from plumbing import logs, models, packing, ranks
 from plumbing.constants import set_constants
 from rollout import Attempt, Dialogue
+from tests.workload import save_random_model, seconds_of
 
-ROOT = Path(__file__).resolve().parent.parent
-PART: str = ""  # "update", "head", "memory" or "step"; "" = all, and beside TRL where TRL_PYTHON is given
+PART: str = ""  # "update" (and beside TRL where TRL_PYTHON is given) or "head"; "" = both
 PRESET: str = "gpu" if torch.cuda.is_available() else "cpu"
 TRL_PYTHON: str = ""  # the python that TRL's trainer runs with
 SHORTEST: int = 64  # tokens of a dialogue
@@ -54,20 +50,16 @@ TOKENS: int = 151_665  # of the tokenizer: the rows that can be sampled
 HEAD_WIDTH: int = 1536  # of the log-probability part, measured alone, with HEAD_VOCABULARY and HEAD_TOKENS
 HEAD_VOCABULARY: int = 151_936
 HEAD_TOKENS: int = 151_665
-HEAD_ACTIONS: tuple[int, ...] = (2048, 16384)  # actions of a micro-batch; memory must not grow with them
 BARE_TOKENS: int = 8192  # tokens of a dense batch of the bare model at the most
 REPEATS: int = 3  # the median of so many counts
 GOAL: float = 0.9 if torch.cuda.is_available() else 0.8  # of the bare models' tokens/s
-TOY_STEPS: int = 30  # steps of the real run
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"DIALOGUES": 256},
     "cpu": {  # the head holds about as large a part of the weights as in the 1.5 B model
         "HIDDEN": 256, "LAYERS": 4, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE": 1024, "VOCABULARY": 2048,
-        "TOKENS": 2041,
-        "SHORTEST": 32, "LONGEST": 1024, "DIALOGUES": 32, "MINI_BATCH": 16, "HEAD_ACTIONS": (1024, 2048),
-        "COMPUTE_DTYPE": "float32", "GRADIENT_CHECKPOINTING": False,
-        "MAX_TOKENS_PER_MICRO_BATCH": 512, "BARE_TOKENS": 2048,
+        "TOKENS": 2041, "SHORTEST": 32, "LONGEST": 1024, "DIALOGUES": 32, "MINI_BATCH": 16, "COMPUTE_DTYPE": "float32",
+        "GRADIENT_CHECKPOINTING": False, "MAX_TOKENS_PER_MICRO_BATCH": 512, "BARE_TOKENS": 2048,
     },
 }  # fmt: skip
 
@@ -82,7 +74,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 import trl
 given = json.load(open(sys.argv[1]))
 torch.set_num_threads(given["threads"])
-tokenizer = AutoTokenizer.from_pretrained(given["tokenizer"])
+tokenizer = AutoTokenizer.from_pretrained(given["model"])
 tokenizer.pad_token_id = 0
 load = dict(dtype=torch.float32)
 actor, reference = (AutoModelForCausalLM.from_pretrained(given["model"], **load) for _ in range(2))
@@ -145,26 +137,13 @@ def draw_dialogue(rng: random.Random) -> Dialogue:
     return dialogue
 
 
-def random_model(folder: str) -> str:
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+def random_model(folder: Path) -> str:
+    shape = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    return save_random_model(folder, VOCABULARY, **shape, **heads)
 
 
 # The update: ours, the bare models, TRL -------------------------------------------------------------------------------
-def seconds_of(work: Callable[[], Any]) -> tuple[float, float]:
-    """-> (seconds, seconds of the CPU in this process's threads: what a busy machine does not lengthen)."""
-    start, worked = time.perf_counter(), time.process_time()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - worked
-
-
 def rate_line(tokens: int, took: float, worked: float) -> str:
     return f"{took:6.1f} s {tokens / took:9,.0f} tokens/s ({tokens / worked:,.0f} a second of the CPU)"
 
@@ -194,7 +173,7 @@ def bench_update() -> None:
     lengths = [len(d.ids) for d in dialogues]
     tokens, actions = sum(lengths), sum(sum(d.mask) for d in dialogues)
     with tempfile.TemporaryDirectory() as folder:
-        ppo.MODEL = random_model(f"{folder}/model")
+        ppo.MODEL = random_model(Path(folder) / "model")
         ppo.MAX_MISMATCH = math.inf  # nobody sampled these dialogues
         learner = ppo.Learner.load(TOKENS)
         parameters = sum(p.numel() for p in learner.actor.parameters())
@@ -234,11 +213,9 @@ def bench_update() -> None:
 
 def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float, peak: float) -> None:
     tokens, longest = sum(len(d.ids) for d in dialogues), max(len(d.ids) for d in dialogues)
-    tokenizer = Path(folder) / "tokenizer"
-    make_tokenizer().save_pretrained(tokenizer)
     fits = max(1, BARE_TOKENS // longest)
     given = {
-        "folder": folder, "model": ppo.MODEL, "tokenizer": str(tokenizer), "dialogues": [d.ids for d in dialogues],
+        "folder": folder, "model": ppo.MODEL, "dialogues": [d.ids for d in dialogues],
         "micro_batch": 2 ** int(math.log2(fits)), "mini_batches": ppo.DIALOGUES // ppo.MINI_BATCH,
         "epochs": ppo.EPOCHS, "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -295,59 +272,14 @@ def bench_head() -> None:
           f"many tokens, {cut:.4f} s for {HEAD_TOKENS:,}: {whole / cut:.3f} times as fast (goal .95)")  # fmt: skip
 
 
-def bench_memory(actions: int) -> None:
-    """What the log-probabilities take beyond hidden states, the head and both their gradients. On a CPU by the peak of
-    the process, which counts everything."""
-    work = make_head_work(actions, torch.bfloat16)
-    before = memory_now()
-    work(HEAD_TOKENS)
-    extra = 2**30 * ranks.peak_memory() - before
-    print(f"{actions} actions, {HEAD_TOKENS:,} tokens, width {HEAD_WIDTH}, LOGITS_CHUNK={packing.LOGITS_CHUNK}: peak "
-          f"{extra / 1e9:.2f} GB beyond hidden states, head and gradients (goal 2)", flush=True)  # fmt: skip
-
-
-def memory_now() -> float:
-    """Bytes: of the GPU, or of the process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-# A step, by phase -----------------------------------------------------------------------------------------------------
-def bench_step() -> None:
-    """A short real run of the toy: the phases of metrics.jsonl, and what of them is neither generation nor a model."""
-    with tempfile.TemporaryDirectory() as folder:
-        world = f"{folder}/toy"
-        small = [f"OUT={world}", "WARM_STEPS=150", "TRAIN_PROBLEMS=3000", "TEST_PROBLEMS=40"]
-        subprocess.run([sys.executable, "-m", "experiments.median", *small], cwd=ROOT, check=True, capture_output=True)
-        run = [f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", "RUN=step", f"STEPS={TOY_STEPS}"]
-        command = [sys.executable, str(ROOT / "ppo.py"), "PRESET=toy", *run, "SAVE_EVERY=8"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        rows = [json.loads(line) for line in Path(f"{folder}/runs/step/metrics.jsonl").read_text().splitlines()]
-    phases: Counter[str] = Counter()
-    for row in rows[1:]:  # the first step compiles and warms up
-        phases.update({k.removeprefix("seconds_"): v for k, v in row.items() if k.startswith("seconds_")})
-    total = sum(phases.values())
-    for name, seconds in phases.items():
-        print(f"{name:10} {seconds / len(rows[1:]):7.3f} s a step {seconds / total:6.1%}")
-    rest = phases["pack"] + phases["transfer"] + phases["save"]
-    print(f"pack, transfer and save: {rest / total:.1%} of a step (goal 5 %)")
-
-
 def main() -> None:
     print(set_constants(sys.argv[1:], {"bench": sys.modules[__name__]} | ppo.MODULES, PRESETS))
     if not PART:
-        for part in ("update", "step", "head", *(f"memory-{n}" for n in HEAD_ACTIONS)):
+        for part in ("update", "head"):
             print(f"\n{part}", flush=True)
             subprocess.run([sys.executable, __file__, *sys.argv[1:], f"PART={part}"], check=True)
-        return
-    part, _, actions = PART.partition("-")
-    if part == "step":
-        bench_step()
-    elif part == "head":
+    elif PART == "head":
         bench_head()
-    elif part == "memory":
-        bench_memory(int(actions or HEAD_ACTIONS[0]))
     else:
         ranks.start_ranks()
         bench_update()

@@ -46,9 +46,6 @@ class Element {
   querySelectorAll(tag) { return this.all.filter(element => element.tag === tag) }
   querySelector(tag) { return this.querySelectorAll(tag)[0] ?? null }
   closest(tag) { return this.tag === tag ? this : this.parent?.closest(tag) }
-  get nextElementSibling() { return this.parent.children[this.parent.children.indexOf(this) + 1] }
-  get previousElementSibling() { return this.parent.children[this.parent.children.indexOf(this) - 1] }
-  focus() { document.activeElement = this }
   click() { this.checked = !this.checked; (this.onclick ?? this.onchange)?.({target: this}) }
   get outerHTML() {
     const escape = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
@@ -64,7 +61,7 @@ function build([tag, attributes, children]) {
 }
 const root = build(TREE);
 const document = {
-  body: root.querySelector("body"), activeElement: null,
+  body: root.querySelector("body"),
   getElementById: id => root.all.find(element => element.attributes.id === id) ?? null,
   createElement: tag => new Element(tag), createElementNS: (space, tag) => new Element(tag)};
 // The data arrive already decompressed.

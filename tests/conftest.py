@@ -9,7 +9,9 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # vLLM compiles a count of ranks, for seconds, in each process
 
 
 def alone() -> dict[str, str]:
@@ -18,17 +20,59 @@ def alone() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in group} | {"PYTHONPATH": str(ROOT)}
 
 
+def run_python(*arguments: object, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
+    """A Python process with these arguments, to its end. It must end with this exit code."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=alone(), capture_output=True, text=True)
+    assert done.returncode == code, f"ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """change(module, NAME=value, ...): constants or functions, until the test ends."""
+
+    def change(module, **values) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+    return change
+
+
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory) -> Path:
-    """The toy world after a warm start of seconds: the model answers in boxes, mostly wrong, and so often retries."""
+def shared(tmp_path_factory) -> Path:
+    """A folder of all workers, for what is made once."""
     base = tmp_path_factory.getbasetemp()
-    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world" / "toy"  # one for all workers
-    small = ["WARM_STEPS=150", "TRAIN_PROBLEMS=300", "TEST_PROBLEMS=40"]
-    out.parent.mkdir(exist_ok=True)
-    with FileLock(out.with_suffix(".lock")):
-        command = [sys.executable, "-m", "experiments.median", f"OUT={out}", *small]
-        subprocess.run(command, cwd=ROOT, env=alone(), check=True)
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(shared) -> Path:
+    """The toy world after a warm start of seconds: the model answers in boxes, mostly wrong, and so often retries."""
+    out = shared / "toy"
+    with FileLock(shared / "toy.lock"):
+        if not out.is_dir():
+            small = ["WARM_STEPS=150", "TRAIN_PROBLEMS=300", "TEST_PROBLEMS=40"]
+            run_python("-m", "experiments.median", f"OUT={out}", *small)
     return out
+
+
+def list_arguments(toy: Path, run: str) -> list[str]:
+    """Those of a small run of ppo.py in the toy world."""
+    small = ["PRESET=toy", "STEPS=6", "DIALOGUES=16", "MINI_BATCH=8", "SAVE_EVERY=2", "MAX_ATTEMPTS=3"]
+    data = [f"MODEL={toy / 'warm_start'}", f"TRAIN_DATA={toy / 'train.jsonl'}", "DEV_PROBLEMS=16"]
+    return [*small, *data, f"RUN={run}", "TRACK=tensorboard"]
+
+
+@pytest.fixture(scope="session")
+def straight(shared, toy) -> Path:
+    """The folder of a run that nobody disturbed: what others are compared with."""
+    with FileLock(shared / "runs.lock"):
+        if not (shared / "runs").is_dir():
+            run_python(ROOT / "ppo.py", *list_arguments(toy, "straight"), cwd=shared)
+    return shared / "runs/straight"
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
-from experiments.median import make_problems, make_tokenizer
+from experiments.median import make_problems
 from plumbing import checkpoints, engine, logs, packing, ranks
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import set_constants
@@ -144,7 +144,7 @@ def check_gradient(folder: Path) -> Checks:
     for name, value in bench.PRESETS["cpu"].items():
         if name in bench.__annotations__:
             setattr(bench, name, value)
-    ppo.MODEL, ppo.MAX_MISMATCH, ppo.GRAD_CLIP = bench.random_model(str(folder)), math.inf, math.inf
+    ppo.MODEL, ppo.MAX_MISMATCH, ppo.GRAD_CLIP = bench.random_model(folder), math.inf, math.inf
     dialogues = bench.draw_dialogues()
     found, expected = (first_gradients(dtype, dialogues) for dtype in (ppo.COMPUTE_DTYPE, "float32"))
     for name, right in expected.items():
@@ -155,7 +155,7 @@ def check_gradient(folder: Path) -> Checks:
 def check_update(folder: Path) -> Checks:
     """The whole update of a rollout: its speed, with padded rows and without, and its memory against the plan."""
     engine.GPU_MEMORY, ppo.MAX_MISMATCH = 0.0, math.inf  # no engine here; nobody sampled the dialogues
-    ppo.MODEL = bench.random_model(str(folder))
+    ppo.MODEL = bench.random_model(folder)
     plan = logs.memory_plan(ppo.MODEL, ppo.COMPUTE_DTYPE, critic=True, reference=True)
     print(plan, flush=True)  # where it does not fit: LAYERS=14
     learner, dialogues = ppo.Learner.load(bench.TOKENS), bench.draw_dialogues()
@@ -175,12 +175,6 @@ def check_update(folder: Path) -> Checks:
 
 
 # Stage B: with the engine ---------------------------------------------------------------------------------------------
-def make_model(folder: Path) -> str:
-    if not MODEL:
-        make_tokenizer().save_pretrained(bench.random_model(str(folder / "model")))
-    return MODEL or str(folder / "model")
-
-
 def play(sampler: Engine, chat: Chat, temperature: float, attempts: int = 1) -> list[Dialogue]:
     dialogues = [rollout.new_dialogue(chat, p, attempts) for p in make_problems(QUESTIONS, 0, False)]
     return rollout.play(sampler, chat, dialogues, list(range(QUESTIONS)), temperature)
@@ -244,7 +238,7 @@ def check_learning(folder: Path, chat: Chat) -> Generator[Check, None, list[Dial
 
 def check_engine(folder: Path) -> Checks:
     """The engine beside the trainer, and after it a second one in the same process."""
-    ppo.MODEL, free = make_model(folder), free_share()
+    ppo.MODEL, free = MODEL or bench.random_model(folder), free_share()
     ppo.DIALOGUES, ppo.MINI_BATCH, ppo.MAX_MISMATCH = QUESTIONS, QUESTIONS // 2, math.inf
     chat = rollout.make_chat(load_tokenizer(ppo.MODEL))
     last = yield from check_learning(folder, chat)
@@ -259,7 +253,8 @@ def check_resume(folder: Path) -> Checks:
     """Two steps of ppo.py, killed after the first and started again."""
     problems, run = folder / "problems.jsonl", folder / "runs" / "smoke"
     problems.write_text("".join(json.dumps(p) + "\n" for p in make_problems(100, 0, False)), encoding="utf-8")
-    command = [sys.executable, str(Path(ppo.__file__)), f"MODEL={make_model(folder)}", f"TRAIN_DATA={problems}"]
+    command = [sys.executable, str(Path(ppo.__file__)), f"TRAIN_DATA={problems}"]
+    command += [f"MODEL={MODEL or bench.random_model(folder)}"]
     command += ["RUN=smoke", "STEPS=2", "SAVE_EVERY=1", "DIALOGUES=16", "MINI_BATCH=8", "DEV_PROBLEMS=8", "TRACK="]
     command += [f"MAX_ATTEMPT_TOKENS={rollout.MAX_ATTEMPT_TOKENS}", f"COMPUTE_DTYPE={ppo.COMPUTE_DTYPE}"]
     first = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
@@ -317,9 +312,8 @@ def main(arguments: Sequence[str]) -> None:
     stages = [stage for stage in STAGES if stage != "attention" or packing.has_kernel("bfloat16")]
     rows = [row for stage in stages for row in run_apart(stage)]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    print(
-        f"\n{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}: `tests/smoke_gpu.py {' '.join(arguments)}`"
-    )
+    command = " ".join(["tests/smoke_gpu.py", *arguments])
+    print(f"\n{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}: `{command}`")
     print("\n| stage | what | measured | asked | passed |\n|---|---|---|---|---|", *rows, sep="\n")
     sys.exit(any(row.endswith("NO |") for row in rows))
 

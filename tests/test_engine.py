@@ -1,13 +1,9 @@
 """plumbing/engine.py on the real engine: it samples what transformers computes, before and after weights are replaced,
 and nothing but the program decides how. plumbing/chat.py with the chat templates of other models."""
 
-import itertools
-import pickle
-import subprocess
-import sys
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import ANY, Mock, call
 
 import rollout
@@ -17,7 +13,7 @@ from plumbing import engine as engine_module
 from plumbing.chat import Chat
 from plumbing.engine import Engine
 from rollout import Dialogue
-from tests.conftest import ROOT, alone
+from tests.conftest import run_python
 
 import pytest
 import torch
@@ -144,29 +140,21 @@ def test_the_order_of_a_transfer_on_a_gpu():
     assert llm.method_calls == [*asleep, *load, *awake]
 
 
-# Other engines, in a process of their own -----------------------------------------------------------------------------
-def play_elsewhere(toy: Path, unusual: Path, out: Path) -> None:
-    """The problems on an engine that runs three at a time, in the reverse order; then one with an unusual model."""
-    problems, random_state = load_problems(toy / "test.jsonl")[:12], torch.get_rng_state()
-    engine_module.MAX_SEQUENCES = 3
-    engine = Engine(str(toy / "warm_start"), rollout.CONTEXT)
-    played = {"random numbers": torch.equal(torch.get_rng_state(), random_state)}
-    played["small engine"] = play(engine, problems[::-1], 3, reversed(range(12)))[::-1]
-    engine.shutdown()
-    engine, lm = Engine(str(unusual), rollout.CONTEXT), load_lm(unusual)
-    played |= {"stop ids": engine.stop_ids, "unusual": play(engine, problems[:1] * 40, 1, range(40))}
-    change_weights(lm, 0)
-    engine.load_weights(lm.named_parameters())
-    played["changed"] = play(engine, problems[:1] * 40, 1, range(40))
-    engine.shutdown()
-    out.write_bytes(pickle.dumps(played))
+def test_dialogues_depend_on_their_seeds_alone(engine, toy, problems):
+    """Not on the order of the queue or what else is in it: here they are among more prompts than one forward pass
+    takes, there alone and in reverse order."""
+    others = load_problems(toy / "train.jsonl") * 2
+    among = play(engine, [*others, *problems], 3, [*range(1000, 1000 + len(others)), *range(12)])
+    assert sum(d.attempts[0].start for d in among) > 8192 and all(d.attempts for d in among)
+    alone = play(engine, problems[::-1], 3, reversed(range(12)))
+    assert [d.ids for d in among[-12:]] == [d.ids for d in alone[::-1]]
+    assert [d.ids for d in among[-12:]] != [d.ids for d in play(engine, problems, 3, range(1, 13))]
 
 
-@pytest.fixture(scope="module")
-def elsewhere(toy, tmp_path_factory) -> dict:
-    """What other engines played. The unusual model has a head of its own; rows of a padded vocabulary that are likelier
-    than any token; and a generation_config that wants to be greedy and names another end id."""
-    folder = tmp_path_factory.mktemp("elsewhere")
+# An unusual model, in a process of its own ----------------------------------------------------------------------------
+def save_unusual_model(toy: Path, folder: Path) -> None:
+    """It has a head of its own; rows of a padded vocabulary that are likelier than any token; and a generation_config
+    that wants to be greedy and names another end id."""
     tokenizer, lm = median.make_tokenizer(), load_lm(toy / "warm_start")
     lm.resize_token_embeddings(TOKENS + 2000, mean_resizing=False)
     lm.config.tie_word_embeddings = False
@@ -177,35 +165,30 @@ def elsewhere(toy, tmp_path_factory) -> dict:
     assert lm(torch.tensor([prompt])).logits[0, -1].argmax() >= TOKENS
     lm.generation_config.update(eos_token_id=tokenizer.pad_token_id, temperature=0.01, top_k=1, do_sample=True)
     for part in (lm, tokenizer):
-        part.save_pretrained(folder / "unusual")
-    program = "import pathlib, sys, tests.test_engine as t; t.play_elsewhere(*map(pathlib.Path, sys.argv[1:]))"
-    command = [sys.executable, "-c", program, toy, folder / "unusual", folder / "played"]
-    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return pickle.loads((folder / "played").read_bytes()) | {"lm": load_lm(folder / "unusual")}
+        part.save_pretrained(folder)
 
 
-def test_dialogues_depend_on_their_seeds_alone(engine, toy, problems, elsewhere):
-    """Not on the order of the queue, what else is in it, or how many run at once: here they are among more prompts than
-    one forward pass takes, there alone on an engine that runs three at a time."""
-    others = load_problems(toy / "train.jsonl") * 2
-    dialogues = play(engine, [*others, *problems], 3, [*range(1000, 1000 + len(others)), *range(12)])
-    assert sum(d.attempts[0].start for d in dialogues) > 8192 and all(d.attempts for d in dialogues)
-    assert [d.ids for d in dialogues[-12:]] == [d.ids for d in elsewhere["small engine"]]
-    assert [d.ids for d in play(engine, problems, 3, range(1, 13))] != [d.ids for d in dialogues[-12:]]
-
-
-def test_the_program_decides_how_to_sample_not_the_models_files(elsewhere):
-    """No padded row is sampled, nothing is greedy, each end id that a file names ends an attempt; to start an engine
-    leaves the trainer's random numbers alone. The head of this model gets its new weights, too."""
-    ends = median.make_tokenizer().convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert elsewhere["stop ids"] == set(ends) and elsewhere["random numbers"]
-    lm = elsewhere["lm"]
-    for dialogues in (elsewhere["unusual"], elsewhere["changed"]):
+def check_unusual_model(toy: Path, folder: Path) -> None:
+    """No padded row is sampled, nothing is greedy, each end id that a file names ends an attempt, the head gets its new
+    weights, too; and to start an engine leaves the trainer's random numbers alone."""
+    problem, random_state = load_problems(toy / "test.jsonl")[0], torch.get_rng_state()
+    engine, lm = Engine(str(folder), rollout.CONTEXT), load_lm(folder)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert engine.stop_ids == set(engine.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    for _ in range(2):
+        dialogues = play(engine, [problem] * 40, 1, range(40))
         assert max(token for d in dialogues for token in d.ids) < TOKENS
         gap, were_likeliest = compare_with(lm, dialogues)
         assert gap < 1e-4 and not were_likeliest
         change_weights(lm, 0)
+        engine.load_weights(lm.named_parameters())
+    engine.shutdown()
+
+
+def test_the_program_decides_how_to_sample_not_the_models_files(toy, tmp_path):
+    save_unusual_model(toy, tmp_path)
+    program = "import pathlib, sys, tests.test_engine as t; t.check_unusual_model(*map(pathlib.Path, sys.argv[1:]))"
+    run_python("-c", program, toy, tmp_path)
 
 
 # Chat templates of other models ---------------------------------------------------------------------------------------
@@ -233,18 +216,14 @@ def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(("template", "system_turns"), [(LLAMA, True), (LLAMA, False), (GEMMA, False)])
 def test_turns_read_as_the_template_renders_the_whole(template, system_turns):
-    """And sampled ids are kept, although the tokenizer would make others of the text: here the policy has spelt out
-    what is a token."""
     tokenizer = make_tokenizer(template)
     chat = Chat(tokenizer, system_turns)
     assert chat.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
-    sampled = [*itertools.chain(*map(chat.encode, "It is \\boxed{3}")), chat.end_of_turn]
-    ids = [*chat.prompt("Do it.", "1 + 1?"), *sampled, *chat.reply("system", "Wrong.")]
-    assert len(chat.encode(chat.decode(sampled))) < len(sampled)
-    roles, ask = ["system", "user", "assistant", "system"], ["Do it.", "1 + 1?"]
+    answer = [*chat.encode("It is \\boxed{3}"), chat.end_of_turn]
+    ids = [*chat.prompt("Do it.", "1 + 1?"), *answer, *chat.reply("system", "Wrong.")]
+    turns = [("system", "Do it."), ("user", "1 + 1?"), ("assistant", "It is \\boxed{3}"), ("system", "Wrong.")]
     if not system_turns:
-        roles, ask = ["user", "assistant", "user"], ["Do it.\n\n1 + 1?"]
-    turns = zip(roles, [*ask, "It is \\boxed{3}", "Wrong."], strict=True)
+        turns = [("user", "Do it.\n\n1 + 1?"), turns[2], ("user", "Wrong.")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert chat.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -258,11 +237,11 @@ def test_turns_read_as_the_template_renders_the_whole(template, system_turns):
         (TO_THE_FRONT, "its chat template drops what is said after an answer; SYSTEM_TURNS=0 says it in a user turn"),
     ],
 )
-def test_templates_that_cannot_say_it_are_refused_with_their_cure(monkeypatch, template, message):
+def test_templates_that_cannot_say_it_are_refused_with_their_cure(change, template, message):
     with pytest.raises(SystemExit, match=f"^this model: {message}$"):
         rollout.make_chat(make_tokenizer(template))
-    monkeypatch.setattr(rollout, "SYSTEM_TURNS", "SYSTEM_TURNS=0" not in message)
-    if not rollout.SYSTEM_TURNS:
+    if "SYSTEM_TURNS=0" in message:
+        change(rollout, SYSTEM_TURNS=False)
         chat = rollout.make_chat(make_tokenizer(template))
         assert rollout.SAY_WRONG[:20] in chat.decode(rollout.encode_feedback(chat, 2))
 
@@ -283,30 +262,13 @@ def test_models_whose_padding_cannot_be_cut_off_are_refused():
         (True, 0, (8, 0), "bfloat16", ""),
     ],
 )
-def test_a_gpu_that_cannot_be_used_is_said_in_one_line(monkeypatch, available, rank, capability, dtype, message):
+def test_a_gpu_that_cannot_be_used_is_said_in_one_line(
+    change, monkeypatch, available, rank, capability, dtype, message
+):
     assert not engine_module.find_gpu()  # torch as it is here, built for CPUs: whatever the machine has
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    change(torch.version, cuda="13.0")
+    change(torch.cuda, is_available=lambda: available, device_count=lambda: 1)
+    change(torch.cuda, get_device_capability=lambda _: capability, get_device_name=lambda _: "Tesla T4")
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    if not message:
+    with pytest.raises(SystemExit, match=message) if message else contextlib.nullcontext():
         assert engine_module.find_gpu(dtype)
-        return
-    with pytest.raises(SystemExit, match=message):
-        engine_module.find_gpu(dtype)
-
-
-def test_the_peak_of_memory_is_without_a_sleeping_engine(monkeypatch):
-    from plumbing import ranks
-
-    assert engine_module.pool_memory() == 0
-    allocator = SimpleNamespace(get_current_usage=lambda: 40 * 2**30)
-    cumem = SimpleNamespace(CuMemAllocator=SimpleNamespace(instance=None))
-    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
-    assert engine_module.pool_memory() == 0
-    cumem.CuMemAllocator.instance = allocator
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 63 * 2**30)
-    assert ranks.peak_memory() == 23

@@ -1,13 +1,11 @@
-"""experiments/runs.py and demo.py: trainings side by side, the probe, means over seeds, what is shown."""
+"""experiments/runs.py and demo.py: trainings side by side, the probe, what is shown."""
 
-import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import rollout
-from experiments import demo, median, runs
-from plumbing.report import draw
+from experiments import demo, median, runs, warm
 
 import pytest
 
@@ -71,8 +69,8 @@ def test_a_forced_answer_reads_like_one_that_was_sampled():
     chat = rollout.make_chat(median.make_tokenizer())
     problem = median.make_problems(1, 0, held_out=True)[0]
     dialogue = demo.force_first_answer(chat, problem, "13")
-    prompt, answer = median.prompt_text(problem["question"], 2), median.response_text(13)
-    assert chat.decode(dialogue.ids) == prompt + answer + median.feedback_text(1)
+    prompt, answer = warm.prompt_text(problem["question"], 2), median.response_text(13)
+    assert chat.decode(dialogue.ids) == prompt + answer + warm.feedback_text(1)
     assert dialogue.mask == [0] * len(dialogue.ids)
     first = dialogue.attempts[0]
     assert chat.decode(dialogue.ids[first.start : first.end]) == answer
@@ -95,7 +93,7 @@ def test_probes_take_wrong_shown_numbers():
     assert probes == demo.choose_probes(problems, played)
 
 
-def test_a_probe_counts_repeats(monkeypatch):
+def test_a_probe_counts_repeats(change):
     """With a model that repeats its own usual second answer, and no other."""
 
     def play(engine, chat, dialogues, *_):
@@ -103,69 +101,47 @@ def test_a_probe_counts_repeats(monkeypatch):
             answer = "24" if dialogue.attempts[0].answer == "24" else "23"
             dialogue.attempts.append(rollout.Attempt(0, 0, answer, "wrong", "stop"))
 
-    monkeypatch.setattr(rollout, "play", play)
+    change(rollout, play=play)
     engine = SimpleNamespace(tokenizer=median.make_tokenizer(), shutdown=lambda: None)
-    monkeypatch.setattr(demo, "Engine", lambda *_: engine)
+    change(demo, Engine=lambda *_: engine)
     problems = [p for p in median.make_problems(20, 0, held_out=True) if " 23" not in p["question"]]
     records = [{"id": p["id"], "K": 2, "attempts": [{"answer": "1"}, {"answer": "24"}]} for p in problems]
     result = demo.probe_model("model", Path("model"), problems, records)
     assert (result["n"], result["own"]["accuracy"], result["other"]["accuracy"]) == (len(problems), [1.0], [0.0])
 
 
-# Seeds, and what is shown ---------------------------------------------------------------------------------------------
-def test_means_over_seeds():
-    def seed(*accuracy: float) -> dict:
-        curve = {"accuracy": list(accuracy), "low": [0.0, 0.0], "high": [1.0, 1.0]}
-        return {"a": {"n": 10, "metrics": {"x": None}} | curve, "ideal": {"accuracy": [0.5, 0.75]}}
-
-    merged = runs.average_seeds([seed(0.3, 0.9), seed(0.4, 0.9), seed(0.5, 0.9)])
-    half = 4.303 * 0.1 / 3**0.5  # t at 2 degrees of freedom
-    assert merged["a"] == {
-        "n": 30,
-        "accuracy": pytest.approx([0.4, 0.9]),
-        "low": pytest.approx([0.4 - half, 0.9], abs=1e-6),
-        "high": pytest.approx([0.4 + half, 0.9], abs=1e-6),
-    }
-    assert merged["ideal"] == {"accuracy": [0.5, 0.75]}
-    assert runs.average_seeds([seed(0.3, 0.4)]) == seed(0.3, 0.4)
-
-
-def test_the_demo_says_and_draws_its_numbers(tmp_path):
+# What is shown --------------------------------------------------------------------------------------------------------
+def test_the_demo_says_and_draws_its_numbers():
     def curve(*accuracy: float) -> dict:
         bounds = {"low": [a - 0.03 for a in accuracy], "high": [a + 0.031 for a in accuracy]}
         return {"n": 1000, "accuracy": list(accuracy)} | bounds
 
-    probe = {"n": 500, "own": curve(0.06), "other": curve(0.004)}
     results = {
         "models": {name: {"test": curve(0.4, 0.65, 0.75, 0.76, 0.77)} for name in demo.MODELS},
         "control": {name: curve(0.3, 0.4, 0.5, 0.6, 0.7) for name in demo.MODELS},
         "ideal": {"accuracy": [0.53, 0.75, 0.83, 0.91, 0.95]},
-        "probe": dict.fromkeys(demo.MODELS, probe),
+        "probe": {name: {"n": 500, "own": curve(0.06), "other": curve(0.004)} for name in demo.MODELS},
     }
     rows = demo.make_table(results).split("\n")
-    assert rows[2].split("|")[2].strip() == "40.0 ±3.1"  # the longer side
-    assert len({len(row) for row in rows}) == 1
+    assert rows[2].split("|")[2].strip() == "40.0 ±3.1" and len({len(row) for row in rows}) == 1
     text = demo.describe_results(results)
     assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
     assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
-    draw({"toy": demo.make_curves(results)}, tmp_path)
-    labels = ("multi-attempt RL", "single-turn RL", "warm start", "single-turn RL, resampled", "ideal reader")
-    svg = (tmp_path / "accuracy.svg").read_text()
-    assert all(re.search(f">{label}<", svg) for label in labels)
+    curves = {c.label: c.accuracy for c in demo.make_curves(results)}
+    assert curves["multi-attempt RL"][-1] == 0.77 and curves["single-turn RL, resampled"][-1] == 0.7
+    assert curves["ideal reader"] == results["ideal"]["accuracy"] and len(curves) == 6
 
 
-def test_the_page_is_renewed_between_its_markers(tmp_path, monkeypatch):
+def test_the_page_is_renewed_between_its_markers(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "OUT", "out")
+    change(demo, OUT="out")
+    begin, end = demo.MARKERS
     for name in ("out/accuracy.png", "out/accuracy.svg", "docs/results.md", "README.md"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(name)
-    begin, end = demo.MARKERS
     Path("README.md").write_text(f"# x\n{begin}\nold\n{end}\nrest")
     for text in ("first", r"| \1 new |"):  # docs/results.md has no markers
         demo.renew_page(text)
         assert Path("README.md").read_text() == f"# x\n{begin}\n\n{text}\n{end}\nrest"
-    Path("docs/results.md").write_text(f"{begin}{end}")
-    demo.renew_page("third")
-    assert "third" in Path("docs/results.md").read_text() and "third" not in Path("README.md").read_text()
+    assert Path("docs/results.md").read_text() == "docs/results.md"
     assert Path("docs/figures/toy.svg").read_text() == "out/accuracy.svg"

@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread costs more than it brings
 
-from experiments import median
+from experiments import median, warm
 from plumbing.files import read_jsonl
 from rollout import SAY_MULTI, SAY_SINGLE, SAY_WRONG
 
@@ -38,8 +38,8 @@ def test_tokens(tokenizer):
         (token,) = encode(f" {number}")
         response = encode(median.response_text(number))
         assert response[1] == token and len(response) == 4  # the same id in a box as in a list
-    assert len(encode(median.prompt_text("What is the median of 12 4 _ 9 15 7 _ 11 6?", 5))) < 30
-    assert len(encode(median.response_text(12) + median.feedback_text(4))) < 16
+    assert len(encode(warm.prompt_text("What is the median of 12 4 _ 9 15 7 _ 11 6?", 5))) < 30
+    assert len(encode(median.response_text(12) + warm.feedback_text(4))) < 16
     assert len(encode("½")) == len("½".encode()) and max(encode("½")) < 256  # what is unknown becomes bytes
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token_id) == ("<|im_end|>", "<|endoftext|>", None)
     assert len(encode("<|im_start|><|im_end|><|endoftext|>")) == 3
@@ -47,7 +47,7 @@ def test_tokens(tokenizer):
 
 
 def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
-    dialogue = median.prompt_text("Q?", 5) + median.response_text(12) + median.feedback_text(4)
+    dialogue = warm.prompt_text("Q?", 5) + median.response_text(12) + warm.feedback_text(4)
     assert dialogue == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}. You have 5 "
         "attempts to answer the questions, and you should provide the full reasoning steps in each attempt.<|im_end|>\n"
@@ -64,7 +64,7 @@ def test_texts_are_the_papers_and_the_chat_template_gives_them(tokenizer):
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == dialogue
     single = [{"role": "system", "content": SAY_SINGLE}, {"role": "user", "content": "Q?"}]
     chat = tokenizer.apply_chat_template(single, tokenize=False, add_generation_prompt=True)
-    assert chat == median.prompt_text("Q?", None)
+    assert chat == warm.prompt_text("Q?", None)
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -88,12 +88,12 @@ def test_questions_and_answers():
 def test_the_warm_start_trains_on_responses_and_never_on_a_held_out_question(tokenizer):
     rng = median.random.Random(0)
     for _ in range(20):
-        rows = median.draw_batch(rng, seed=0, sharpness=1.0)
-        ids, actions, labels = median.encode_batch(tokenizer, rows)
+        rows = median.draw_dialogues(rng, seed=0, sharpness=1.0)
+        ids, actions, labels = warm.encode_batch(tokenizer, rows)
         assert labels.shape == (len(rows), len(actions))
         for row, row_labels, parts in zip(ids, labels, rows, strict=True):
             question = parts[0][0].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
-            assert not median.is_held_out(question, seed=0)
+            assert not warm.is_held_out(question, seed=0)
             assert tokenizer.decode(row) == "".join(text for text, _ in parts)
             assert tokenizer.decode(row[actions]) == "".join(text for text, _ in parts[1::2])
             assert tokenizer.decode(row_labels[row_labels >= 0]) == "".join(text for text, trained in parts if trained)
@@ -154,7 +154,7 @@ def test_the_folder_opens_in_transformers(toy):
     assert len(read_jsonl(toy / "train.jsonl")) == 300 and len(test) == 40
     assert set(test[0]) == {"id", "question", "answer", "source"}
     # The accuracy that was written down is what greedy answers have.
-    ids = tokenizer([median.prompt_text(p["question"], 1) for p in test], return_tensors="pt")
+    ids = tokenizer([warm.prompt_text(p["question"], 1) for p in test], return_tensors="pt")
     said = tokenizer.batch_decode(model.generate(**ids, max_new_tokens=4, do_sample=False)[:, -4:])
     right = sum(text == median.response_text(p["answer"]) for text, p in zip(said, test, strict=True))
     assert json.loads((toy / "made.json").read_text())["warm_start_accuracy"] == pytest.approx(right / 40)
@@ -162,24 +162,26 @@ def test_the_folder_opens_in_transformers(toy):
 
 def test_a_second_call_keeps_what_is_there_and_other_settings_stop(toy, monkeypatch, capsys):
     monkeypatch.setattr(median, "OUT", str(toy))
-    for name, value in (("WARM_STEPS", 150), ("TRAIN_PROBLEMS", 300), ("TEST_PROBLEMS", 40)):
-        monkeypatch.setattr(median, name, value)
+    monkeypatch.setattr(median, "WARM_STEPS", 150)
+    for name, value in (("TRAIN_PROBLEMS", 300), ("TEST_PROBLEMS", 40)):
+        monkeypatch.setattr(warm, name, value)
     before = (toy / "warm_start" / "model.safetensors").stat().st_mtime_ns
-    median.make_world()
+    warm.make_world(median)
     assert "already" in capsys.readouterr().out
     assert (toy / "warm_start" / "model.safetensors").stat().st_mtime_ns == before
-    monkeypatch.setattr(median, "SEED", 1)
+    monkeypatch.setattr(warm, "SEED", 1)
     with pytest.raises(SystemExit, match="made with other SEED"):
-        median.make_world()
+        warm.make_world(median)
 
 
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    for name, value in (("OUT", str(tmp_path / "toy")), ("TRAIN_PROBLEMS", 10), ("TEST_PROBLEMS", 10)):
-        monkeypatch.setattr(median, name, value)
+    monkeypatch.setattr(median, "OUT", str(tmp_path / "toy"))
+    for name in ("TRAIN_PROBLEMS", "TEST_PROBLEMS"):
+        monkeypatch.setattr(warm, name, 10)
     monkeypatch.setattr(median, "train_warm_start", fail)
     with pytest.raises(KeyboardInterrupt):
-        median.make_world()
+        warm.make_world(median)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Two torchrun agents on this machine, which are two nodes to the program: runs over them, their ends, evaluation."""
+"""Two torchrun agents on this machine, which are two nodes to the program: a run over them that loses one of them."""
 
 import contextlib
 import socket
@@ -9,11 +9,10 @@ from pathlib import Path
 
 from plumbing import checkpoints
 from plumbing.files import read_jsonl
-from tests.conftest import ROOT, alone
-from tests.test_runs import assert_same_up_to_rounding, metrics_of, weights
+from tests.conftest import ROOT, alone, list_arguments, run_python
+from tests.test_runs import assert_same_up_to_rounding
 
 import psutil
-import torch
 
 BOUND = 120  # seconds in which all must have ended, on a machine that is busy with other things
 
@@ -48,6 +47,10 @@ class Nodes:
     def said(self, node: int) -> str:
         return self.logs[node].read_text()
 
+    def wait(self) -> None:
+        """For a good end of both."""
+        assert [agent.wait() for agent in self.agents] == [0, 0], self.said(0)[-3000:] + self.said(1)[-3000:]
+
 
 @contextlib.contextmanager
 def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[Nodes]:
@@ -60,49 +63,29 @@ def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[Nodes]:
                 process.kill()
 
 
-def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_process(toy, tmp_path):
-    """The torchrun of the second node dies: both nodes save and end well. Then all processes of that node die: the rank
-    of the other one fails and says why. What is resumed, by a replica on each node, has the numbers of an undisturbed
-    run of one process."""
-    changes = ["PRESET=toy", "STEPS=8", "DIALOGUES=16", "MINI_BATCH=8", "SAVE_EVERY=2", "MAX_ATTEMPTS=3"]
-    changes += [f"MODEL={toy / 'warm_start'}", f"TRAIN_DATA={toy / 'train.jsonl'}", "DEV_PROBLEMS=0"]
-    alone_command = [sys.executable, str(ROOT / "ppo.py"), *changes, "RUN=one"]
-    one = subprocess.Popen(alone_command, cwd=tmp_path, env=alone(), stdout=subprocess.DEVNULL)
-    run = tmp_path / "runs/nodes"
+def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_process(toy, straight, tmp_path):
+    """A replica on each node. The torchrun of the second one dies: both nodes save and end well. Resumed, all processes
+    of that node die: the rank of the other one fails and says why. One process that resumes what they have left comes
+    to the numbers of an undisturbed run of its own."""
+    run, arguments = tmp_path / "runs/nodes", list_arguments(toy, "nodes")
 
     def steps() -> int:
         return len(read_jsonl(run / "metrics.jsonl"))
 
-    with start_nodes(tmp_path, "ppo.py", *changes, "RUN=nodes") as nodes:
+    with start_nodes(tmp_path, "ppo.py", *arguments) as nodes:
         nodes.wait_until(lambda: steps() >= 1)
         nodes.agents[1].kill()  # the other one waits for it for five minutes after its rank has ended
         assert not psutil.wait_procs(nodes.known - {nodes.agents[0]}, timeout=BOUND)[1]  # those that still run
         assert "stopped by SIGTERM after step" in nodes.said(0)
-    saved = checkpoints.list_checkpoints(run)
-    assert saved and not (run / "policy").exists()
-    with start_nodes(tmp_path, "ppo.py", *changes, "RUN=nodes") as nodes:
-        nodes.wait_until(lambda: checkpoints.list_checkpoints(run)[-1] != saved[-1])
+    saved = steps()
+    assert checkpoints.list_checkpoints(run)[-1].name == f"step-{saved:06d}" and not (run / "policy").exists()
+    with start_nodes(tmp_path, "ppo.py", *arguments) as nodes:
+        nodes.wait_until(lambda: steps() > saved)
         for process in nodes.processes(1):
             process.kill()
         assert not psutil.wait_procs(nodes.known, timeout=BOUND)[1]
         assert "losed by peer" in nodes.said(0) or "reset by peer" in nodes.said(0)
-    assert not (run / "policy").exists()
-    with start_nodes(tmp_path, "ppo.py", *changes, "RUN=nodes") as nodes:
-        assert [agent.wait() for agent in nodes.agents] == [0, 0], nodes.said(0)[-3000:] + nodes.said(1)[-3000:]
         assert "resumes after step" in nodes.said(0) and "resumes after step" not in nodes.said(1)
-    assert one.wait() == 0
-    assert_same_up_to_rounding(metrics_of(tmp_path, "one"), metrics_of(tmp_path, "nodes"))
-    a, b = weights(tmp_path, "one"), weights(tmp_path, "nodes")
-    assert all(torch.allclose(a[n], b[n], atol=1e-4) for n in a)
-
-
-def test_evaluation_over_two_nodes_writes_one_result(toy, tmp_path):
-    data = [f"MODEL={toy / 'warm_start'}", f"BENCHMARKS={toy / 'test.jsonl'}", f"OUT={tmp_path / 'out'}"]
-    with start_nodes(tmp_path, "evaluate.py", *data, "MAX_ATTEMPTS=2", "RESAMPLES=0") as nodes:
-        assert [agent.wait() for agent in nodes.agents] == [0, 0], nodes.said(0)[-3000:] + nodes.said(1)[-3000:]
-        assert "report.html" in nodes.said(0) and "report.html" not in nodes.said(1)
-    played = [(row["id"], row["K"]) for row in read_jsonl(tmp_path / "out/dialogues-warm_start.jsonl")]
-    problems = [row["id"] for row in read_jsonl(toy / "test.jsonl")]
-    assert played == [(name, K) for K in (2, 1) for name in problems]
-    made = {"accuracy.png", "accuracy.svg", "results.json", "results.csv", "report.html", "dialogues-warm_start.jsonl"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == made
+    assert not (run / "policy").exists()
+    run_python(ROOT / "ppo.py", *arguments, cwd=tmp_path)
+    assert_same_up_to_rounding(straight, run)

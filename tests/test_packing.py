@@ -4,8 +4,7 @@ import itertools
 
 import ppo
 from plumbing import packing
-from plumbing.ranks import load_model
-from tests.test_ppo import constants, make_learner, two_dialogues
+from tests.test_ppo import SMALL, TOKENS, make_learner, two_dialogues
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ def test_groups_hold_each_dialogue_once_within_the_limit(lengths, max_tokens):
     groups = packing.group_by_length(range(len(lengths)), lengths, max_tokens)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(max(lengths[i] for i in group) * len(group) <= max_tokens or len(group) == 1 for group in groups)
-    longest = [[lengths[i] for i in group] for group in groups]
-    assert list(itertools.chain(*longest)) == sorted(lengths, reverse=True)
+    assert [lengths[i] for group in groups for i in group] == sorted(lengths, reverse=True)
 
 
 @given(st.lists(st.integers(1, 500), min_size=8, max_size=40), st.integers(1, 8))
@@ -33,14 +31,15 @@ def test_ranks_share_a_mini_batch_evenly(lengths, world):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 16, 64])
-def test_each_dialogue_gets_the_logprobs_that_it_has_alone(toy, ranks, monkeypatch, max_tokens):
-    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", dtype=torch.float32, attn_implementation="eager")
+def test_each_dialogue_gets_the_logprobs_that_it_has_alone(toy, ranks, change, max_tokens):
+    """Rows of a padded vocabulary have no probability."""
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", attn_implementation="eager")
     changes = {"MAX_TOKENS_PER_MICRO_BATCH": max_tokens, "LOGITS_CHUNK": 3, "MINI_BATCH": 4}
-    actor = make_learner(toy, monkeypatch, lm.config.vocab_size, **changes).actor
+    actor = make_learner(toy, change, **changes).actor
     batch = ppo.make_batch([*two_dialogues(), *reversed(two_dialogues())])
     got = ppo.evaluate_actions(actor, batch)  # (B, T)
     for d, row in zip(batch.dialogues, got, strict=True):
-        logprobs = lm(torch.tensor([d.ids])).logits.log_softmax(-1)[0]
+        logprobs = lm(torch.tensor([d.ids])).logits[0, :, :TOKENS].log_softmax(-1)
         expected = [logprobs[t - 1, d.ids[t]].item() if m else 0.0 for t, m in enumerate(d.mask)]
         assert row[: len(d.ids)].tolist() == pytest.approx(expected, abs=1e-5)
         assert not row[len(d.ids) :].any()
@@ -60,35 +59,21 @@ def varlen_on_cpu(q, k, v, boundaries_q, boundaries_k, longest_q, longest_k, *, 
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, monkeypatch, tmp_path, kv_heads):
+def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, change, tmp_path, kv_heads):
     """Dialogues end to end, the kernel replaced by what it promises; kv_heads of the two heads of a query."""
     from torch.nn.attention import varlen
 
-    constants(monkeypatch)
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_on_cpu)
+    change(ppo, **SMALL)
+    change(varlen, varlen_attn=varlen_on_cpu)
     config = AutoConfig.from_pretrained(toy / "warm_start", num_key_value_heads=kv_heads)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    actor = ppo.Actor(str(tmp_path), 280, "float32", False)
+    actor = ppo.Actor(str(tmp_path), TOKENS, "float32", False)
     batch = ppo.make_batch(two_dialogues())
     lengths = [len(d.ids) for d in batch.dialogues]
     expected, _ = actor(packing.make_micro_batch(batch.ids, batch.mask, lengths, [0, 1], kernel=False))
-    monkeypatch.setattr(packing, "has_kernel", lambda dtype: True)
+    change(packing, has_kernel=lambda dtype: True)
     actor.lm.set_attn_implementation(packing.attention_name("bfloat16"))
     micro = packing.make_micro_batch(batch.ids, batch.mask, lengths, [0, 1], kernel=True)
     got, _ = actor(micro)
+    assert micro.positions[0].tolist() == [t for length in lengths for t in range(length)]  # from 0 in each
     assert micro.ids.shape == (1, sum(lengths)) and torch.allclose(got, expected, atol=1e-5)
-
-
-def test_there_is_no_dropout(toy, tmp_path):
-    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", attention_dropout=0.5)
-    lm.save_pretrained(tmp_path)
-    loaded, ids = load_model(str(tmp_path), "sdpa"), torch.tensor([[5, 9, 7, 11]])
-    assert loaded.training and torch.equal(loaded(ids).logits, loaded(ids).logits)
-
-
-def test_models_whose_attention_is_another_are_refused(toy, tmp_path):
-    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
-    lm.config.update({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0})
-    lm.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="sliding_window is not computed here"):
-        load_model(str(tmp_path), "sdpa")

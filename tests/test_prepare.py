@@ -3,9 +3,7 @@
 import csv
 import hashlib
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from data import prepare
 from data.prepare import SOURCES, TRAINING, drop_duplicates, find_duplicates
 from data.problems import load_problems, question_key
 from plumbing.files import to_line
-from tests.conftest import ROOT
 
 import pyarrow
 import pyarrow.parquet
@@ -76,31 +73,35 @@ LAYOUTS = {
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
+def hub(tmp_path, change) -> Path:
     """An empty hub, and constants that say so; all are put back afterwards."""
-    changed = {"HUB_MIRROR": str(tmp_path / "hub"), "OUT": str(tmp_path / "out"), "FORCE": False}
-    for name, value in (changed | {"SETS": prepare.SETS, "NEAR": prepare.NEAR}).items():
-        monkeypatch.setattr(prepare, name, value)
+    change(prepare, HUB_MIRROR=str(tmp_path / "hub"), OUT=str(tmp_path / "out"), FORCE=False)
+    change(prepare, SETS=prepare.SETS, NEAR=prepare.NEAR)
     (tmp_path / "hub").mkdir()
     return tmp_path / "hub"
 
 
-def expect_rows(monkeypatch, rows: int, training: int = 14) -> None:
+@pytest.fixture
+def run(monkeypatch):
+    """Calls data/prepare.py with these arguments."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+        prepare.main()
+
+    return run
+
+
+def expect_rows(change, rows: int, training: int = 14) -> None:
     """In every source of a benchmark, and of the training set."""
     count = dict.fromkeys(SOURCES, rows) | {TRAINING: training}
-    small = {name: tuple(s._replace(rows=count[name]) for s in sources) for name, sources in SOURCES.items()}
-    monkeypatch.setattr(prepare, "SOURCES", small)
-
-
-def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
-    prepare.main()
+    change(prepare, SOURCES={n: tuple(s._replace(rows=count[n]) for s in sources) for n, sources in SOURCES.items()})
 
 
 @pytest.mark.parametrize(("name", "source"), [(n, s) for n, sources in SOURCES.items() for s in sources])
-def test_each_source_in_its_own_layout(hub, monkeypatch, name, source):
+def test_each_source_in_its_own_layout(hub, change, name, source):
     parts = [(config, split) for config in source.configs for split in source.splits]
-    expect_rows(monkeypatch, len(parts), len(parts))
+    expect_rows(change, len(parts), len(parts))
     row = LAYOUTS[source.name]("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")
     rows = {part: [row] for part in parts}
     if source.name.startswith("nlile"):  # the only one of several splits that names its rows
@@ -122,26 +123,24 @@ GOLDS = {  # as the first source writes it -> the gold
     "minerva_math": {"4.5e33": "4.5e33", "I(0) e^{-t}\n": "I(0) e^{-t}"},
     "olympiadbench": {"$69$,$84$": "69,84", r"$(-\infty, 0) \cup\{1\}$.": r"(-\infty, 0) \cup\{1\}"},
 }
-SUMMANDS = ("apples of Ada", "pears of Bo", "plums of Cy", "nuts of Di", "figs of Ed", "dates of Flo", "limes of Gus")
+NAMES = ("apples of Ada", "pears of Bo", "plums of Cy", "nuts of Di", "figs of Ed", "dates of Flo", "limes of Gus")
 
 
 def question(number: int) -> str:
     """Questions that share no three words."""
-    return f"{SUMMANDS[number % 7]}: how do {number} go with {number * number + 1}?"
+    return f"{NAMES[number % 7]}: how do {number} go with {number * number + 1}?"
 
 
-def fill(hub: Path, but: str = "") -> None:
+def fill(hub: Path) -> None:
     """Every set's first source, two rows each; the training source has seven configurations of two splits."""
-    for position, (name, sources) in enumerate(SOURCES.items()):
-        source, layout = sources[0], LAYOUTS[sources[0].name]
-        if name in (but, TRAINING):
-            continue
-        rows = [layout(question(10 * position + i), gold) for i, gold in enumerate(GOLDS[name])]
+    for position, (name, golds) in enumerate(GOLDS.items()):
+        source = SOURCES[name][0]
+        rows = [LAYOUTS[source.name](question(10 * position + i), gold) for i, gold in enumerate(golds)]
         for i, row in enumerate(rows):
             row |= {key: f"{row[key]}{i}" for key in ("id", "unique_id") if key in row}
         put(hub, source.name, {(source.configs[0], source.splits[0]): rows})
-    layout = LAYOUTS["EleutherAI/hendrycks_math"]
-    rows = [layout(question(100 + i), str(i)) for i in range(14)]
+    source = SOURCES[TRAINING][0]
+    rows = [train_row(question(100 + i), str(i)) for i in range(14)]
     math500 = question(20).upper().replace("HOW", "$\\textbf{how}$").replace(":", " , ")
     rows[1] |= {"problem": math500}  # its first, typed differently
     rows[2] |= {"problem": question(40) + " Explain."}  # nearly olympiadbench's first
@@ -149,84 +148,64 @@ def fill(hub: Path, but: str = "") -> None:
     rows[4] |= {"level": "Level 2"}
     rows[5] |= {"level": "Level ?"}
     rows[6] |= {"solution": "By symmetry it is 6."}
-    configs, splits = SOURCES[TRAINING][0].configs, SOURCES[TRAINING][0].splits
-    parts = [(config, split) for config in configs for split in splits]
-    put(hub, "EleutherAI/hendrycks_math", {part: [row] for part, row in zip(parts, rows, strict=True)})
+    parts = [(config, split) for config in source.configs for split in source.splits]
+    put(hub, source.name, {part: [row] for part, row in zip(parts, rows, strict=True)})
 
 
-def test_all_sets(hub, monkeypatch, capsys):
+def test_all_sets(hub, run, change, capsys):
     fill(hub)
-    expect_rows(monkeypatch, 2)
-    run(monkeypatch)
+    expect_rows(change, 2)
+    run()
     said, out = capsys.readouterr().out, Path(prepare.OUT)
     for name, golds in GOLDS.items():
         problems = load_problems(out / f"{name}.jsonl")
-        assert [p["answer"] for p in problems] == list(golds.values())
-        assert {p["source"] for p in problems} == {SOURCES[name][0].name}
+        assert [(p["answer"], p["source"]) for p in problems] == [(g, SOURCES[name][0].name) for g in golds.values()]
         pairs = [[p["question"], p["answer"]] for p in problems]
         assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest() in said
     kept = load_problems(out / f"{TRAINING}.jsonl")
     assert [p["answer"] for p in kept] == ["0", "7", "8", "9", "10", "11", "12", "13"]
-    for line in (
-        "math_train: 12 of levels 3 to 5, 11 of them with an answer",
-        "dropped 1, the same as in math500",
-        "dropped 1, nearly as in olympiadbench",
-        "dropped 1, the same as in math_train",
-        "8 problems",
-    ):
-        assert line in said
-    # A second call needs no hub and changes nothing; a changed file is found; FORCE makes it anew.
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    monkeypatch.setattr(prepare, "HUB_MIRROR", str(hub / "gone"))
-    run(monkeypatch)
+    assert "math_train: 12 of levels 3 to 5, 11 of them with an answer" in said
+    for reason in ("the same as in math500", "nearly as in olympiadbench", "the same as in math_train"):
+        assert f"dropped 1, {reason}" in said
+
+
+def test_files_that_are_there_are_checked(hub, run, change, capsys):
+    fill(hub)
+    expect_rows(change, 2)
+    run()
+    file = Path(prepare.OUT) / "amc23.jsonl"
+    text = file.read_text()
+    change(prepare, HUB_MIRROR=str(hub / "gone"))
+    capsys.readouterr()
+    run()  # needs no hub
     assert capsys.readouterr().out.count("is there already") == 6
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(SystemExit, match="not as it was made"):
-        run(monkeypatch, f"SETS={TRAINING}", "NEAR=0.9")
-    monkeypatch.setattr(prepare, "NEAR", 0.7)
-    text = (out / "amc23.jsonl").read_text()
-    (out / "amc23.jsonl").write_text(text.replace('"27"', '"72"'))
+    file.write_text(text.replace('"27"', '"72"'))
     with pytest.raises(SystemExit, match=r"amc23.jsonl: not as it was made; FORCE=1"):
-        run(monkeypatch, "SETS=aime24,amc23")
-    run(monkeypatch, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
-    assert (out / "amc23.jsonl").read_text() == text
-    # Another benchmark made again: the training set was cleaned of the old one.
-    row = LAYOUTS["math-ai/amc23"](question(100), "27")
-    put(hub, "math-ai/amc23", {(None, "test"): [row, row | {"id": 1, "question": question(11)}]})
-    run(monkeypatch, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
-    monkeypatch.setattr(prepare, "FORCE", False)
-    with pytest.raises(SystemExit, match=r"math_train.jsonl: not as it was made; FORCE=1"):
-        run(monkeypatch, f"SETS={TRAINING}")
-    run(monkeypatch, f"SETS={TRAINING}", "FORCE=1", f"HUB_MIRROR={hub}")
-    assert "dropped 2, the same as in amc23" in capsys.readouterr().out
+        run("SETS=aime24,amc23")
+    put(
+        hub,
+        "math-ai/amc23",
+        {(None, "test"): [LAYOUTS["math-ai/amc23"](question(100 + i), "27") | {"id": i} for i in (0, 7)]},
+    )
+    run("SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
+    with pytest.raises(SystemExit, match=r"math_train.jsonl: not as it was made"):  # it was cleaned of the old amc23
+        run(f"SETS={TRAINING}", "FORCE=0")
+    run(f"SETS={TRAINING}", "FORCE=1")
+    assert "dropped 3, the same as in amc23" in capsys.readouterr().out
 
 
-def test_files_of_another_length_stop(hub, monkeypatch):
-    """A benchmark written by hand is taken if it is whole."""
-    expect_rows(monkeypatch, 3)
-    file = Path(prepare.OUT) / "aime24.jsonl"
-    file.parent.mkdir()
-    lines = [json.dumps({"question": question(i), "answer": "25"}) + "\n" for i in range(3)]
-    file.write_text("".join(lines))
-    run(monkeypatch, "SETS=aime24")
-    file.write_text("".join(lines[:2]))
-    with pytest.raises(SystemExit, match=r"aime24.jsonl: 2 rows where \{3\} are expected; complete it, or say FORCE=1"):
-        run(monkeypatch, "SETS=aime24")
-
-
-def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, capsys):
-    fill(hub, but="aime24")
-    expect_rows(monkeypatch, 2)
+def test_sources_are_tried_in_order_and_what_works_is_kept(hub, run, change, capsys):
+    fill(hub)
+    expect_rows(change, 2)
     put(hub, "HuggingFaceH4/aime_2024", {(None, "train"): [{"id": 1, "text": "q", "answer": "1"}] * 2})
     put(hub, "Maxwell-Jia/AIME_2024", {(None, "train"): [LAYOUTS["Maxwell-Jia/AIME_2024"]("q", "1")] * 3})
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch)
+        run()
     for part in (
         "HuggingFaceH4/aime_2024: row 0 has no column question; it has id, text, answer",
         "Maxwell-Jia/AIME_2024: 3 rows where 2 are expected",
         f"math-ai/aime24: no folder {hub / 'math-ai/aime24'}",
         "hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir mirror/HuggingFaceH4/aime_2024",
-        "HUB_MIRROR=mirror",
         f"write {Path(prepare.OUT) / 'aime24.jsonl'} yourself",
         "math_train: make aime24 first",
     ):
@@ -234,13 +213,16 @@ def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, cap
     made = {path.name for path in Path(prepare.OUT).iterdir()}
     assert made == {*(f"{n}.jsonl" for n in GOLDS if n != "aime24"), "checksums.jsonl"}
     # The last source turns up: the rest is made, and it is said why the others were not taken.
-    rows = [LAYOUTS["math-ai/aime24"](question(i), "25") | {"id": i} for i in range(2)]
-    put(hub, "math-ai/aime24", {(None, "test"): rows})
-    run(monkeypatch)
+    put(
+        hub,
+        "math-ai/aime24",
+        {(None, "test"): [LAYOUTS["math-ai/aime24"](question(i), "25") | {"id": i} for i in (0, 1)]},
+    )
+    run()
     said = capsys.readouterr().out
     assert "2 rows of math-ai/aime24, instead of\n    HuggingFaceH4/aime_2024: row 0" in said and "8 problems" in said
     with pytest.raises(SystemExit, match="no set gsm8k; there are aime24, amc23"):
-        run(monkeypatch, "SETS=gsm8k")
+        run("SETS=gsm8k")
 
 
 @pytest.mark.parametrize(
@@ -251,32 +233,11 @@ def test_sources_are_tried_in_order_and_what_works_is_kept(hub, monkeypatch, cap
         ([{"id": 1, "question": "q", "answer": "1"}] * 2, "ids repeat"),
     ],
 )
-def test_rows_that_are_not_as_expected(hub, monkeypatch, rows, reason):
-    expect_rows(monkeypatch, len(rows))
+def test_rows_that_are_not_as_expected(hub, change, rows, reason):
+    expect_rows(change, len(rows))
     put(hub, "math-ai/amc23", {(None, "test"): rows})
     with pytest.raises(prepare.Unavailable, match=reason):
         prepare.load_set("amc23")
-
-
-def test_without_network(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-m", "data.prepare", f"OUT={tmp_path / 'out'}"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "aime24: the hub cannot be reached" in result.stderr and "HUB_MIRROR=mirror" in result.stderr
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_proxy_that_refuses_is_no_network(hub, monkeypatch):
-    """`datasets` lets the HTTP client's own error through."""
-    from huggingface_hub.utils import httpx
-
-    def refuse(source):
-        raise httpx.ProxyError("403 Forbidden")
-
-    monkeypatch.setattr(prepare, "fetch", refuse)
-    with pytest.raises(SystemExit, match=r"aime24: the hub cannot be reached \(ProxyError: 403 Forbidden\)"):
-        run(monkeypatch)
 
 
 # Gold answers and the grader ------------------------------------------------------------------------------------------
@@ -287,14 +248,10 @@ MINERVA, OLYMPIAD = SOURCES["minerva_math"][0], SOURCES["olympiadbench"][0]
     ("source", "given", "right", "wrong"),
     [
         (MINERVA, {}, (r"4.5 \times 10^{33}", "4.5e33", r"4.5e33 \text{ erg/s}"), ("4.5e32", "4.6e33")),
-        (MINERVA, {"solution": boxed("-3./2")}, ("-1.5", r"-\frac{3}{2}"), ("1.5",)),
         (MINERVA, {"solution": boxed("np.arcsin(10/13)")}, (r"\arcsin\frac{10}{13}",), (r"\arcsin\frac{13}{10}",)),
         (OLYMPIAD, {"final_answer": ["$69$,$84$"]}, ("84, 69", r"69 \text{ and } 84"), ("69", "84", "69, 84, 1")),
         (OLYMPIAD, {"final_answer": ["$x=2$", "$x=-2$"]}, ("-2, 2", r"\pm 2"), ("2",)),
-        (OLYMPIAD, {"final_answer": ["(1,2), (3,4)"]}, ("(3, 4), (1, 2)",), ("(1,2)", "(2,1),(3,4)")),
         (OLYMPIAD, {"final_answer": ["45"], "unit": "minute"}, ("45", r"45 \text{ minutes}"), ("54", "45 hours")),
-        (OLYMPIAD, {"final_answer": ["$166$"], "unit": "$cm^2$"}, (r"166\mathrm{~cm}^{2}",), (r"166\text{ cm}^3",)),
-        (OLYMPIAD, {"final_answer": [r"$\frac67$"], "unit": "km/h"}, (r"\frac{6}{7}",), (r"\frac{6}{7}\text{ m/s}",)),
         (OLYMPIAD, {"final_answer": ["$a=9$,$b=8$"], "unit": r"^{\circ}"}, (r"9^\circ, 8^\circ", "a=9, b=8"), ("9",)),
         (OLYMPIAD, {"final_answer": ["4.2"], "error": "1e-1", "unit": "%"}, ("4.27", r"4.15\%"), ("4.35", "0.042")),
         (OLYMPIAD, {"final_answer": ["4.2"]}, ("4.2",), ("4.27",)),
@@ -304,39 +261,26 @@ def test_oddities_from_the_source_to_the_verdict(source, given, right, wrong):
     """As an attempt is graded: the answer in a box, against the problem's line and the tolerance in it."""
     name = "minerva_math" if source is MINERVA else "olympiadbench"
     problem = prepare.to_problem(name, source, 0, LAYOUTS[source.name]("q?", "4.5e33") | given)
-    correct = {
-        answer: grader.grade(f"It is \\boxed{{{answer}}}.", problem["answer"], problem.get("tolerance")).correct
-        for answer in (*right, *wrong)
-    }
-    assert correct == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
+    for answer in (*right, *wrong):
+        verdict = grader.grade(f"It is \\boxed{{{answer}}}.", problem["answer"], problem.get("tolerance"))
+        assert verdict.correct == (answer in right), answer
 
 
 # Duplicates -----------------------------------------------------------------------------------------------------------
-def redress(text: str, rng: random.Random) -> str:
-    """The same question, as another author would type it."""
-    for plain, dressed in (
-        (" ", "  "), (" ", "\n"), ("+", " + "), ("(", r"\left("), (")", r"\right)"), (r"\frac", r"\dfrac"),
-        ("$", r"\("), ("x^2", "x^{2}"), (r"\ldots", r"\cdots"), ("Find", "find"), (",", r",\,"), ("odd", r"\text{odd}"),
-    ):  # fmt: skip
-        if rng.random() < 0.5:
-            text = text.replace(plain, dressed)
-    return text
-
-
 def test_question_key_sees_no_dress():
     text = r"Find all odd $x$, $y$ with $\frac{1}{23}(x^2+y) = 1, 2, \ldots, 10.5$, in that order."
-    rng = random.Random(0)
-    assert {question_key(redress(text, rng)) for _ in range(200)} == {question_key(text)}
+    typed = r"""find all \text{odd} \(x\),\, \(y\) with
+        \[\dfrac 1{23}\left(x^{2} + y\right) = 1,2, \cdots, 10.5\] in that  order"""
+    assert question_key(typed) == question_key(text)
     others = [("+", "-"), ("23", "32"), ("{1}{23}", "{12}{3}"), ("10.5", "105"), ("(x^2+y)", "x^2+y"), ("odd", "even")]
-    assert len({question_key(text.replace(a, b)) for a, b in others}) == len(others)
+    assert len({question_key(text.replace(a, b)) for a, b in others} - {question_key(text)}) == len(others)
 
 
-def test_near_duplicates_against_all_pairs(monkeypatch):
+def test_near_duplicates_against_all_pairs(change):
     """The index finds what comparing every pair finds."""
     rng = random.Random(1)
     questions = [" ".join(rng.choices("abcde", k=rng.randint(0, 9))) for _ in range(150)]
-    monkeypatch.setattr(prepare, "SHINGLE", 2)
-    monkeypatch.setattr(prepare, "NEAR", 0.5)
+    change(prepare, SHINGLE=2, NEAR=0.5)
 
     def pairs(text: str) -> set[str]:
         return {text[i : i + 3] for i in range(0, len(text) - 2, 2)}
@@ -405,17 +349,12 @@ def test_numbers_and_tolerances(tmp_path):
     [
         ("p.jsonl", '{"question": "q", "answer": "1"}\n{"question', "p.jsonl, line 2: not JSONL"),
         ("p.jsonl", '{"id": "a", "question": "", "answer": 1}', 'id a: "question" must be a non-empty string, not'),
-        ("p.jsonl", '{"id": "a", "question": "q", "answer": [1]}', '"answer" must be a non-empty string or a number'),
-        ("p.jsonl", '{"question": "q", "answer": true}', 'line 1, id p/1: "answer" must be'),
         ("p.jsonl", '{"question": "q", "answer": NaN}', 'id p/1: "answer" must be .*mend or drop it'),
         ("p.jsonl", '{"question": "q", "solution": "1"}', 'id p/1: "answer" .* there are solution'),
         ("p.jsonl", '{"question": "q", "answer": "1", "tolerance": "x"}', '"tolerance" must be a number'),
         ("p.jsonl", '{"id": "a", "question": "q", "answer": 1}\n' * 2, "line 2: id 'a' is there already"),
-        ("p.jsonl", '"question"', "line 1: must be an object"),
         ("p.csv", "question,answer\nq,1\nq,1,2\n", "p.csv, line 3: must be .* a row as long as the header"),
-        ("p.csv", "question,answer\nq,1\nq\n", 'p.csv, line 3, id p/3: "answer" must be'),
         ("p.csv", 'question,answer\nq,1\n"q,1\n', "p.csv, line 3: not CSV"),
-        ("p.csv", "question,answer\n", "p.csv: no problem in it"),
         ("p.parquet", "not Parquet", "p.parquet: not PARQUET"),
         ("p.txt", "q", "p.txt: a problem file ends in .jsonl"),
     ],

@@ -1,58 +1,50 @@
-"""plumbing/ranks.py: how a GPU's ranks start, and what they gather."""
+"""plumbing/ranks.py: how a GPU's ranks start, what their memory is, and how models are loaded."""
 
 import os
-import subprocess
 import sys
+from types import SimpleNamespace
 
 from plumbing import engine, ranks
-from tests.conftest import ROOT, alone
 
 import pytest
 import torch
-
-GATHER = """
-import sys
-from plumbing import ranks
-import torch
-import torch.distributed as dist
-
-ranks.start_ranks()
-ranks.GRADIENT_CHECKPOINTING = False
-lm = ranks.load_model(sys.argv[1], "sdpa")
-whole = {name: parameter.detach().clone() for name, parameter in lm.named_parameters()}
-sharded = ranks.shard(lm, "bfloat16")
-received = dict(ranks.whole_weights(sharded, "bfloat16"))
-assert received.keys() == whole.keys()
-assert any(len(p.to_local()) < len(p) for p in sharded.parameters())
-for name, tensor in received.items():
-    assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, whole[name].bfloat16()), name
-print("gathered")
-dist.destroy_process_group()
-"""
+from transformers import AutoModelForCausalLM
 
 
-def test_weights_that_are_cast_before_they_are_gathered_have_the_same_bits(toy):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [*launch, sys.executable, "-c", GATHER, str(toy / "warm_start")]
-    done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, check=False)
-    assert done.stdout.count("gathered") == 2, done.stderr[-3000:]
+def test_there_is_no_dropout_and_no_attention_that_is_not_computed_here(toy, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", attention_dropout=0.5)
+    lm.save_pretrained(tmp_path)
+    loaded, ids = ranks.load_model(str(tmp_path), "sdpa"), torch.tensor([[5, 9, 7, 11]])
+    assert loaded.training and torch.equal(loaded(ids).logits, loaded(ids).logits)
+    lm.config.update({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0})
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="sliding_window is not computed here"):
+        ranks.load_model(str(tmp_path), "sdpa")
 
 
 @pytest.mark.parametrize(
     ("offload", "given", "threads"),
     [(True, None, 3), (True, "1", 3), (True, "5", None), (False, None, None), (False, "1", None)],
 )
-def test_optimisers_on_the_cpu_have_the_cores_of_their_rank(monkeypatch, offload, given, threads):
+def test_optimisers_on_the_cpu_have_the_cores_of_their_rank(change, offload, given, threads):
     """vLLM leaves a process one thread unless OMP_NUM_THREADS is set, and torchrun sets it to 1."""
     calls = {}
-    monkeypatch.setattr(engine, "find_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.update(device=index))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: calls.update(threads=count))
-    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, timeout: calls.update(backend=backend))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(13))
-    monkeypatch.setattr(ranks, "OFFLOAD", offload)
+    change(engine, find_gpu=lambda: True)
+    change(torch.cuda, set_device=lambda index: calls.update(device=index))
+    change(torch, set_num_threads=lambda count: calls.update(threads=count))
+    change(ranks.dist, init_process_group=lambda backend, timeout: calls.update(backend=backend))
     environment = {"RANK": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
-    monkeypatch.setattr(os, "environ", environment | ({"OMP_NUM_THREADS": given} if given else {}))
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    change(os, sched_getaffinity=lambda _: range(13), environ=environment)
+    change(ranks, OFFLOAD=offload)
     ranks.start_ranks()
     assert calls == {"device": 2, "backend": "cpu:gloo,cuda:nccl"} | ({"threads": threads} if threads else {})
     assert os.environ.get("OMP_NUM_THREADS") == (str(threads) if threads else given)
+
+
+def test_the_peak_of_memory_is_without_a_sleeping_engine(change, monkeypatch):
+    assert engine.pool_memory() == 0
+    pool = SimpleNamespace(instance=SimpleNamespace(get_current_usage=lambda: 40 * 2**30))
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", SimpleNamespace(CuMemAllocator=pool))
+    change(torch.cuda, is_available=lambda: True, max_memory_allocated=lambda: 63 * 2**30)
+    assert ranks.peak_memory() == 23

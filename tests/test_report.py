@@ -4,23 +4,20 @@ import base64
 import hashlib
 import json
 import math
-import random
 import re
 import shutil
 import subprocess
-from itertools import pairwise
 from pathlib import Path
-from xml.etree import ElementTree
 
 import evaluate
 import rollout
 from plumbing import report
-from plumbing.files import to_json
+from plumbing.files import to_json, to_line
 from tests.browser import Page, embedded_data, page_script
 
 import pytest
+from matplotlib import pyplot
 
-SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\"><b>bold</b>"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -46,23 +43,12 @@ FIRST = [
     played("easy", "e/2", attempt(HOSTILE, HOSTILE, "wrong"), attempt("no box", None, "no_answer"), WRONG),
     played("hard", "h/1", WRONG, AGAIN, RIGHT),
 ]
-SECOND = [
-    played("easy", "e/1", WRONG, RIGHT),
-    played("easy", "e/2", WRONG, AGAIN, WRONG),
-    played("hard", "h/1"),
-]
+SECOND = [played("easy", "e/1", WRONG, RIGHT), played("easy", "e/2", WRONG, AGAIN, WRONG), played("hard", "h/1")]
 TOKENS = {
-    "step": 8,
-    "id": "t/1",
-    "gold": "7",
-    "max_attempts": 2,
-    "tokens": ["What", " is", "\n", "It", HOSTILE],
-    "mask": [0, 0, 0, 1, 1],
-    "advantages": [0, 0, 0, -0.5, 2.0],
-    "values": [0, 0, 0, math.nan, -0.125],
-    "returns": [0, 0, 0, -0.25, 1.875],
-    "attempts": [{"status": "wrong", "answer": None, "reward": -1.0}],
-}
+    "step": 8, "id": "t/1", "gold": "7", "max_attempts": 2, "tokens": ["What", " is", "\n", "It", HOSTILE],
+    "mask": [0, 0, 0, 1, 1], "advantages": [0, 0, 0, -0.5, 2.0], "values": [0, 0, 0, math.nan, -0.125],
+    "returns": [0, 0, 0, -0.25, 1.875], "attempts": [{"status": "wrong", "answer": None, "reward": -1.0}],
+}  # fmt: skip
 
 
 def make_report(out: Path, records: dict[str, list[dict]], feedback: str, folders: dict[str, Path]) -> Path:
@@ -75,16 +61,24 @@ def make_report(out: Path, records: dict[str, list[dict]], feedback: str, folder
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def figures() -> list:
+    """Those that were drawn for `made`, as matplotlib has them."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, figures) -> Path:
     """A report of two models with all that it can show."""
     out = tmp_path_factory.mktemp("report")
     run = out / "runs" / "first"
     (run / "policy").mkdir(parents=True)
     rows = [{"step": i, "reward": i / 8 - 1, "accuracy": i / 16} for i in range(9)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "metrics.jsonl").write_text("".join(map(to_line, rows)))
     lines = [TOKENS | {"step": step} for step in (7, 8)]
-    (run / "tokens.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 9, "cut')
-    return make_report(out, {"first": FIRST, "second": SECOND}, "verified", {"first": run / "policy"})
+    (run / "tokens.jsonl").write_text("".join(map(to_line, lines)) + '{"step": 9, "cut')
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pyplot, "close", figures.append)
+        return make_report(out, {"first": FIRST, "second": SECOND}, "verified", {"first": run / "policy"})
 
 
 @pytest.fixture(scope="module")
@@ -93,84 +87,32 @@ def page(made) -> Page:
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
-def read_curves(svg: Path) -> dict[str, list[tuple[float, float]]]:
-    """The curves of a figure in the units of their axes, read from the SVG with the help of its tick labels."""
-    curves = {}
-    groups = ElementTree.parse(svg).getroot().iter(f"{SVG}g")
-    for panel in (g for g in groups if re.fullmatch(r"axes_\d+", g.get("id", ""))):
-        scale = {}
-        for axis in "x", "y":
-            ticks = []
-            for tick in (g for g in panel.iter(f"{SVG}g") if g.get("id", "").startswith(f"{axis}tick_")):
-                label = next(tick.iter(f"{SVG}text"), None)
-                if label is not None:
-                    ticks.append((float(next(tick.iter(f"{SVG}use")).get(axis)), float(label.text.replace("−", "-"))))
-            (p, a), (q, b) = ticks[0], ticks[-1]
-            scale[axis] = (a - p * (b - a) / (q - p), (b - a) / (q - p))
-        for g in panel.iter(f"{SVG}g"):
-            if g.get("id", "").startswith("curve-"):
-                numbers = [float(x) for x in re.findall(r"-?[\d.]+", next(g.iter(f"{SVG}path")).get("d"))]
-                (x0, dx), (y0, dy) = scale["x"], scale["y"]
-                points = zip(numbers[::2], numbers[1::2], strict=True)
-                curves[g.get("id")] = [(x0 + dx * x, y0 + dy * y) for x, y in points]
-    return curves
+def test_figures_show_the_numbers(made, figures):
+    models = json.loads((made / "results.json").read_text())["models"]
+    accuracy, training = figures
+    for axes, benchmark, n in zip(accuracy.axes, ("easy", "hard", "average"), (2, 1, 3), strict=True):
+        assert axes.get_title() == f"{benchmark} (n = {n})" and [t.get_text() for t in axes.texts] == list(models)
+        for name, line, band in zip(models, axes.lines[::-1], axes.collections[::-1], strict=True):
+            assert line.get_xydata().tolist() == [[k, y] for k, y in enumerate(models[name][benchmark]["accuracy"], 1)]
+            edges = band.get_paths()[0].vertices[:, 1]
+            assert edges.min() == min(models[name][benchmark]["low"])
+            assert edges.max() == max(models[name][benchmark]["high"])
+    assert [axes.get_title() for axes in training.axes] == ["reward", "accuracy"]
+    reward, accuracy = (axes.lines[0].get_xydata().tolist() for axes in training.axes)
+    assert reward == [[i, i / 8 - 1] for i in range(9)] and accuracy == [[i, i / 16] for i in range(9)]
+    for stem in ("accuracy", "training"):
+        assert (made / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and (made / f"{stem}.svg").is_file()
 
 
-def test_figures_show_the_numbers(made):
-    results = json.loads((made / "results.json").read_text())
-    curves = read_curves(made / "accuracy.svg")
-    assert len(curves) == 2 * 3  # two models on two benchmarks and their average
-    for panel, benchmark in enumerate(("easy", "hard", "average")):
-        for place, name in enumerate(("first", "second")):
-            drawn = curves[f"curve-{panel}-{place}"]
-            assert [x for x, _ in drawn] == pytest.approx([1, 2, 3], abs=1e-3)
-            assert [y for _, y in drawn] == pytest.approx(results["models"][name][benchmark]["accuracy"], abs=1e-3)
-    text = (made / "accuracy.svg").read_text()
-    assert all(f">{words}<" in text for words in ("first", "second", "easy (n = 2)", "hard (n = 1)", "average (n = 3)"))
-    assert (made / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    curves = read_curves(made / "training.svg")
-    assert curves["curve-0-0"] == [pytest.approx((i, i / 8 - 1), abs=2e-3) for i in range(9)]  # reward
-    assert curves["curve-1-0"] == [pytest.approx((i, i / 16), abs=2e-3) for i in range(9)]  # accuracy
-
-
-def test_bands_and_controls_in_the_figure(tmp_path, monkeypatch):
-    import matplotlib.pyplot as plt
-
-    control = {"value": [0.25, 0.5, None]}
-    bounds = {"low": [0.2] * 3, "high": [0.8, 0.8, 0.9]}
-    result = {"n": 4, "accuracy": [0.5, 0.5, 0.75], **bounds, "metrics": {"pass": control}}
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
-    report.draw(report.accuracy_curves({"m": {"x": result}}), tmp_path)
-    panel = figures[0].axes[0]
-    assert {tuple(line.get_ydata()): line.get_linestyle() for line in panel.lines} == {
-        (0.5, 0.5, 0.75): "-",
-        (0.25, 0.5): ":",
-    }
-    band = panel.collections[0].get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == (0.2, 0.9)
-    assert [text.get_text() for text in panel.texts] == ["m"]
-    # With intrinsic feedback nobody tells which attempt is right: the control is the vote, not a choice by the answer.
-    result["metrics"] |= {"i_to_c": control, "majority": {"value": [0.125, 0.25, None]}}
-    assert [c.accuracy for c in report.accuracy_curves({"m": {"x": result}})["x (n = 4)"][1:]] == [[0.125, 0.25]]
-
-
-def test_a_model_has_one_colour_in_all_figures():
-    results = evaluate.summarise({"first": FIRST, "second": SECOND})["models"]
-    (shown,) = (c.color for c in report.accuracy_curves(results)["easy (n = 2)"] if c.label == "second")
-    rows = {"second": [{"step": 1, "reward": 0.5}]}
-    (trained,) = report.learning_curves(rows, report.color_models(results))["reward"]
-    assert shown == trained.color == report.OKABE_ITO[1]
-    assert len(report.color_models(map(str, range(9)))) == 9  # more models than colours
-
-
-def test_labels_keep_their_distance_and_order():
-    rng = random.Random(0)
-    for _ in range(200):
-        heights = [rng.random() for _ in range(rng.randint(1, 8))]
-        placed = report.spread(heights, 0.07)
-        assert [placed[i] for i in sorted(range(len(heights)), key=heights.__getitem__)] == sorted(placed)
-        assert all(b - a > 0.07 - 1e-9 for a, b in pairwise(sorted(placed)))
+def test_each_model_has_its_control():
+    """pass@k. With intrinsic feedback nobody tells which attempt is right: there it is the vote, not a choice by the
+    answer."""
+    result = {"n": 4, "accuracy": [0.5, 0.5, 0.75], "low": [0.2] * 3, "high": [0.8] * 3}
+    result["metrics"] = {"pass": {"value": [0.25, 0.5, None]}, "majority": {"value": [0.125, 0.25, None]}}
+    for more, values in (({}, [0.25, 0.5]), ({"i_to_c": {}}, [0.125, 0.25])):
+        result["metrics"] |= more
+        own, control = report.accuracy_curves({"m": {"x": result}})["x (n = 4)"]
+        assert (control.accuracy, control.line, control.label, control.color) == (values, ":", "", own.color)
 
 
 # The page's data ------------------------------------------------------------------------------------------------------
@@ -193,11 +135,11 @@ def test_page_carries_the_results_and_runs_its_own_script_alone(made):
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function", script)
 
 
-def test_too_many_dialogues_are_thinned(made, monkeypatch):
+def test_too_many_dialogues_are_thinned(made, change):
     results = json.loads((made / "results.json").read_text())
     records = {"first": FIRST, "second": SECOND}
     size = sum(len(a["text"]) for its in records.values() for r in its for a in r["attempts"])
-    monkeypatch.setattr(report, "REPORT_CHARACTERS", size - 1)
+    change(report, REPORT_CHARACTERS=size - 1)
     data = report.page_data(results, PROBLEMS, records, evaluate.find_repeats)
     assert [p[1] for p in data["problems"]] == ["e/1", "h/1"]  # every second one
     assert data["left_out"] == 1
@@ -278,14 +220,6 @@ def test_dialogue_shows_attempts_verdicts_and_answers(page):
     page.run("$('source').click()")
 
 
-def test_arrow_keys_move_through_the_list(page):
-    list_entries(page)
-    page.run("$('list').querySelector('button').focus()")
-    for key, expected in ("ArrowDown", "e/1 · second"), ("ArrowDown", "e/2 · first"), ("ArrowUp", "e/1 · second"):
-        page.run(f"$('list').onkeydown({{key: '{key}', target: document.activeElement, preventDefault() {{}}}})")
-        assert page.run("$('dialogue').querySelector('h3').textContent") == expected
-
-
 def test_what_a_model_says_stays_text(page):
     list_entries(page, search="</script>", model="first")
     text = page.run("$('dialogue').textContent")
@@ -316,12 +250,9 @@ def test_formulas(page, latex, mathml):
     assert mathml in page.run(f"formula({json.dumps(latex)}).outerHTML")
 
 
-UNFINISHED = [r"\boxed{1", "$x", r"\[ x", "{" * 100_000, "$" + "{" * 100_000 + "$", "$" + "{" * 200 + "}" * 200 + "$"]
-UNFINISHED += ["$" + r"\sqrt" * 200 + "$", r"\begin{align} x", r"\left", "$$"]
-
-
 def test_unfinished_formulas_are_shown_as_they_are(page):
-    for text in UNFINISHED:
+    deep = ["{" * 100_000, "$" + "{" * 100_000 + "$", "$" + "{" * 200 + "}" * 200 + "$", "$" + r"\sqrt" * 200 + "$"]
+    for text in (r"\boxed{1", "$x", r"\[ x", r"\begin{align} x", r"\left", "$$", *deep):
         shown = page.run(f"make('div', prose({json.dumps(text)})).textContent")
         assert shown.replace("$", "")[:3] == text.replace("$", "").replace("\\boxed{", "")[:3]
 
@@ -342,9 +273,9 @@ def test_tokens_are_shaded_by_their_numbers(page):
     assert page.run("$('which').children.map(o => o.textContent)")[-1].endswith("step 8, t/1")
 
 
-def test_intrinsic_dialogues_are_right_when_their_last_attempt_is(tmp_path, monkeypatch):
+def test_intrinsic_dialogues_are_right_when_their_last_attempt_is(tmp_path, change):
     """As in the table: right and then wrong is wrong."""
-    monkeypatch.setattr(rollout, "FEEDBACK", "intrinsic")
+    change(rollout, FEEDBACK="intrinsic")
     dialogues = [
         played("easy", "e/1", WRONG, RIGHT, RIGHT),
         played("easy", "e/2", RIGHT, RIGHT, WRONG),

@@ -1,8 +1,9 @@
 """rollout.py: a dialogue to the letter, the attempt loop on a scripted engine, rewards, metrics, offline attempts, and
 the command line on the real engine."""
 
+import itertools
 import math
-import subprocess
+import runpy
 import sys
 import threading
 from collections import Counter
@@ -15,7 +16,7 @@ from plumbing.chat import Chat
 from plumbing.engine import Sample
 from plumbing.files import append_jsonl
 from rollout import Attempt, Dialogue
-from tests.conftest import ROOT, alone
+from tests.conftest import ROOT
 
 import pytest
 
@@ -30,9 +31,9 @@ def chat() -> Chat:
 
 
 class Scripted:
-    """An engine that says given texts, for corners that no model can be steered into; last come, first served."""
+    """An engine that says given texts or ids, for corners to which no model can be steered; last come, first served."""
 
-    def __init__(self, chat: Chat, answers: list[list[str]]):
+    def __init__(self, chat: Chat, answers: list[list]):
         self.chat, self.answers, self.queue, self.asked = chat, answers, [], []
 
     def submit(self, key, ids, max_tokens, temperature, seed, stop_id):
@@ -45,13 +46,14 @@ class Scripted:
 
     def step(self) -> list[Sample]:
         key, max_tokens, ends = self.queue.pop()
-        ids = self.chat.encode(self.answers[key].pop(0))
+        answer = self.answers[key].pop(0)
+        ids = self.chat.encode(answer) if isinstance(answer, str) else answer
         length = next((number for number, token in enumerate(ids, 1) if token in ends), math.inf)
         ids = ids[: min(length, max_tokens, len(ids))]
         return [Sample(key, ids, [-0.5] * len(ids), length <= max_tokens)]
 
 
-def play(chat: Chat, *answers: str, attempts: int, placed: str = "") -> Dialogue:
+def play(chat: Chat, *answers, attempts: int, placed: str = "") -> Dialogue:
     """A dialogue in which the policy says these answers, perhaps after one that is not its own."""
     dialogue = rollout.new_dialogue(chat, PROBLEM, attempts)
     if placed:
@@ -59,11 +61,6 @@ def play(chat: Chat, *answers: str, attempts: int, placed: str = "") -> Dialogue
     rollout.play(Scripted(chat, [list(answers)]), chat, [dialogue], [0], 1.0)
     rollout.assign_rewards(dialogue)
     return dialogue
-
-
-def set_constants(monkeypatch, **values) -> None:
-    for name, value in values.items():
-        monkeypatch.setattr(rollout, name, value)
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
@@ -88,9 +85,9 @@ CHECK = (
         ({"SYSTEM_TURNS": False}, [WRONG, RIGHT], "user", [MULTI, TWO_LEFT]),
     ],
 )
-def test_a_dialogue_to_the_letter(chat, monkeypatch, constants, answers, role, said):
+def test_a_dialogue_to_the_letter(chat, change, constants, answers, role, said):
     """The mask marks what was sampled, end of turn included, and nothing else; log-probabilities stand with it."""
-    set_constants(monkeypatch, **constants)
+    change(rollout, **constants)
     chat = rollout.make_chat(chat.tokenizer)
     d = play(chat, *answers, attempts=3)
     text = f"<|im_start|>system\n{said[0]}{END}\n<|im_start|>user\nWhat is 1 + 1?{END}\n"
@@ -106,6 +103,14 @@ def test_a_dialogue_to_the_letter(chat, monkeypatch, constants, answers, role, s
     assert [a.answer for a in d.attempts] == [{RIGHT: "2", WRONG: "3", SILENT: None}[answer] for answer in answers]
 
 
+def test_sampled_ids_stay_as_they_are(chat):
+    """Although the tokenizer makes others of their text: the policy has spelt out what is a token."""
+    spelt = [*itertools.chain(*map(chat.encode, "It is \\boxed{2}")), chat.end_of_turn]
+    assert len(chat.encode(chat.decode(spelt))) < len(spelt)
+    d = play(chat, spelt, attempts=2)
+    assert d.ids[d.attempts[0].start :] == spelt and d.attempts[0].answer == "2"
+
+
 # The attempt loop -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("answers", "room", "statuses", "endings"),
@@ -118,12 +123,12 @@ def test_a_dialogue_to_the_letter(chat, monkeypatch, constants, answers, role, s
         ([], 0, "", []),
     ],
 )
-def test_what_ends_an_attempt(chat, monkeypatch, answers, room, statuses, endings):
+def test_what_ends_an_attempt(chat, change, answers, room, statuses, endings):
     """Whatever it was, the next attempt sees a closed turn, whose end is an action only if it was sampled."""
-    set_constants(monkeypatch, MAX_ATTEMPT_TOKENS=16)
+    change(rollout, MAX_ATTEMPT_TOKENS=16)
     if room is not None:
         prompt = rollout.encode_prompt(chat, PROBLEM["question"], 3)
-        set_constants(monkeypatch, CONTEXT=len(prompt) + room)
+        change(rollout, CONTEXT=len(prompt) + room)
     d = play(chat, *answers, attempts=3)
     assert "".join(a.status[0] for a in d.attempts) == statuses and [a.ending for a in d.attempts] == endings
     assert all(a.end - a.start == (room or 16) for a in d.attempts if a.ending != "stop")
@@ -131,7 +136,7 @@ def test_what_ends_an_attempt(chat, monkeypatch, answers, room, statuses, ending
     for a, following in zip(d.attempts, d.attempts[1:], strict=False):
         assert d.ids[a.end - 1 : following.start].count(chat.end_of_turn) == 2  # the attempt's and the feedback's
         assert not any(d.mask[a.end : following.start])
-    set_constants(monkeypatch, REWARD="score_stage1")
+    change(rollout, REWARD="score_stage1")
     rollout.assign_rewards(d)
     assert any(rollout.token_rewards(d)) == (room is None)  # that stage must not pay a first attempt
 
@@ -150,21 +155,18 @@ def test_the_loop_queues_retries_at_once(chat):
     assert seeds[0] == seeds[2] and len(set(seeds)) == 5  # by a dialogue's seed and the attempt's number alone
 
 
-def test_a_verdict_that_takes_long_holds_up_its_own_dialogue_alone(chat, monkeypatch):
+def test_a_verdict_that_takes_long_holds_up_its_own_dialogue_alone(chat, change):
     """As that on a program will: it comes from elsewhere when the others have ended."""
-    submit, slow, late = rollout.grader.submit, "\\boxed{slow}" + END, Future()
-
-    def submit_slowly(response: str, *rest) -> Future:
-        return late if "slow" in response else submit(response, *rest)
+    submit, slow, late, ended = rollout.grader.submit, "\\boxed{slow}" + END, Future(), []
 
     def end(index: int) -> None:
         ended.append(index)
         if len(ended) == 3:
             threading.Timer(0.05, late.set_result, [rollout.grader.Verdict("slow", False, "timeout")]).start()
 
-    monkeypatch.setattr(rollout.grader, "submit", submit_slowly)
-    dialogues = [rollout.new_dialogue(chat, PROBLEM | {"answer": "(1, 2)"}, 2) for _ in range(4)]
-    engine, ended = Scripted(chat, [[WRONG, WRONG], [WRONG, WRONG], [WRONG, WRONG], [slow, WRONG]]), []
+    change(rollout.grader, submit=lambda said, *rest: late if "slow" in said else submit(said, *rest))
+    dialogues = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(4)]
+    engine = Scripted(chat, [[WRONG, WRONG], [WRONG, WRONG], [WRONG, WRONG], [slow, WRONG]])
     rollout.play(engine, chat, dialogues, [0] * 4, 1.0, on_end=end)
     assert ended == [2, 1, 0, 3]  # it was served first
     assert [a.status for a in dialogues[3].attempts] == ["timeout", "wrong"]
@@ -201,20 +203,20 @@ REWARDS = {  # outcome, per_attempt, score_stage1, score_stage2; values 1, -0.5,
 
 
 @pytest.mark.parametrize("statuses", REWARDS)
-def test_rewards_by_hand(monkeypatch, statuses):
-    set_constants(monkeypatch, ATTEMPT_DISCOUNT=0.9, SCORE_ALPHA=2.0, FEEDBACK="intrinsic")
+def test_rewards_by_hand(change, statuses):
+    change(rollout, ATTEMPT_DISCOUNT=0.9, SCORE_ALPHA=2.0, FEEDBACK="intrinsic")
     d = Dialogue(PROBLEM, len(statuses.split()), ids=list(range(20)))
     d.attempts = [Attempt(5 * k + 1, 5 * k + 4, "", s, "stop") for k, s in enumerate(statuses.split())]
     for number, expected in enumerate(REWARDS[statuses]):
-        set_constants(monkeypatch, REWARD=("outcome", "per_attempt", "score_stage1", "score_stage2")[number])
+        change(rollout, REWARD=("outcome", "per_attempt", "score_stage1", "score_stage2")[number])
         rollout.assign_rewards(d)
         assert [a.reward for a in d.attempts] == pytest.approx(expected)
         at_last_actions = {5 * k + 3: reward for k, reward in enumerate(expected)}
         assert rollout.token_rewards(d) == pytest.approx([at_last_actions.get(t, 0.0) for t in range(20)])
 
 
-def test_metrics_by_hand(chat, monkeypatch):
-    set_constants(monkeypatch, MAX_ATTEMPTS=2, MAX_ATTEMPT_TOKENS=16)
+def test_metrics_by_hand(chat, change):
+    change(rollout, MAX_ATTEMPTS=2, MAX_ATTEMPT_TOKENS=16)
     dialogues = [play(chat, RIGHT, attempts=2, placed="\\boxed{3}"), play(chat, RIGHT, attempts=1)]
     dialogues += [play(chat, *answers, attempts=2) for answers in ([WRONG, RIGHT], [WRONG, LONG])]
     metrics, generated = rollout.rollout_metrics(dialogues), 5 * len(chat.encode(RIGHT)) + 16
@@ -226,24 +228,24 @@ def test_metrics_by_hand(chat, monkeypatch):
         "status_correct": 3 / 6, "status_wrong": 2 / 6, "status_no_answer": 1 / 6, "status_timeout": 0,
     }  # fmt: skip
     assert metrics == pytest.approx(expected)
-    set_constants(monkeypatch, FEEDBACK="intrinsic")  # nobody says stop: right at attempt k, whatever came before
+    change(rollout, FEEDBACK="intrinsic")  # nobody says stop: right at attempt k, whatever came before
     metrics = rollout.rollout_metrics([play(chat, RIGHT, WRONG, attempts=2), play(chat, RIGHT, RIGHT, attempts=2)])
     assert (metrics["accuracy_at_1"], metrics["accuracy_at_2"], metrics["accuracy"]) == (1.0, 0.5, 0.5)
 
 
 # Draws, offline attempts, what is refused -----------------------------------------------------------------------------
-def test_attempts_are_drawn_uniformly_and_alike_for_samples_of_a_problem(monkeypatch):
+def test_attempts_are_drawn_uniformly_and_alike_for_samples_of_a_problem(change):
     assert rollout.random_number("attempts", 1) == 720999386  # in every process and version
-    set_constants(monkeypatch, MIN_ATTEMPTS=2, SAMPLES_PER_PROMPT=4)
+    change(rollout, MIN_ATTEMPTS=2, SAMPLES_PER_PROMPT=4)
     draws, other = ([rollout.draw_attempts(s, step, i) for step in range(20) for i in range(800)] for s in (0, 1))
     assert all(len(set(draws[i : i + 4])) == 1 for i in range(0, 16_000, 4)) and draws != other
     counts = Counter(draws[::4])
     assert set(counts) == {2, 3, 4, 5} and all(880 < count < 1120 for count in counts.values())  # 1000 +- 4 x 27
 
 
-def test_a_placed_attempt_reads_as_if_it_had_been_sampled(chat, monkeypatch):
+def test_a_placed_attempt_reads_as_if_it_had_been_sampled(chat, change):
     """But it is no action and earns nothing; SCoRe's bonus compares with it."""
-    set_constants(monkeypatch, REWARD="score_stage2")
+    change(rollout, REWARD="score_stage2")
     sampled = play(chat, WRONG, RIGHT, attempts=3)
     placed = play(chat, RIGHT, attempts=3, placed="\\boxed{3}")
     second = placed.attempts[1]
@@ -251,59 +253,61 @@ def test_a_placed_attempt_reads_as_if_it_had_been_sampled(chat, monkeypatch):
     assert placed.mask == [int(second.start <= t < second.end) for t in range(len(placed.ids))]
     assert [a.reward for a in placed.attempts] == [0.0, 16.0]  # 1 + 10 (1 - -0.5)
     for attempts, context in ((1, rollout.CONTEXT), (2, second.start)):  # none could follow
-        set_constants(monkeypatch, CONTEXT=context)
+        change(rollout, CONTEXT=context)
         d = rollout.new_dialogue(chat, PROBLEM, attempts)
         assert not rollout.place_attempt(chat, d, "\\boxed{3}", "3", "wrong")
         assert d == rollout.new_dialogue(chat, PROBLEM, attempts)
 
 
-def test_offline_attempts_begin_their_share_of_the_dialogues(chat, monkeypatch, tmp_path):
+def test_offline_attempts_are_those_at_these_problems(change, tmp_path):
     path, other = tmp_path / "dialogues-base.jsonl", PROBLEM | {"id": "unheard of"}
-    said = [("\\boxed{2}", "2", "correct"), ("\\boxed{3}", "3", "wrong"), ("hm", None, "no_answer")]
-    firsts = [dict(zip(("text", "answer", "status"), words, strict=True)) for words in said]
+    firsts = [{"text": "", "answer": "2", "status": status} for status in ("correct", "wrong", "no_answer")]
     records = [{"benchmark": "train", "id": "p", "attempts": [first, firsts[0]]} for first in firsts]
     append_jsonl(path, [*records, records[1] | {"benchmark": "other"}, records[1] | {"id": "q"}])
     assert rollout.load_offline([PROBLEM], "train") == {}
-    set_constants(monkeypatch, OFFLINE_ATTEMPTS=str(path), OFFLINE_SHARE=0.3)
+    change(rollout, OFFLINE_ATTEMPTS=str(path))
     assert rollout.load_offline([PROBLEM, other], "train") == {"p": firsts[1:]}  # a right one needs no second
-    set_constants(monkeypatch, FEEDBACK="intrinsic")
+    change(rollout, FEEDBACK="intrinsic")
     assert rollout.load_offline([PROBLEM, other], "train") == {"p": firsts}
     for problem, benchmark in ((other, "train"), (PROBLEM, "nothing")):
         with pytest.raises(SystemExit, match=f"has no attempt to use at the problems of '{benchmark}'; evaluate.py"):
             rollout.load_offline([problem], benchmark)
-    counts = Counter()
+
+
+def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
+    """And samples of a problem, which share the key, share the attempt."""
+    change(rollout, OFFLINE_SHARE=0.3)
+    offline, counts = [{"text": "", "answer": answer, "status": "wrong"} for answer in "12"], Counter()
     for index in range(600):
         pair = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(2)]
         for d in pair:
-            rollout.begin_offline(chat, d, firsts, "seed", index)
-        assert pair[0] == pair[1]  # samples that share the key
-        counts[d.attempts[0].answer if d.attempts else "none"] += 1
-    # Binomial, four standard deviations: 420 +- 45 without, 60 +- 30 of each of the three
-    assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 60) < 30 for a in ("2", "3", None))
+            rollout.begin_offline(chat, d, offline, "seed", index)
+        assert pair[0] == pair[1]
+        counts[pair[0].attempts[0].answer if pair[0].attempts else "none"] += 1
+    # Binomial, four standard deviations: 420 +- 45 without, 90 +- 35 of each of the two
+    assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
 
 
-def test_questions_that_fill_the_context_are_left_out(chat, capsys):
-    long = [PROBLEM | {"id": f"long {i}", "question": "why? " * 1000} for i in range(6)]
-    assert rollout.drop_long_problems(chat, [PROBLEM, *long]) == [PROBLEM]
-    assert "of 4096 tokens: 6 questions (long 0, long 1, long 2, long 3, long 4, ...)" in capsys.readouterr().out
-
-
-def test_constants_that_do_not_fit_each_other(monkeypatch):
+def test_constants_that_do_not_fit_each_other(change):
     rollout.check_constants()
     for changes, message in (
         ({"OFFLINE_ATTEMPTS": "x"}, "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one"),
         ({"MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
         ({"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=1"),
     ):
-        set_constants(monkeypatch, **changes)
+        change(rollout, **changes)
         with pytest.raises(SystemExit, match=message):
             rollout.check_constants()
 
 
-def test_the_command_plays_and_shows(toy):
+def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
+    """`python rollout.py`, on the engine that is there."""
     arguments = [f"MODEL={toy / 'warm_start'}", f"PROBLEMS={toy / 'test.jsonl'}", "DIALOGUES=3", "MAX_ATTEMPTS=2"]
-    command = [sys.executable, "rollout.py", *arguments, "MIN_ATTEMPTS=2", "MAX_ATTEMPT_TOKENS=16"]
-    said = subprocess.run(command, cwd=ROOT, env=alone(), check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(sys, "argv", ["rollout.py", *arguments, "MIN_ATTEMPTS=2", "MAX_ATTEMPT_TOKENS=16"])
+    monkeypatch.setattr("plumbing.engine.Engine", lambda *_, **options: engine)
+    monkeypatch.setattr(engine, "shutdown", lambda: None)
+    runpy.run_path(str(ROOT / "rollout.py"), run_name="__main__")
+    said = capsys.readouterr().out
     assert "rollout.MAX_ATTEMPTS = 2 (command line; the file says 5)" in said
     for problem in load_problems(toy / "test.jsonl")[:3]:
         assert problem["question"] in said and f"gold {problem['answer']}, reward" in said

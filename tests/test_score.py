@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import ppo
-from experiments import ablations, score
+from experiments import ablations, arrows, score
 from plumbing.constants import parse_changes, snapshot
 from plumbing.files import read_jsonl
 from tests.conftest import ROOT, alone
@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from experiments import {module}, runs
 world = Path(sys.argv.pop())
-runs.make_world = lambda seed, folder: world
+runs.make_world = lambda module, out, *arguments: world
 {module}.main()
 """
 
 
-def call(module: str, toy: Path, *given: str) -> str:
-    """What it prints, in a process of its own, in the tests' toy world."""
-    arguments = [*given, f"TRAINING={TINY}", "EVALUATION_RANKS=1", str(toy)]
+def call(module: str, world: Path, *given: str) -> str:
+    """What it prints, in a process of its own, in this world."""
+    arguments = [*given, f"TRAINING={TINY}", "EVALUATION_RANKS=1", str(world)]
     command = [sys.executable, "-c", PROGRAM.format(module=module), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -40,21 +40,31 @@ def list_files(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def read_table(markdown: str) -> dict[str, list[str]]:
-    """First cell of each row of the last Markdown table -> the others."""
-    last = markdown[markdown.rindex("| --- ") :]
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in last.splitlines() if line.startswith("|")]
+    """First cell of each row of the first Markdown table -> the others."""
+    first = markdown[markdown.index("| --- ") :].split("\n\n")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in first.splitlines()]
     return {row[0]: row[1:] for row in rows[1:]}
 
 
 # SCoRe ----------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def scored(toy, tmp_path_factory) -> tuple[Path, str]:
+def world(tmp_path_factory) -> Path:
+    """Arrows, after a warm start of seconds: the model has learned how answers look."""
+    out = tmp_path_factory.mktemp("world") / "arrows"
+    small = ["WARM_STEPS=100", "TRAIN_PROBLEMS=300", "TEST_PROBLEMS=40"]
+    command = [sys.executable, "-m", "experiments.arrows", f"OUT={out}", *small]
+    subprocess.run(command, cwd=ROOT, env=alone(), check=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def scored(world, tmp_path_factory) -> tuple[Path, str]:
     """Folder of the results, and what was printed."""
     out = tmp_path_factory.mktemp("score")
-    return out, call("score", toy, f"OUT={out}", "TOKEN_BUDGET=1500")
+    return out, call("score", world, f"OUT={out}", "TOKEN_BUDGET=1500")
 
 
-def test_score_trains_what_the_paper_says_on_one_budget(scored, toy):
+def test_score_trains_what_the_paper_says_on_one_budget(scored, world):
     seed = scored[0] / "seed-0"
     config = {run: json.loads((seed / run / "config.json").read_text()) for run in score.MODELS if run != "warm_start"}
     assert {run: c["rollout.REWARD"] for run, c in config.items()} == {
@@ -66,7 +76,7 @@ def test_score_trains_what_the_paper_says_on_one_budget(scored, toy):
     assert config["score_stage1"]["ppo.KL_COEF"] == [score.BETA_2, score.BETA_1]
     assert all(c["ppo.KL_COEF"] == [score.BETA_1] for run, c in config.items() if run != "score_stage1")
     assert config["score_stage2"]["ppo.MODEL"] == str(seed / "score_stage1/policy")
-    assert config["score_stage2"]["ppo.REFERENCE"] == str(toy / "warm_start")
+    assert config["score_stage2"]["ppo.REFERENCE"] == str(world / "warm_start")
     spent = {}
     for run, c in config.items():
         assert (c["ppo.ESTIMATOR"], c["ppo.ATTEMPT_GAMMA"], c["rollout.PROMPT"]) == ("rloo", 0.0, "single_turn")
@@ -77,14 +87,21 @@ def test_score_trains_what_the_paper_says_on_one_budget(scored, toy):
     assert all(1500 <= tokens < 2500 for tokens in spent.values())  # whole rollouts
 
 
-def test_score_says_what_was_played(scored):
+def test_score_says_what_was_played(scored, world):
     """Every number again, from the dialogues."""
+    lengths = {p["id"]: len(arrows.read_question(p["question"])) - 1 for p in read_jsonl(world / "test.jsonl")}
     results = json.loads((scored[0] / "results.json").read_text())
     shown = read_table(scored[1])
     assert shown == read_table((scored[0] / "table.md").read_text()) and results["meaning"] in scored[1]
     for name, label in score.MODELS.items():
-        played = [r["attempts"] for r in read_jsonl(scored[0] / f"seed-0/evaluation/dialogues-{name}.jsonl")]
+        records = read_jsonl(scored[0] / f"seed-0/evaluation/dialogues-{name}.jsonl")
+        played = [r["attempts"] for r in records]
+        two = [r["attempts"][1]["status"] == "correct" for r in records if lengths[r["id"]] == 2]
+        assert results["by_arrows"][name]["2"]["Acc@t2"]["value"] == pytest.approx(sum(two) / len(two))
         assert len(played) == results["n"] == 40 and all(len(attempts) == 2 for attempts in played)
+        assert any(
+            f"{label}: {a['text']} [{a['status']}] then{b['text']} [{b['status']}]" in scored[1] for a, b in played
+        )
         right = [[a["status"] == "correct" for a in attempts] for attempts in played]
         counts = [
             sum(first for first, _ in right),
@@ -108,10 +125,18 @@ def test_score_says_what_was_played(scored):
             assert x["low"] <= x["value"] <= x["high"]
 
 
-def test_score_does_nothing_twice(scored, toy):
+def test_curves_are_what_was_trained(scored):
+    out, curves = scored[0], json.loads((scored[0] / "results.json").read_text())["curves"]
+    rows = [row for run in ("score_stage1", "score_stage2") for row in read_jsonl(out / f"seed-0/{run}/metrics.jsonl")]
+    seconds = curves["score_stage2"]["accuracy_at_2"]
+    assert seconds[0] == rows[0]["accuracy_at_2"] and {*seconds} <= {row["accuracy_at_2"] for row in rows}
+    assert curves["single_turn"].keys() == {"accuracy_at_1"} and (out / "curves.svg").is_file()
+
+
+def test_score_does_nothing_twice(scored, world):
     out, printed = scored
     before = list_files(out)
-    assert call("score", toy, f"OUT={out}", "TOKEN_BUDGET=1500").split("Made by")[0] == printed.split("Made by")[0]
+    assert call("score", world, f"OUT={out}", "TOKEN_BUDGET=1500").split("Made by")[0] == printed.split("Made by")[0]
     assert list_files(out) == before
 
 
@@ -133,8 +158,8 @@ def test_words_follow_the_intervals(low, high, gain, pair):
     about = {"value": (low + high) / 2, "low": low, "high": high}
     models = {name: dict.fromkeys(score.COLUMNS, about) for name in score.MODELS}
     pairs = {f"{a} - {b}": {"Acc@t1": about, "Acc@t2": about} for a, b in score.PAIRS}
-    text = score.describe_results({"models": models, "differences": pairs, "ideal": 0.5})
-    assert text.count(gain) == 2 and pair in text
+    text = score.describe_results({"models": models, "differences": pairs, "ideal": [0.5, 1.0]})
+    assert text.count(gain) == 3 and pair in text
 
 
 # Ablations ------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 (The last, a run that is killed and resumed, is held by test_runs.py.)
 """
 
-import subprocess
-import sys
-
 from plumbing import engine
 from plumbing.constants import set_constants, snapshot
 from tests import bench_ppo as bench
 from tests import smoke_gpu as smoke
-from tests.conftest import ROOT, alone
+from tests.conftest import ROOT, run_python
 from tests.test_packing import varlen_on_cpu
 
 import pytest
@@ -29,9 +26,10 @@ def small(ranks, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["head", "attention", "gradient", "update"])
-def test_what_needs_no_engine(small, monkeypatch, tmp_path, stage):
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_on_cpu)
-    monkeypatch.setattr(smoke.ppo, "COMPUTE_DTYPE", "bfloat16" if stage == "gradient" else "float32")
+def test_what_needs_no_engine(small, change, monkeypatch, tmp_path, stage):
+    change(varlen, varlen_attn=varlen_on_cpu)
+    change(smoke.ppo, COMPUTE_DTYPE="bfloat16" if stage == "gradient" else "float32")
+    monkeypatch.setitem(bench.PRESETS["cpu"], "LONGEST", 128)
     checks = list(smoke.STAGES[stage](tmp_path))
     assert checks and all(check.passed() for check in checks), checks
     if stage == "gradient":  # it is measured, not compared with itself
@@ -39,16 +37,13 @@ def test_what_needs_no_engine(small, monkeypatch, tmp_path, stage):
 
 
 def test_engine_and_trainer_in_turn(toy):
-    command = [sys.executable, str(ROOT / "tests" / "smoke_gpu.py"), "PRESET=cpu", "STAGE=engine"]
-    command += [f"MODEL={toy / 'warm_start'}"]
-    done = subprocess.run(command, env=alone(), capture_output=True, text=True, check=False)
+    done = run_python(ROOT / "tests/smoke_gpu.py", "PRESET=cpu", "STAGE=engine", f"MODEL={toy / 'warm_start'}")
     rows = [line for line in done.stdout.splitlines() if line.startswith("| engine |")]
-    assert done.returncode == 0, done.stderr[-3000:]
     assert len(rows) == 10 and all(row.endswith("yes |") for row in rows), rows
 
 
-def test_a_check_that_fails_is_in_its_row(monkeypatch):
-    monkeypatch.setattr(smoke, "STAGE", "head")
+def test_a_check_that_fails_is_in_its_row(change):
+    change(smoke, STAGE="head")
     assert smoke.Check("speed", 0.94, low=0.95).row() == "| head | speed | 0.94 | >= 0.95 | NO |"
     assert smoke.Check("gap", float("nan"), 0, 0.02).row() == "| head | gap | nan | >= 0 and <= 0.02 | NO |"
     assert smoke.on_gpu("speed", 0.94, low=0.95).passed() != torch.cuda.is_available()
