@@ -39,9 +39,7 @@ CHAINS: tuple[int, ...] = (1, 1, 2, 2)  # arrows of the chains of a question, wh
 
 # The warm start; chosen on seeds 0 and 1
 WARM_STEPS: int = 600  # a minute on one core
-PRACTICE: float = (
-    1 / 3
-)  # share of the steps, the first ones, in which tables are read aloud: else no arrow is ever followed
+PRACTICE: float = 1 / 3  # share of the steps in which, at first, tables are read aloud: without it nothing is learned
 ROWS: int = 64  # tables or dialogues in a batch
 MUON_UNTIL: float = 0.5  # share of the steps in which Muon, not AdamW, updates the layers' matrices
 MATRIX_LR: float = 1e-2  # peak, of Muon
@@ -49,7 +47,7 @@ WARM_LR: float = 4e-3  # peak, of AdamW on the matrices
 EMBEDDING_LR: float = 1.6e-2  # peak, of AdamW on embeddings and norms: a quarter of it takes five times as many steps
 WATCHFUL: tuple[float, float] = (0.5, 0.1)  # share of the authors who look again, at first and later
 WATCHFUL_UNTIL: float = 0.7  # share of the steps with the first of the two: the skill is learned, then made rare
-RASH: float = 0.5  # share of those who invent an arrow where there is none: 0 is learned at once, 1 by no method
+RASH: float = 0.5  # share of those who invent an arrow where there is none: 0 is learned at once, 1 was by no method
 EAGER: float = 0.0  # share of the authors who look already in their first answer, and write " 3→ 7→ 9 \\boxed{ 9}"
 
 
