@@ -97,7 +97,7 @@ def test_figures_show_the_numbers(made, figures):
             edges = band.get_paths()[0].vertices[:, 1]
             assert edges.min() == min(models[name][benchmark]["low"])
             assert edges.max() == max(models[name][benchmark]["high"])
-    assert [axes.get_title() for axes in training.axes] == ["reward", "accuracy"]
+    assert [axes.get_title() for axes in training.axes] == [report.TRAINING[name] for name in ("reward", "accuracy")]
     reward, accuracy = (axes.lines[0].get_xydata().tolist() for axes in training.axes)
     assert reward == [[i, i / 8 - 1] for i in range(9)] and accuracy == [[i, i / 16] for i in range(9)]
     for stem in ("accuracy", "training"):
@@ -109,10 +109,10 @@ def test_each_model_has_its_control():
     answer."""
     result = {"n": 4, "accuracy": [0.5, 0.5, 0.75], "low": [0.2] * 3, "high": [0.8] * 3}
     result["metrics"] = {"pass": {"value": [0.25, 0.5, None]}, "majority": {"value": [0.125, 0.25, None]}}
-    for more, values in (({}, [0.25, 0.5]), ({"i_to_c": {}}, [0.125, 0.25])):
+    for more, values, label in (({}, [0.25, 0.5], "no feedback"), ({"i_to_c": {}}, [0.125, 0.25], "vote of samples")):
         result["metrics"] |= more
         own, control = report.accuracy_curves({"m": {"x": result}})["x (n = 4)"]
-        assert (control.accuracy, control.line, control.label, control.color) == (values, ":", "", own.color)
+        assert (control.accuracy, control.line, control.label, control.color) == (values, ":", label, own.color)
 
 
 # The page's data ------------------------------------------------------------------------------------------------------
