@@ -44,13 +44,13 @@ import logging
 import re
 import sys
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from plumbing import numeric, sandbox, tree
 from plumbing.constants import Count
 from plumbing.latex import MAX_ITEMS, read_tree
-from plumbing.question import Question, list_pieces, read_question
+from plumbing.question import BASES, Question, list_pieces, read_question
 from plumbing.sandbox import ProgramTests
 from plumbing.tokens import COUNTED, HARMLESS, UNICODE_TABLE, UNITS, read_unit, singular, tokenize
 from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
@@ -68,8 +68,10 @@ class Verdict:
     answer: str | None  # or the program
     correct: bool
     status: str
-    failed: str = ""  # of a program: the test that failed first, and the error
-    told: str = ""  # the same where it may be told: the test is public, or the program failed before any
+    failed: str = field(default="", repr=False)  # of a program: the test that failed first, and the error
+    told: str = field(
+        default="", repr=False
+    )  # the same where it may be told: the test is public, or the program failed before any
 
 
 # Response -> answer ---------------------------------------------------------------------------------------------------
@@ -77,7 +79,9 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s+([^\s{}\\$]+)|\\\\(?
 BETWEEN_BOXES = re.compile(  # commas, a few words that end in "and", the name of the next value; not a new paragraph
     r"(?!.*\$\$)[ ,;&$]*(?:[^.?!:\n]{0,24}\band\b)?(?:[ $,;(}]|\\[(, ;]|\\q?quad)*(?:\w+\s*=\s*)?"
 )
-HEDGE = re.compile(r"[^?!\n]{0,30}\b(?:or|alternatively|maybe|perhaps|possibly|also be)\b[^.?!\n]{0,30}", re.I)
+HEDGE = re.compile(
+    r"[^?!\n]{0,30}\b(?:or|alternatively|maybe|perhaps|possibly|also be)\b[^.?!\n]{0,30}|[ $]*/[ $]*", re.I
+)
 MAX_BETWEEN: int = 80  # characters
 END_OF_TURN = "<|im_end|>"  # what follows it is another turn
 
@@ -121,7 +125,7 @@ FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*
 CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-DIGITS_WITH_BASE = re.compile(r"\(?([0-9A-F]+)\)?_(\d+)")
+DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
 
 
 def find_closing_brace(text: str) -> int:
@@ -165,7 +169,7 @@ def read_answer(text: str) -> Node | None:
     if len(text) > MAX_CHARS or len(PLUS_MINUS.findall(text)) > MAX_SIGNS:
         return None
     if based := DIGITS_WITH_BASE.fullmatch(re.sub(r"\\(?:text|mathrm)(?=\{)|[{} $]", "", text)):
-        digits, base = based.groups()
+        digits, base = based[1], BASES.get(based[2], based[2])
         return tree.number(int(digits)) if base == "10" and digits.isdigit() else Node("based", (digits, base))
     try:
         trees = [read_tree(choice) for choice in choose_signs(text)]
@@ -275,7 +279,7 @@ class Judge:
             return self.is_same(value_a, value_b)
         unit = unit_a or unit_b
         names = {part[0] for part in unit if isinstance(part, tuple)}
-        if names and self.question.units and not names & {"unit", *self.question.units}:
+        if names and self.question.units and not names <= {"unit", *self.question.units}:
             return False
         if self.is_same(value_a, value_b):
             return True

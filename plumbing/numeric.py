@@ -219,8 +219,28 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
 
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
-WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n, m, k, N: by custom natural numbers
+WHOLE = [
+    2,
+    3,
+    5,
+    1,
+    4,
+    6,
+    7,
+    8,
+    9,
+    10,
+    12,
+    23,
+    50,
+    64,
+    101,
+    1009,
+    100_003,
+    2_000_003,
+]  # n, m, k, N: by custom natural numbers
 REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 301, -467, 1999, -2503, 5, -7, 8009, -9001, 64_007, -70_001)]
+REAL += [Fraction(640_000_007, 64), Fraction(-640_000_009, 64)]  # far out: |x - 10^6| is not 10^6 - x
 MANY_POINTS: int = 10  # of several unknowns
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}

@@ -22,14 +22,18 @@ BASES = dict(zip(tree.words("two three four five six seven eight nine"), "234567
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
 ASKED_UNIT = re.compile(
     r"\b(?:in|how many|number of|nearest)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
-    r"(\\AA|[A-Za-z/]+(?:\s(?:per|/)\s\w+)?)"
+    r"(\\AA|[A-Za-z/]+(?:\s(?:per|/)\s\w+)?)",
+    re.I,
 )
 ASKED_NAMES = re.compile(
     r"(?:find|determine|what|values? of|compute|solve)[^.?]*?"
     r"((?:\$[a-zA-Z]\$(?:,? and |, ))+\$[a-zA-Z]\$|\$\((?:[a-zA-Z], ?)+[a-zA-Z]\)\$)",
     re.I,
 )
-FREE_SIGNS = set("()[]{}|+-*/=,;:&'<>") | {r"\frac", r"\{", r"\}", r"\\", r"\$", r"\circ", "%", r"\le", r"\ge", r"\in"}
+FREE_SIGNS = {
+    *"()[]{}|+-*/=,;:&'<>%",
+    *(rf"\{name}" for name in tree.words("frac { } \\ $ circ le ge in binom choose")),
+}
 RELATION_SIGNS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", ",", ";"}
 
 
@@ -63,9 +67,8 @@ class Question:
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
         self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
         units = ["angstrom" if "AA" in unit else unit.casefold() for unit in ASKED_UNIT.findall(text)]
-        found = [
-            read_unit(unit) for unit in units if len(unit) > 2 or unit in ("cm", "mm", "km", "kg", "nm", "ft", "hz")
-        ]
+        short = ("cm", "mm", "km", "kg", "nm", "ft", "hz", "ev")  # others of two letters may be words
+        found = [read_unit(unit) for unit in units if len(unit) > 2 or unit in short]
         self.units = {name for unit in found if unit for name, _ in unit} - {"unit", "degree", "percent"}
         names = ASKED_NAMES.search(text)
         self.names = re.findall(r"[a-zA-Z](?![a-z])", names[1].replace("and", "")) if names else []

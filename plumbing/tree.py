@@ -237,11 +237,19 @@ NO_SCALAR |= {"clause", "said"}
 NAMING = {*TRIGONOMETRIC, "ln", "abs", "Re", "Im"}  # functions of a name that are a name
 
 
+def is_length(node: Node) -> bool:
+    """A product of powers of capital letters: AB, AB/CD, AB^2."""
+    if node.kind == "pow":
+        return node.args[1].kind == "num" and is_length(node.args[0])
+    return all(map(is_length, node.args)) if node.kind == "mul" else node.kind == "sym" and node.args[0].isupper()
+
+
 def is_name(node: Node) -> bool:
-    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \sin x."""
+    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \sin x, \tan^2 x."""
+    if node.kind == "pow" and node.args[0].kind == "call":
+        return node.args[1].kind == "num" and is_name(node.args[0])
     if node.kind in ("mul", "pow"):
-        leaves = [part for part in iterate_parts(node) if part.kind not in ("mul", "pow") and part != MINUS_ONE]
-        return all(leaf.kind == "sym" and leaf.args[0].isupper() for leaf in leaves)
+        return is_length(node)
     if node.kind in ("tuple", "ratio") or (node.kind == "call" and node.args[0] in NAMING):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
     return node.kind in ("sym", "opaque", "text")

@@ -225,6 +225,7 @@ f(x) != g(x) != f(y) != f(2x) != f(-x)
 n != \lfloor \frac{n}{50}\rfloor+n != n+\lfloor n/1000\rfloor
 x != \max(x,-5) != \sqrt{x}^2 != e^{\ln x} != \max(x, -900)
 3-x != |x-3|
+10^6-x != |x-10^6|
 \frac{GMmr}{2} != \frac{GMmR}{2}
 42 != \arg(\sum_{n} x)
 """
@@ -234,6 +235,8 @@ ASKED = [  # answer, gold answer, question, whether it is right
     ("1,22", "1.22", "", True), ("5.15", "5,15", "", False), (r"\textbf{(B) } 27", "27", "", True),
     (r"\text{(B)}\ 27", "27", "", True), ("B. 28", "27", "", False), ("(B) 27, (C) 28", "27", "", False),
     ("m+n=113", "113", "", True), ("xy = 6", "6", "", True), ("2x+z=1", "1", "", False), ("5", "x+y=5", "", False),
+    ("AB^2 = 80", "80", "", True), ("x^2 = 80", "80", "", False), ("2AB = 80", "80", "", False),
+    (r"1011_{\text{two}}", "1011_2", "", True),
     # the question is no answer
     ("99^2+99+1", "9901", "Compute $99^2+99+1$.", False), ("9901", "9901", "Compute $99^2+99+1$.", True),
     ("99^2+99+1 = 9901", "9901", "Compute $99^2+99+1$.", True), ("(1+99)+99^2", "9901", "Compute $99^2+99+1$.", False),
@@ -252,6 +255,8 @@ ASKED = [  # answer, gold answer, question, whether it is right
     ("204", "204_5", "Write it in base $5$.", True), ("204", "204_5", "Write it.", False),
     (r"6630\text{ nm}", "6630", "What is the wavelength in angstroms?", False), ("6630 cm", "6630", "How long?", True),
     (r"6630\,\AA", "6630", "What is the wavelength in angstroms?", True), (r"7\text{ cats}", "7", "", True),
+    ("85 inches", "85", "How many feet long is it?", False), ("85 ft", "85", "How many feet long is it?", True),
+    ("300 m/s", "300", "(in kilometers per second)", False), (r"\binom{9}{3}", "84", r"Find ${9\choose 3}$.", False),
     ("7 widgets", "7", "How many widgets are there?", True), ("7 widgets", "7", "", False),
 ]  # fmt: skip
 
