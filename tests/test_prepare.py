@@ -299,13 +299,17 @@ def test_near_duplicates_against_all_pairs(change):
 def test_a_pattern_with_other_numbers_is_another_problem_in_training_but_not_beside_a_benchmark():
     def problem(name: str, number: int, answer: str) -> dict:
         triangle = "In a certain isosceles right triangle, the altitude to the hypotenuse has length"
-        return {"id": name, "question": f"{triangle} ${number}$. What is the area of the triangle?", "answer": answer}
+        return {
+            "id": f"math_train/{name}",
+            "question": f"{triangle} ${number}$. What is the area of the triangle?",
+            "answer": answer,
+        }
 
     training = [problem("a", 4, "16"), problem("b", 6, "36"), problem("c", 4, "16.0"), problem("d", 5, r"\frac{72}{2}")]
     kept, dropped = drop_duplicates(training, [])
-    assert [p["id"] for p in kept] == ["a", "b"]  # d only resembles b, but has its answer
+    assert [p["id"] for p in kept] == ["math_train/a", "math_train/b"]  # d only resembles b, but has its answer
     assert dropped == {"the same as in math_train": 1, "nearly as in math_train": 1}
-    kept, dropped = drop_duplicates(training, [problem("math500/1", 7, "49")])
+    kept, dropped = drop_duplicates(training, [problem("1", 7, "49") | {"id": "math500/1"}])
     assert kept == [] and dropped == {"nearly as in math500": 4}
 
 
