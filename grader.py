@@ -179,8 +179,6 @@ def read_answer(text: str) -> Node | None:
 
 
 # Two trees -> the same answer or not ----------------------------------------------------------------------------------
-
-
 Unit = str | tuple  # "percent", "degree", "mod 7", what read_unit() returns, the noun that is counted, or nothing
 
 
