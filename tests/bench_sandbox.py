@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from plumbing import sandbox
 from plumbing.constants import Count, set_constants
 from plumbing.sandbox import ProgramTests, run_tests
