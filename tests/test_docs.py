@@ -92,5 +92,5 @@ def test_budgets():
         assert len((ROOT / name).read_text().splitlines()) <= most, name
     for path in [ROOT / f"{name}.py" for name in STAGES] + sorted((ROOT / "plumbing").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and path.name != "tokens.py":  # its tokenize() is the grader's issue
+            if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
