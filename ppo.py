@@ -298,7 +298,7 @@ def make_batch(dialogues: Sequence[Dialogue]) -> Batch:
     mini_batches: list[range] = []
     for start in range(0, len(dialogues), MINI_BATCH):
         mini_batch = dialogues[start : start + MINI_BATCH]
-        share = packing.share_of_rank([len(d.ids) for d in mini_batch])
+        share = packing.share_among_ranks([len(d.ids) for d in mini_batch], dist.get_world_size())[dist.get_rank()]
         mini_batches.append(range(len(mine), len(mine) + len(share)))
         mine += [mini_batch[i] for i in share]
         weights_of_all = loss_weights(mini_batch)
