@@ -298,7 +298,7 @@ def make_batch(dialogues: Sequence[Dialogue]) -> Batch:
     mini_batches: list[range] = []
     for start in range(0, len(dialogues), MINI_BATCH):
         mini_batch = dialogues[start : start + MINI_BATCH]
-        share = packing.share_of_rank([len(d.ids) for d in mini_batch])
+        share = packing.share_among_ranks([len(d.ids) for d in mini_batch], dist.get_world_size())[dist.get_rank()]
         mini_batches.append(range(len(mine), len(mine) + len(share)))
         mine += [mini_batch[i] for i in share]
         weights_of_all = loss_weights(mini_batch)
@@ -408,7 +408,7 @@ def evaluate_actions(model: nn.Module, batch: Batch) -> Tensor:
         out = model(micro)
         if micro.counts:
             result[micro.action] = out[0] if isinstance(out, tuple) else out
-    model.reshard()  # FSDP keeps the root's weights gathered for a backward pass; there is none
+    ranks.drop_gathered(model)
     return result
 
 
@@ -461,7 +461,7 @@ def update(batch: Batch, learner: Learner, train_actor: bool) -> dict[str, float
         for part in trained:  # one model after the other: until its last micro-batch a rank holds all of its gradient
             accumulate = accumulate_actor_gradient if part.name == "actor" else accumulate_critic_gradient
             for micro in batch.micro_batches(rows):
-                part.model.set_requires_gradient_sync(micro.is_last)
+                ranks.hold_until_last(part.model, micro.is_last)
                 sums.update(accumulate(batch, micro, part.model))
         for name, norm in step_optimizers(learner, trained).items():
             norms[name].append(norm)

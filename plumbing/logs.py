@@ -157,11 +157,17 @@ def memory_plan(model: str, compute_dtype: str, critic: bool, reference: bool) -
     config, gib = lm.config, 2**30
     weights = sum(p.numel() for p in lm.parameters())
     world, owners = dist.get_world_size(), ranks.shard_size()
-    # Bytes of each weight: itself, its gradient and Adam's two moments, 4 each; the reference has only itself. While
-    # gradients of several micro-batches add up, a rank holds them whole, of one model at a time.
-    sharded = weights * (16 * (1 + critic) + 4 * reference) / owners
-    whole = weights * 4 if owners > 1 or ranks.OFFLOAD else 0
+    # Bytes of each weight: itself and Adam's two moments, 4 each; during an update its gradient, too. The reference has
+    # only itself. OFFLOAD has all of it in the CPU's memory.
+    resident, gradients = weights * (12 * (1 + critic) + 4 * reference) / owners, weights * 4 * (1 + critic) / owners
+    if ranks.OFFLOAD and torch.cuda.is_available():
+        resident = gradients = 0.0
     item = getattr(torch, compute_dtype).itemsize
+    whole = 0.0  # of one model at a time, see ranks.hold_until_last
+    if owners > 1 or ranks.OFFLOAD:
+        whole += weights * 4  # gradients that add up over micro-batches
+    if owners == 1:
+        whole += weights * item
     kept = 1 if ranks.GRADIENT_CHECKPOINTING else 34  # hidden states kept by a layer (arXiv 2205.05198, eq. 2)
     states = packing.MAX_TOKENS_PER_MICRO_BATCH * config.hidden_size * item * (config.num_hidden_layers * kept + 34)
     passes = states + 16 * packing.LOGITS_CHUNK * config.vocab_size + 2 * config.vocab_size * config.hidden_size * item
@@ -171,11 +177,10 @@ def memory_plan(model: str, compute_dtype: str, critic: bool, reference: bool) -
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gib / world
         playing = asleep = engine.CPU_CACHE_MIB / 1024 + 2 * weights * item / gib  # weights as they are, and packed
-    trainer = 0.0 if ranks.OFFLOAD and torch.cuda.is_available() else sharded / gib
-    most = max(trainer + playing, trainer + asleep + (whole + passes) / gib)
+    most = max(resident / gib + playing, asleep + (resident + gradients + whole + passes) / gib)
     cure = "more ranks, a smaller MAX_TOKENS_PER_MICRO_BATCH or GPU_MEMORY, or OFFLOAD=1 would help"
     verdict = "fits" if most < 0.95 * room else f"does NOT fit; {cure}"
     return (
-        f"memory of a rank, estimated: {trainer:.1f} GiB of weights and optimisers, at most {most:.1f} of {room:.0f} "
-        f"GiB in all: {verdict}"
+        f"memory of a rank, estimated: {resident / gib:.1f} GiB of weights and optimisers, at most {most:.1f} of "
+        f"{room:.0f} GiB in all: {verdict}"
     )

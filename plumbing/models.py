@@ -30,9 +30,12 @@ class Actor(nn.Module):
         is_padding = torch.arange(len(head), device=head.device) >= self.tokens  # (V,)
         bias = torch.where(is_padding, -1e9, 0.0).to(head.dtype)
         chunks = zip(hidden.split(packing.LOGITS_CHUNK), targets.split(packing.LOGITS_CHUNK), strict=True)
-        # Each chunk's logits are computed again in the backward pass, so that they never exist for all actions.
+        # Each chunk's logits are computed again in the backward pass, so that they never exist for all actions; but the
+        # last chunk's stay, because the backward pass begins with them.
         shared = head, bias, self.learn_entropy
-        parts = [checkpoint(score_actions, h, t, *shared, use_reentrant=False) for h, t in chunks]
+        *others, last = chunks
+        parts = [checkpoint(score_actions, h, t, *shared, use_reentrant=False) for h, t in others]
+        parts.append(score_actions(*last, *shared))
         logprobs, entropy = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropy)
 

@@ -31,22 +31,18 @@ def pad(rows: list[list[Any]], dtype: torch.dtype = torch.float32) -> Tensor:
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(ranks.device())
 
 
-def share_of_rank(lengths: Sequence[int]) -> list[int]:
-    """This rank's dialogues of a mini-batch, by their index."""
-    return share_among_ranks(lengths, dist.get_world_size())[dist.get_rank()]
+def share_among_ranks(lengths: Sequence[int], world: int) -> list[list[int]]:
+    """Dialogues of a mini-batch -> the indices of those of each of `world` ranks, so that ranks have about equally many
+    tokens: the longest first, each to the rank that has fewest so far. Rank 0 trains on 9 + 1 tokens here, rank 1 on
+    5 + 4:
 
-
-def share_among_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Dialogues of a mini-batch -> those of each rank, so that ranks have about equally many tokens: the longest first,
-    each to the rank that has fewest so far. Rank 0 trains on 9 + 1 tokens here, rank 1 on 5 + 4:
-
-    >>> share_among_ranks([4, 9, 1, 5], ranks=2)
+    >>> share_among_ranks([4, 9, 1, 5], world=2)
     [[1, 2], [3, 0]]
     """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(world)]
+    tokens = [0] * world
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rank = min(range(ranks), key=lambda r: (tokens[r], len(shares[r])))
+        rank = min(range(world), key=lambda r: (tokens[r], len(shares[r])))
         shares[rank].append(index)
         tokens[rank] += lengths[index]
     return shares

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 SHARD_RANKS: int = 0  # ranks that share one copy of the weights, others hold replicas (HSDP); 0 = those of a node
 OFFLOAD: bool = False  # weights, gradients and Adam's moments stay in the CPU's memory: slower, for small GPUs
@@ -118,6 +118,7 @@ def shard(model: nn.Module, compute_dtype: str) -> Any:
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, compute_dtype), reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if OFFLOAD else OffloadPolicy(),
+        "reshard_after_forward": False if together == 1 else None,  # None: for a layer's backward pass gather it again
     }
     if not OFFLOAD:
         model.to(device())
@@ -126,6 +127,20 @@ def shard(model: nn.Module, compute_dtype: str) -> Any:
     if hasattr(model, "head"):
         fully_shard(model.head, **options | {"mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)})
     return fully_shard(model, **options)
+
+
+def hold_until_last(model: Any, is_last: bool) -> None:
+    """Before a backward pass: gradients stay on this rank until the last micro-batch of an optimiser step. So do the
+    gathered weights (in the compute dtype) of a rank that owns all: to gather them again would only copy them."""
+    model.set_requires_gradient_sync(is_last)
+    model.set_reshard_after_backward(is_last or shard_size() > 1)
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Free the gathered weights that a forward pass has left for a backward pass, when there is none."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole_weights(model: nn.Module, dtype: str) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 TOKENS = 280  # of the toy's 295 rows: the others stand for a padded vocabulary
@@ -60,6 +61,11 @@ def make_learner(toy, change, tokens=TOKENS, lr=0.0, moved=0.0, **constants) -> 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
+
+
+def all_sharded(learner: ppo.Learner) -> bool:
+    parts = (learner.actor, learner.critic, learner.reference)
+    return all(isinstance(parameter, DTensor) for part in parts for parameter in part.parameters())
 
 
 def train_on(dialogues: list[Dialogue], learner: ppo.Learner, train_actor: bool = True) -> dict[str, float]:
@@ -309,16 +315,30 @@ def test_gradients_are_the_same_however_they_are_computed(toy, ranks, change, wa
 
 
 def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, change):
-    """And none is kept for the backward pass, which computes them again."""
-    actor = make_learner(toy, change, LOGITS_CHUNK=2).actor
-    scored, kept, inner = [], [], models.score_actions
+    """And only the last chunk's are kept for the backward pass, which computes the others again."""
+    actor = make_learner(toy, change, LOGITS_CHUNK=4).actor
+    scored, kept, inner = [], set(), models.score_actions
     change(models, score_actions=lambda hidden, *rest: scored.append(len(hidden)) or inner(hidden, *rest))
     (micro,) = ppo.make_batch(two_dialogues()).micro_batches(range(2))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(tuple(t.shape)) or t, lambda t: t):
         actor(micro)
     vocabulary, width = actor.lm.lm_head.weight.shape
-    assert scored == [2] * 3  # of six actions
-    assert kept and all(shape == (vocabulary, width) for shape in kept if vocabulary in shape[-2:] and len(shape) > 1)
+    assert scored == [4, 2]  # of six actions
+    assert {s for s in kept if vocabulary in s[-2:] and len(s) > 1} == {(vocabulary, width), (2, vocabulary)}
+
+
+def test_gathered_weights_are_dropped_before_a_step_and_after_an_evaluation(toy, ranks, change):
+    """A pass with those from before a step would be one with old weights."""
+    learner = make_learner(toy, change, lr=1e-3, MAX_TOKENS_PER_MICRO_BATCH=1)
+    sharded = []
+    for part in learner.parts:
+        part.optimizer.register_step_pre_hook(lambda *_: sharded.append(all_sharded(learner)))
+    dialogues = two_dialogues()
+    batch = ppo.make_batch(dialogues)
+    ppo.prepare(batch, dialogues, learner)
+    assert all_sharded(learner)
+    ppo.update(batch, learner, True)
+    assert sharded == [True, True]
 
 
 def test_only_what_is_needed_is_built(toy, ranks, change, tmp_path):
