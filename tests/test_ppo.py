@@ -1,6 +1,8 @@
 """ppo.py: GAE, losses and the gradients of a step against formulas written out here; groups, and that it learns."""
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import ppo
@@ -8,8 +10,9 @@ import rollout
 from data.problems import problem_at, split_dev
 from plumbing import models, packing
 from plumbing import ranks as ranks_module
-from plumbing.constants import parse_changes, snapshot
+from plumbing.constants import snapshot
 from rollout import Attempt, Dialogue
+from tests.conftest import TORCHRUN, run_python
 
 import pytest
 import torch
@@ -174,24 +177,21 @@ def test_what_each_estimate_of_the_kl_does_to_the_gradient(estimator):
 
 @pytest.mark.parametrize(
     ("mean", "expected"),
-    [  # of actions of three attempts, which have 2 and 1 in one dialogue and 3 in the other; MAX_ATTEMPT_TOKENS 10
-        ("actions", [1 / 6, 1 / 6, 1 / 6]),
-        ("dialogues", [1 / 2 / 3, 1 / 2 / 3, 1 / 2 / 3]),
-        ("attempts", [1 / 3 / 2, 1 / 3, 1 / 3 / 3]),
-        ("constant", [1 / 2 / 10, 1 / 2 / 10, 1 / 2 / 10]),
+    [  # of the actions of attempts with 2 and 1 in one dialogue, 3 in the next, 1 in the last; MAX_ATTEMPT_TOKENS=10
+        ("actions", [1 / 7, 1 / 7, 1 / 7, 1 / 7]),
+        ("dialogues", [1 / 3 / 3, 1 / 3 / 3, 1 / 3 / 3, 1 / 3]),
+        ("attempts", [1 / 4 / 2, 1 / 4, 1 / 4 / 3, 1 / 4]),
+        ("constant", [1 / 3 / 10, 1 / 3 / 10, 1 / 3 / 10, 1 / 3 / 10]),
     ],
 )
 def test_what_a_loss_is_a_mean_over(change, mean, expected):
     change(ppo, LOSS_MEAN=mean)
     change(rollout, MAX_ATTEMPT_TOKENS=10)
     first, second = two_dialogues()
-    weights = ppo.loss_weights([first, second])
-    assert weights[0] == pytest.approx(ppo.spread(first, expected[:2]), rel=1e-12)
-    assert weights[1] == pytest.approx(ppo.spread(second, expected[2:]), rel=1e-12)
-    short = dialogue([([5], False), ([6], True)], ["wrong"])  # a dialogue of one action beside one of three
-    told = {"actions": [1 / 4, 1 / 4], "dialogues": [1 / 6, 1 / 2], "attempts": [1 / 6, 1 / 2]}
-    at = [row[-1] for row in ppo.loss_weights([second, short])]
-    assert at == pytest.approx(told.get(mean, [1 / 20, 1 / 20]), rel=1e-12)
+    third = dialogue([([5], False), ([6], True)], ["wrong"])
+    weights = ppo.loss_weights([first, second, third])
+    for d, row, its in zip((first, second, third), weights, (expected[:2], expected[2:3], expected[3:]), strict=True):
+        assert row == pytest.approx(ppo.spread(d, its), rel=1e-12)
 
 
 # The gradients of a step ----------------------------------------------------------------------------------------------
@@ -254,9 +254,8 @@ def test_the_gradients_of_a_step_by_hand(toy, ranks, change, estimator):
     expected = {"policy_loss": policy_loss, "value_loss": critic_loss, "kl_k1": d.mean(), "kl_k3": k3.mean()}
     expected["entropy"] = entropy.mean()
     grads = {f"actor.lm.{n}": p.grad for n, p in policy.named_parameters()}
-    grads |= {f"critic.body.{n}": p.grad for n, p in critic.model.named_parameters()} | {
-        "critic.head.weight": head.grad
-    }
+    grads |= {f"critic.body.{n}": p.grad for n, p in critic.model.named_parameters()}
+    grads["critic.head.weight"] = head.grad
     for model in ("actor", "critic"):
         names = [n for n in grads if n.startswith(model)]
         norm = expected[f"{model}_grad_norm"] = torch.cat([grads[n].flatten() for n in names]).norm()
@@ -270,9 +269,8 @@ def test_the_gradients_of_a_step_by_hand(toy, ranks, change, estimator):
 def test_each_attempt_has_its_own_weight_of_the_kl(ranks, change):
     change(ppo, KL_COEF=(0.1, 0.2), MINI_BATCH=1)
     d = dialogue([([1], False), *[([2, 3], True)] * 4], ["wrong"] * 4)
-    assert ppo.make_batch([d]).kl_coef[0].tolist() == pytest.approx(
-        [0, 0.1, 0.1, *[0.2] * 6]
-    )  # the last for all others
+    kl_coef = ppo.make_batch([d]).kl_coef[0].tolist()
+    assert kl_coef == pytest.approx([0, 0.1, 0.1, *[0.2] * 6])  # the last for all others
 
 
 WAYS = {  # to compute the same gradients
@@ -321,16 +319,48 @@ def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, change):
     assert kept and all(shape == (vocabulary, width) for shape in kept if vocabulary in shape[-2:] and len(shape) > 1)
 
 
-def test_only_what_is_needed_is_built(toy, ranks, change, tmp_path):
+ON_RANKS = {"MINI_BATCH": 6, "GRAD_CLIP": 1e9, "MAX_TOKENS_PER_MICRO_BATCH": 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path, dtype):
+    """Of which two share the weights while the other two have a replica (HSDP), and all is offloaded. A dialogue is a
+    micro-batch, of which some ranks have more than others. bfloat16 gradients, too, are added up in float32."""
+    dialogues = two_dialogues() * 3
+    expected = find_gradients(make_learner(toy, change, moved=0.05, COMPUTE_DTYPE=dtype, **ON_RANKS), dialogues)
+    run_python(*TORCHRUN, 4, "-m", "tests.test_ppo", toy, dtype, tmp_path / "found")
+    for got, right in zip(torch.load(tmp_path / "found"), expected, strict=True):
+        assert got.keys() == right.keys()
+        for name, value in right.items():
+            assert torch.as_tensor(got[name]).allclose(torch.as_tensor(value), rtol=1e-4, atol=1e-6), name
+
+
+def run_rank(toy: str, dtype: str, found: str) -> None:
+    """What each of the four does: the first saves the gradients."""
+
+    def change(module, **values) -> None:
+        vars(module).update(values)
+
+    change(ranks_module, OFFLOAD=True, SHARD_RANKS=2)
+    ranks_module.start_ranks()
+    learner = make_learner(Path(toy), change, moved=0.05, COMPUTE_DTYPE=dtype, **ON_RANKS)
+    result = find_gradients(learner, two_dialogues() * 3)
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, found)
+    torch.distributed.destroy_process_group()
+
+
+def test_only_what_is_needed_is_built_and_optimisers_have_their_constants(toy, ranks, change, tmp_path):
     for constants, critic, reference in (
         ({}, True, True),
         ({"KL_COEF": (0.0, 0.0)}, True, False),
-        ({"KL_ESTIMATOR": "k1"}, True, True),
-        ({"ESTIMATOR": "rloo"}, False, True),
+        ({"ESTIMATOR": "rloo", "BETAS": (0.5, 0.6), "WEIGHT_DECAY": 0.125}, False, True),
     ):
         learner = make_learner(toy, change, **constants)
         assert (learner.critic is not None, learner.reference is not None) == (critic, reference)
         assert [part.name for part in learner.parts] == (["actor", "critic"] if critic else ["actor"])
+        for (group,) in (part.optimizer.param_groups for part in learner.parts):
+            assert (group["betas"], group["weight_decay"]) == (ppo.BETAS, ppo.WEIGHT_DECAY)
     other = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
     other.model.norm.weight.data += 1
     other.save_pretrained(tmp_path)
@@ -454,7 +484,7 @@ def test_the_dev_split_asks_nothing_that_is_trained_on():
 
 def test_paper_is_the_papers():
     told = {
-        "MODEL": "Qwen/Qwen2.5-Math-1.5B", "SEED": 42, "STEPS": 1280, "DIALOGUES": 1024, "MINI_BATCH": 128, "EPOCHS": 1,
+        "MODEL": "Qwen/Qwen2.5-Math-1.5B", "STEPS": 1280, "DIALOGUES": 1024, "MINI_BATCH": 128, "EPOCHS": 1,
         "ACTOR_LR": 5e-7, "CRITIC_LR": 1e-5, "MIN_LR": 0.1, "WARMUP": 0.03, "BETAS": (0.9, 0.95), "WEIGHT_DECAY": 0.0,
         "GRAD_CLIP": 1.0, "GAMMA": 1.0, "LAMBDA": 0.99, "CLIP": 0.2, "VALUE_CLIP": 0.2, "KL_COEF": (0.01,),
         "KL_ESTIMATOR": "k3", "LOSS_MEAN": "actions", "WHITEN": True, "ESTIMATOR": "gae", "ATTEMPT_GAMMA": 1.0,
@@ -463,10 +493,9 @@ def test_paper_is_the_papers():
         "rollout.REWARD": "outcome", "rollout.REWARD_CORRECT": 1.0, "rollout.REWARD_WRONG": -0.5,
         "rollout.REWARD_NO_ANSWER": -1.0, "rollout.ATTEMPT_DISCOUNT": 1.0,
     }  # fmt: skip
-    changes = parse_changes(["PRESET=paper"], ppo.MODULES, ppo.PRESETS)
-    paper = snapshot(ppo.MODULES) | {name: change.value for name, change in changes.items()}
-    expected = {name if "." in name else f"ppo.{name}": value for name, value in told.items()}
-    assert {name: paper[name] for name in expected} == expected
+    now = snapshot(ppo.MODULES)
+    assert ppo.PRESETS["paper"] == {}
+    assert {name: now[name if "." in name else f"ppo.{name}"] for name in told} == told
 
 
 @pytest.mark.parametrize(
@@ -483,3 +512,7 @@ def test_constants_that_do_not_fit_each_other(ranks, change, constants, message)
     change(ppo, **constants)
     with pytest.raises(SystemExit, match=message):
         ppo.check_constants()
+
+
+if __name__ == "__main__":
+    run_rank(*sys.argv[1:])
