@@ -1,7 +1,7 @@
 """report.html without a browser: its script runs in V8 (mini-racer) on a small document that is made of its HTML.
 
 What only a browser can show (layout, the security policy, the decompression of the data) is left to the test that
-starts one. run() evaluates JavaScript in the page.
+starts one.
 """
 
 import base64
@@ -88,9 +88,6 @@ class Tree(HTMLParser):
         if tag not in EMPTY:
             self.open.append(element)
 
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.open[-1][2].append([tag, dict(attributes), []])
-
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop()[0] == tag, f"</{tag}> does not close what is open"
 
@@ -108,10 +105,10 @@ def page_script(page: str) -> str:
 
 
 class Page:
-    """report.html after its script has run."""
+    """report.html in a folder, after its script has run."""
 
-    def __init__(self, path: Path):
-        page = path.read_text(encoding="utf-8")
+    def __init__(self, folder: Path):
+        page = (folder / "report.html").read_text(encoding="utf-8")
         self.javascript = MiniRacer()
         tree, data = json.dumps(Tree(page).root), json.dumps(embedded_data(page))
         self.javascript.eval(f"const TREE = {tree}, DATA = {data};\n{DOM}\n{page_script(page)}")

@@ -49,10 +49,9 @@ VALUES = [  # a bare name is that of the first module which has it
 @pytest.mark.parametrize(("argument", "name", "value"), VALUES)
 def test_an_argument_changes_its_constant_alone(modules, argument, name, value):
     before = snapshot(modules)
-    assert len(before) == 10 and not {"ppo.lower_case", "ppo.UNTYPED"} & set(before)
-    said = set_constants([argument], modules)
+    set_constants([argument], modules)
     assert snapshot(modules) == before | {name: value} and type(snapshot(modules)[name]) is type(value)
-    assert said == f"{name} = {value!r} (command line; the file says {before[name]!r})"
+    assert len(before) == 10 and not {"ppo.lower_case", "ppo.UNTYPED"} & set(before)
 
 
 REFUSED = [
@@ -118,15 +117,14 @@ def test_a_run_is_resumed_with_what_it_began_with(tmp_path, monkeypatch, change,
         open_run(folder, values | (changes or {}), problems)
         return json.loads((folder / "config.json").read_text())
 
-    assert start({"ppo.STEPS": 4})["ppo.STEPS"] == 4
+    start({"ppo.STEPS": 4})
     config = start()  # no step was made: it begins anew
     assert (config["ppo.STEPS"], config["ppo.BETAS"], config["code"]) == (3, [0.9, 0.95], code_version())
     append_jsonl(folder / "metrics.jsonl", [{"step": 1}])
     assert start() == start({"engine.GPU_MEMORY": 0.4, "engine.NEW": 1}) == config  # what began is kept
-    with pytest.raises(SystemExit, match=r"is a run with other constants.*\n  ppo.STEPS: 3 there, 4 now$"):
-        start({"ppo.STEPS": 4})
-    with pytest.raises(SystemExit, match=r"BETAS: \[0.9, 0.95\] there, \[0.9, 0.5\] now\n  ppo.NEW: None there, 1 now"):
-        start({"ppo.BETAS": (0.9, 0.5), "ppo.NEW": 1})
+    message = r"is a run with other constants.*\n  ppo.STEPS: 3 there, 4 now\n  ppo.NEW: None there, 1 now$"
+    with pytest.raises(SystemExit, match=message):
+        start({"ppo.STEPS": 4, "ppo.NEW": 1})
     with pytest.raises(SystemExit, match=r"\n  SHA-256 of the problems: \w{64} there, \w{64} now$"):
         start(text="{} \n")
     change(constants, code_version=lambda: "abc")

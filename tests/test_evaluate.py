@@ -189,14 +189,6 @@ def test_controls_by_hand():
     assert known["low"] == [1.0, 1.0, None] and known["high"] == pytest.approx([1.0, 1.8, None])
 
 
-def test_where_every_problem_has_a_right_sample_more_tokens_buy_nothing():
-    right = [played(name, 1, "7", control=True, sample=i, tokens=10) for name in "ab" for i in range(3)]
-    metrics = evaluate.measure([*right, played("a", 1, "7", tokens=11), played("b", 1, "7", tokens=10)])
-    assert metric(metrics, "pass_same_tokens") == [1.0]
-    assert metric(metrics, "over_pass_same_tokens") == [0.0]
-    assert metrics["pass_same_tokens"].as_json()["low"] == [1.0]
-
-
 def noisy(seed: int, benchmark: str, n: int, chance: float) -> list[dict]:
     rng = random.Random(seed)
     return [played(f"{i}", 1, rng.choices("78", (chance, 1 - chance))[0], benchmark=benchmark) for i in range(n)]
@@ -247,8 +239,7 @@ def test_csv_and_table_say_what_the_results_say():
 # Settings and files ---------------------------------------------------------------------------------------------------
 def test_results_of_other_weights_are_refused(tmp_path):
     path = tmp_path / "results.json"
-    results = evaluate.load_results(path, {"K": 5}, {"a": "1"})
-    path.write_text(to_json(results | {"weights": {"a": "1"}}))
+    path.write_text(to_json({"settings": {"K": 5}, "weights": {"a": "1"}}))
     for asked in ({"a": "1", "b": "2"}, {"b": "2"}):  # b is new, or a not asked for: no conflict
         assert evaluate.load_results(path, {"K": 5}, asked)["weights"] == {"a": "1"}
     with pytest.raises(SystemExit, match="K: 5 there, 6 now\n  a: 1 there, 3 now"):
@@ -268,16 +259,6 @@ def test_the_fingerprint_covers_every_file_that_grades():
             files = {name.replace(".", "/") + ".py" for name in names if name.startswith("plumbing.")}
             left += [f for f in files - grading if (ROOT / f).is_file()]
     assert set(evaluate.GRADING_FILES) == grading - {"plumbing/constants.py", "plumbing/files.py"}
-
-
-def test_plan_of_each_protocol(change):
-    problems = {("b", name): {} for name in "xy"}
-    change(rollout, MAX_ATTEMPTS=3)
-    change(evaluate, RESAMPLES=0)
-    assert [i.K for i in evaluate.list_items(problems)] == [3, 3, 2, 2, 1, 1]  # the longest first
-    assert len(set(evaluate.list_items(problems))) == 6
-    change(rollout, FEEDBACK="intrinsic")
-    assert [i.K for i in evaluate.list_items(problems)] == [3, 3]
 
 
 # Runs of evaluate.py --------------------------------------------------------------------------------------------------
@@ -342,12 +323,9 @@ def test_evaluation_end_to_end(tiny, evaluated):
         for r in records:  # a random model is never right
             assert len(r["attempts"]) == (0 if r["id"] == "real/2" else r["K"])
             assert all(0 < a["tokens"] <= 32 for a in r["attempts"])
-    assert [a["text"] for r in models["one"] for a in r["attempts"]] != [
-        a["text"] for r in models["two"] for a in r["attempts"]
-    ]
+    one, two = ([a["text"] for r in records for a in r["attempts"]] for records in models.values())
+    assert one != two
     assert sum("kept" in r for r in models["one"]) == 12  # was not played again
-    metrics = results["models"]["one"]["mixed"]["metrics"]
-    assert metrics["out_of_context"]["value"] == [1 / 8, 1 / 8]
     assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated
     assert {p.name for p in (tiny / "out").iterdir()} == MADE  # nothing half-done is left
 
@@ -429,12 +407,11 @@ def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, change, feed
     change(evaluate, PROTOCOL="prefix", SAMPLES=2, RESAMPLES=3)
     problems = {("test", p["id"]): p for p in load_problems(toy / "test.jsonl")[:12]}
     items, records, part = evaluate.list_items(problems), [], []
-    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36
+    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36 and len(set(items)) == 60
     evaluate.play_items(engine, items, problems, records.append, "")
     whole = {evaluate.item_of(r): r for r in records}
-    assert len(whole) == len(records) == 60
     evaluate.play_items(engine, items[1::3], problems, part.append, "")
-    assert {evaluate.item_of(r) for r in part} == set(items[1::3])
+    assert whole.keys() == set(items) and {evaluate.item_of(r) for r in part} == set(items[1::3])
     assert all(r == whole[evaluate.item_of(r)] for r in part)
     first, second = ({r["id"]: r["attempts"] for r in records if r["K"] == 3 and r["sample"] == i} for i in (0, 1))
     assert first != second

@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PPO = ROOT / "ppo.py"
 KILLED = """
-import os, signal, sys, ppo, torch.distributed.checkpoint as dcp
-inner, moment = dcp.save, sys.argv.pop()
+import os, signal, sys, ppo
+inner, moment = ppo.checkpoints.save, sys.argv.pop()
 
-def end(*_, **options):
+def end(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def save(*arguments, **options):
+def save(*arguments):
     if moment == "in a save":
         os.fsync = end  # called after the writing of a file that has no name yet
-    inner(*arguments, **options)
-    ppo.checkpoints.export = end
+    inner(*arguments)
+    end()
 
-dcp.save = save
+ppo.checkpoints.save = save
 ppo.main()
 """
 
@@ -63,10 +63,10 @@ def assert_same_up_to_rounding(run: Path, other: Path) -> None:
 
 
 def test_a_run_that_is_killed_resumes_to_the_same_numbers(toy, straight, tmp_path):
-    """By SIGKILL, between the first checkpoint and the export of its policy, and while the second one is written. The
+    """By SIGKILL, after the first checkpoint, before its policy is exported, and while the second one is written. The
     last start, as on another machine, ends with the numbers of the undisturbed run. (SIGTERM: test_nodes.py.)"""
     run, arguments = tmp_path / "runs/killed", list_arguments(toy, "killed")
-    for moment in ("before an export", "in a save"):
+    for moment in ("after a save", "in a save"):
         run_python("-c", KILLED, *arguments, moment, cwd=tmp_path, code=-signal.SIGKILL)
         assert [path.name for path in checkpoints.list_checkpoints(run)] == ["step-000002"]
         assert any(run.glob("checkpoints/*.partial")) == (run / "best").exists() == (moment == "in a save")
@@ -82,7 +82,7 @@ def test_what_a_run_leaves(straight):
     from the trainer's weights after each update."""
     metrics = read_metrics(straight)
     dev = {row["step"]: row["dev_accuracy_at_3"] for row in metrics if "dev_accuracy_at_3" in row}
-    assert list(dev) == [2, 4, 6]
+    assert list(dev) == [2, 4, 6] and all(row["actor_lr"] > 0 for row in metrics)
     assert all(row["sampler_mismatch"] < 1e-5 for row in metrics) and metrics[-1]["kl_k3"] > 1e-3
     best, policy = (load_weights(straight / name) for name in ("best", "policy"))
     is_last = max(dev, key=dev.get) == 6  # the first of equals
@@ -92,7 +92,9 @@ def test_what_a_run_leaves(straight):
     for row in rows:
         reinforced = {m for a, m in zip(row["advantages"], row["mask"], strict=True) if a}
         assert reinforced == {1} and len(row["tokens"]) == len(row["values"]) == len(row["mask"])
-    assert [row["step"] for row in read_jsonl(straight / "dialogues.jsonl")] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    dialogues = read_jsonl(straight / "dialogues.jsonl")
+    assert [row["step"] for row in dialogues] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert len({row["id"] for row in dialogues}) == 12  # in one pass over the problems
     events = EventAccumulator(str(straight / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("reward")] == pytest.approx([row["reward"] for row in metrics])
 
