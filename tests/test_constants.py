@@ -8,7 +8,7 @@ from types import ModuleType
 import ppo
 from plumbing import constants
 from plumbing.constants import check_early, code_version, open_run, set_constants, snapshot
-from plumbing.files import append_jsonl, read_jsonl, write_atomically
+from plumbing.files import append_jsonl, write_atomically
 from plumbing.presets import PRESETS
 from tests.conftest import ROOT, run_python
 
@@ -145,16 +145,6 @@ def test_a_file_is_there_in_full_or_as_it_was(tmp_path, monkeypatch):
     assert path.read_text(encoding="utf-8") == "½"
     write_atomically(path, "another")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("table.md", "another")]
-
-
-def test_logs_keep_any_text_and_lose_no_more_than_a_last_line_that_was_cut(tmp_path):
-    path, rows = tmp_path / "log.jsonl", [{"text": "½\u2028\x85\n\\frac"}, {"n": [1, 2.5, None]}, {"text": "∞"}]
-    assert read_jsonl(path) == []
-    append_jsonl(path, rows)
-    content = path.read_bytes()
-    for cut in range(8):  # also in the middle of a character
-        path.write_bytes(content[: len(content) - cut])
-        assert read_jsonl(path) == rows[: 2 if cut else 3]
 
 
 # The house ------------------------------------------------------------------------------------------------------------

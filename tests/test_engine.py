@@ -86,7 +86,6 @@ def test_an_attempt_ends_with_a_stop_id_or_a_limit(engine, problems):
         engine.submit(7, prompt, max_tokens, 1.0, 3, stop_id)
         while not (samples := engine.step()):
             pass
-        assert samples[0].key == 7 and len(samples[0].logprobs) == len(samples[0].ids)
         return samples[0].ids, samples[0].stopped
 
     ids, stopped = sample(50, engine.tokenizer.pad_token_id)

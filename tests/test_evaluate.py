@@ -302,13 +302,15 @@ evaluate.main()
 
 @pytest.fixture(scope="module")
 def evaluated(tiny) -> str:
-    """What an evaluation prints that was killed and is resumed. What had ended then is marked."""
+    """What an evaluation prints that was killed and is resumed. What had ended then is marked, and so is what must not
+    be taken for new."""
     out = tiny / "out"
     run_python("-c", KILLED, *list_arguments(tiny, out), "MAX_SEQUENCES=4", code=-signal.SIGKILL)
     (part,) = out.glob(".one.*/rank-0.jsonl")
     played = part.read_text(encoding="utf-8").replace("]}\n", f"]{MARK}}}\n")
     part.with_name("rank-5.jsonl").write_text(played, encoding="utf-8")  # of a rank that is not there this time
     part.write_text('{"benchmark": "mi')  # cut in two
+    (out / "dialogues-two.jsonl").write_text(played)  # of an evaluation whose results.json was deleted
     return run_python("evaluate.py", *list_arguments(tiny, out)).stdout
 
 
@@ -325,7 +327,7 @@ def test_evaluation_end_to_end(tiny, evaluated):
             assert all(0 < a["tokens"] <= 32 for a in r["attempts"])
     one, two = ([a["text"] for r in records for a in r["attempts"]] for records in models.values())
     assert one != two
-    assert sum("kept" in r for r in models["one"]) == 12  # was not played again
+    assert [sum("kept" in r for r in records) for records in models.values()] == [12, 0]  # was not played again; was
     assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated
     assert {p.name for p in (tiny / "out").iterdir()} == MADE  # nothing half-done is left
 
@@ -378,26 +380,6 @@ def test_second_call_plays_nothing(tiny, evaluated, call, capsys):
 def test_bad_input_is_refused_before_anything_is_played(tiny, evaluated, call, arguments, message):
     with pytest.raises(SystemExit, match=message):
         call(*list_arguments(tiny, tiny / "out"), *arguments)
-
-
-def test_old_dialogues_are_not_taken_for_new_ones(tiny, tmp_path, call, change):
-    """results.json deleted, other settings, stopped in the middle: what is published was played under these."""
-    (tmp_path / "p.jsonl").write_text('{"id": "x", "question": "?", "answer": "7"}\n')
-    dialogues, results = tmp_path / "out" / "dialogues-one.jsonl", tmp_path / "out" / "results.json"
-    paths = [f"MODEL={tiny}/one", f"BENCHMARKS={tmp_path}/p.jsonl", f"OUT={tmp_path}/out", "MAX_ATTEMPTS=1"]
-
-    def play(*_: object) -> None:
-        dialogues.write_text(to_line(played("x", 1, str(evaluate.SEED), benchmark="p")))
-
-    change(evaluate, evaluate_model=play)
-    call(*paths, "SEED=6")
-    results.unlink()
-    change(evaluate, evaluate_model=Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        call(*paths, "SEED=7")
-    change(evaluate, evaluate_model=play)
-    call(*paths, "SEED=7")
-    assert json.loads(results.read_text())["models"]["one"]["p"]["accuracy"] == [1.0]
 
 
 @pytest.mark.parametrize("feedback", ["verified", "intrinsic"])

@@ -94,16 +94,6 @@ def test_figures_show_the_numbers(made, tmp_path, monkeypatch):
         assert (made / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and (made / f"{stem}.svg").is_file()
 
 
-def test_learning_curves_show_the_steps():
-    rows = [{"step": i, "reward": i / 8 - 1, "accuracy": None if i == 3 else i / 16} for i in range(9)]
-    panels = report.learning_curves({"m": rows}, {"m": "#000000"})
-    assert list(panels) == [report.TRAINING["reward"], report.TRAINING["accuracy"]]
-    (smooth, raw), (_, accuracy) = panels.values()
-    assert raw.faint and not smooth.faint and list(raw.steps) == list(range(9))
-    assert list(raw.accuracy) == [i / 8 - 1 for i in range(9)]
-    assert list(accuracy.steps) == [0, 1, 2, 4, 5, 6, 7, 8]
-
-
 def test_each_model_has_its_control():
     """pass@k. With intrinsic feedback nobody tells which attempt is right: there it is the vote, not a choice by the
     answer."""
@@ -129,13 +119,6 @@ def test_page_carries_the_results_and_runs_its_own_script_alone(made):
     assert "document.title" not in text  # what models said is in the data alone
     # The script has no way to turn text into markup or code.
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function", script)
-
-
-def test_too_many_dialogues_are_thinned(made, change):
-    change(report, REPORT_CHARACTERS=200)
-    results, records = json.loads((made / "results.json").read_text()), {"first": FIRST, "second": SECOND}
-    data = report.page_data(results, PROBLEMS, records, evaluate.find_repeats)
-    assert data["left_out"] == 3 - len(data["problems"]) > 0
 
 
 # The page's script ----------------------------------------------------------------------------------------------------

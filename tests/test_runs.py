@@ -1,6 +1,5 @@
 """Whole runs of ppo.py: killed and resumed, on a full disk; what they leave and what they refuse."""
 
-import json
 import math
 import resource
 import shutil
@@ -200,13 +199,17 @@ def test_an_export_replaces_what_killed_ones_have_left(toy, ranks, change, tmp_p
 
 
 def test_logs_forget_what_was_not_saved(ranks, tmp_path):
-    """Rows after the last checkpoint are dropped, and half a row of a killed writer; the first of equals is best."""
+    """Rows after the last checkpoint are dropped, and a row of a killed writer that was cut, here inside a character;
+    the first of equals is best."""
     log = tmp_path / "metrics.jsonl"
-    rows = [{"step": 8, "dev": 0.5}, {"step": 12}, {"step": 16, "dev": 0.5}, {"step": 24, "dev": 0.4}]
-    append_jsonl(log, rows)
-    with log.open("a") as file:
-        file.write('{"step": 32, "dev": 0.9, "attempts": [{}')
-    assert checkpoints.best_so_far(tmp_path, "dev") == (8, 0.5)
+    rows = [
+        {"step": 8, "dev": 0.5},
+        {"step": 12, "text": "½\u2028\n"},
+        {"step": 16, "dev": 0.5},
+        {"step": 24, "dev": 0.4},
+    ]
+    append_jsonl(log, [*rows, {"step": 32, "dev": 0.9, "text": "½"}])
+    log.write_bytes(log.read_bytes()[:-4])
+    assert read_jsonl(log) == rows and checkpoints.best_so_far(tmp_path, "dev") == (8, 0.5)
     drop_rows_after(log, 12)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [8, 12]
-    assert checkpoints.best_so_far(tmp_path / "none", "dev") == (0, -1.0)
+    assert read_jsonl(log) == rows[:2] and checkpoints.best_so_far(tmp_path / "none", "dev") == (0, -1.0)
