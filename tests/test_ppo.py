@@ -295,11 +295,11 @@ def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, change):
 def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path, dtype):
     """In any order, of which two share the weights while the other two have a replica (HSDP), and all is offloaded.
     Activations are recomputed and logits exist for one action. A dialogue is a micro-batch, of which some ranks have
-    more than others; the last of those, which they repeat, moves nothing. In float32 one process has them all in one
-    micro-batch; in bfloat16, where that rounds otherwise, one by one, too: gradients are added up in float32."""
+    more than others, who repeat their last one without effect. In float32 one process has larger parts; in bfloat16,
+    where these round otherwise, the same: gradients are added up in float32."""
     change(ranks_module, GRADIENT_CHECKPOINTING=False)
-    micro = {"MAX_TOKENS_PER_MICRO_BATCH": 64 if dtype == "float32" else 1}
-    expected = find_gradients(make_learner(toy, change, dtype=dtype, **ON_RANKS | micro), two_dialogues() * 3)
+    parts = {"MAX_TOKENS_PER_MICRO_BATCH": 64} if dtype == "float32" else IN_PARTS
+    expected = find_gradients(make_learner(toy, change, dtype=dtype, **ON_RANKS, **parts), two_dialogues() * 3)
     run_python(*TORCHRUN, 4, "-m", "tests.test_ppo", toy, dtype, tmp_path / "found")
     for got, right in zip(torch.load(tmp_path / "found"), expected, strict=True):
         assert got.keys() == right.keys()
@@ -309,6 +309,7 @@ def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path, dtyp
 
 
 ON_RANKS = {"MINI_BATCH": 6, "GRAD_CLIP": 1e9, "LOSS_MEAN": "attempts", "moved": 0.05}
+IN_PARTS = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "LOGITS_CHUNK": 1}
 
 
 def run_rank(toy: str, dtype: str, found: str) -> None:
@@ -319,7 +320,7 @@ def run_rank(toy: str, dtype: str, found: str) -> None:
 
     change(ranks_module, OFFLOAD=True, SHARD_RANKS=2)
     ranks_module.start_ranks()
-    learner = make_learner(Path(toy), change, dtype=dtype, **ON_RANKS, LOGITS_CHUNK=1, MAX_TOKENS_PER_MICRO_BATCH=1)
+    learner = make_learner(Path(toy), change, dtype=dtype, **ON_RANKS, **IN_PARTS)
     result = find_gradients(learner, [*two_dialogues()[::-1], *two_dialogues() * 2])
     if torch.distributed.get_rank() == 0:
         torch.save(result, found)
