@@ -19,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
 from experiments.median import make_problems
-from plumbing import checkpoints, engine, logs, packing, ranks
+from plumbing import engine, logs, packing, ranks
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import set_constants
 from plumbing.engine import Engine
 from plumbing.files import append_jsonl, read_jsonl
 from rollout import Dialogue
 from tests import bench_ppo as bench
+from tests.workload import keep_gradients
 
 STAGE: Literal["", "attention", "gradient", "update", "engine", "resume"] = ""  # "" = all, one after the other
 MODEL: str = ""  # of engine and resume; "" = random weights in bench_ppo.py's shape, and a tokenizer of bytes
@@ -57,30 +58,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Check(NamedTuple):
-    """What was measured, and the bounds that it must keep."""
-
-    what: str
-    value: float
-    low: float = -math.inf
-    high: float = math.inf
-    on_gpu: bool = False  # a speed or a memory, of which a CPU says nothing: only told there
-
-    def passed(self) -> bool:
-        is_told = self.on_gpu and not torch.cuda.is_available()
-        return is_told or self.low <= self.value <= self.high
-
-    def row(self) -> str:
-        bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.low), ("<=", self.high)) if math.isfinite(bound)]
-        verdict = "yes" if self.passed() else "NO"
-        return f"| {STAGE} | {self.what} | {self.value:.4g} | {' and '.join(bounds)} | {verdict} |"
-
-
-Checks = Iterator[Check]
+def check(what: str, value: float, low: float = -math.inf, high: float = math.inf, on_gpu: bool = False) -> None:
+    """Print a row of the table: what was measured, the bounds that it must keep, whether it does. on_gpu: a speed or a
+    memory, of which a CPU says nothing."""
+    bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", low), ("<=", high)) if math.isfinite(bound)]
+    passed = low <= value <= high or (on_gpu and not torch.cuda.is_available())
+    verdict = "yes" if passed else "NO"
+    print(f"| {STAGE} | {what} | {value:.4g} | {' and '.join(bounds)} | {verdict} |", flush=True)
 
 
 # Stage A: the trainer alone -------------------------------------------------------------------------------------------
-def check_attention(folder: Path) -> Checks:
+def try_attention(folder: Path) -> None:
     """packing.varlen_attention in bfloat16 against each dialogue alone in float32, forward and gradients."""
     lengths, heads, fewer = [1, 77, 512, 3, 300], bench.HEADS, bench.KV_HEADS
     boundaries = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(ranks.device(), torch.int32)
@@ -103,7 +91,7 @@ def check_attention(folder: Path) -> Checks:
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
     pairs = zip(run(kernel, torch.bfloat16), run(alone, torch.float32), strict=True)
-    yield Check("largest relative error", max(relative_error(*pair) for pair in pairs), high=0.02)
+    check("largest relative error", max(relative_error(*pair) for pair in pairs), high=0.02)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -115,19 +103,15 @@ def first_gradients(dtype: str, dialogues: list[Dialogue]) -> dict[str, Tensor]:
     ppo.COMPUTE_DTYPE = dtype
     torch.manual_seed(0)
     learner = ppo.Learner.load(bench.TOKENS)
-    found: dict[str, Tensor] = {}
-    for part in learner.parts:
-
-        def keep(*_: Any, part: checkpoints.Part = part) -> None:
-            grads = [p.grad.full_tensor().flatten().cpu() for p in part.model.parameters()]
-            found.setdefault(part.name, torch.cat(grads))
-
-        part.optimizer.register_step_pre_hook(keep)
+    found = keep_gradients(learner)
     bench.our_update(learner, dialogues)
-    return found
+    return {
+        part: torch.cat([g.flatten() for name, g in found.items() if name.startswith(part)])
+        for part in ("actor", "critic")
+    }
 
 
-def check_gradient(folder: Path) -> Checks:
+def try_gradient(folder: Path) -> None:
     """A step of a small model as it is computed here, against the same in float32 and without the kernel."""
     for name, value in (bench.PRESETS["cpu"] | {"LONGEST": 256}).items():
         if name in bench.__annotations__:
@@ -136,10 +120,10 @@ def check_gradient(folder: Path) -> Checks:
     dialogues = bench.draw_dialogues()
     found, expected = (first_gradients(dtype, dialogues) for dtype in (ppo.COMPUTE_DTYPE, "float32"))
     for name, right in expected.items():
-        yield Check(f"relative error of the {name}'s first gradient", relative_error(found[name], right), high=0.1)
+        check(f"relative error of the {name}'s first gradient", relative_error(found[name], right), high=0.1)
 
 
-def check_update(folder: Path) -> Checks:
+def try_update(folder: Path) -> None:
     """The whole update of a rollout: its speed, with padded rows and without, and its memory against the plan."""
     engine.GPU_MEMORY, ppo.MAX_MISMATCH = 0.0, math.inf  # no engine here; nobody sampled the dialogues
     ppo.MODEL = bench.random_model(folder)
@@ -155,10 +139,10 @@ def check_update(folder: Path) -> Checks:
     whole, cut = map(statistics.median, took.values())
     flops = logs.update_flops(learner.actor.lm, dialogues, critic=True, reference=True, epochs=ppo.EPOCHS)
     most = float(plan.partition("at most ")[2].split()[0])
-    yield Check("tokens/s", sum(len(d.ids) for d in dialogues) / cut)
-    yield Check(f"MFU, of {logs.PEAK_TFLOPS:g} TFLOPS", flops / cut / logs.PEAK_TFLOPS / 1e12, low=0.4, on_gpu=True)
-    yield Check("speed with padded rows / without", whole / cut, low=0.95, on_gpu=True)
-    yield Check("peak of memory / the plan's", ranks.peak_memory() / most, 0.5, 1.0, on_gpu=True)
+    check("tokens/s", sum(len(d.ids) for d in dialogues) / cut)
+    check(f"MFU, of {logs.PEAK_TFLOPS:g} TFLOPS", flops / cut / logs.PEAK_TFLOPS / 1e12, low=0.4, on_gpu=True)
+    check("speed with padded rows / without", whole / cut, low=0.95, on_gpu=True)
+    check("peak of memory / the plan's", ranks.peak_memory() / most, 0.5, 1.0, on_gpu=True)
 
 
 # Stage B: with the engine ---------------------------------------------------------------------------------------------
@@ -186,13 +170,13 @@ def free_share() -> float:
     return free / total
 
 
-def check_learning(folder: Path, chat: Chat) -> Generator[Check, None, list[Dialogue]]:
+def try_learning(folder: Path, chat: Chat) -> list[Dialogue]:
     """Play, sleep, learn and transfer in turn, as ppo.train does; export -> what the policy says last, greedily."""
     sampler = Engine(ppo.MODEL, rollout.CONTEXT, ppo.COMPUTE_DTYPE, ppo.SEED, sleeps=True)
     from_disk, awake = play(sampler, chat, 0.0), free_share()
     sampler.sleep()
     freed = free_share() - awake
-    yield Check("share of the GPU that sleep frees", freed, low=engine.GPU_MEMORY - 0.05, on_gpu=True)
+    check("share of the GPU that sleep frees", freed, low=engine.GPU_MEMORY - 0.05, on_gpu=True)
     learner = ppo.Learner.load(len(chat.tokenizer))
 
     def play_policy(temperature: float, attempts: int = 1) -> list[Dialogue]:
@@ -201,8 +185,8 @@ def check_learning(folder: Path, chat: Chat) -> Generator[Check, None, list[Dial
         sampler.sleep()
         return dialogues
 
-    yield Check("greedy as from disk after a transfer", share_in_common(from_disk, play_policy(0.0)), low=0.95)
-    yield Check("sampled again as before", share_in_common(play_policy(1.0), play_policy(1.0)), low=0.95)
+    check("greedy as from disk after a transfer", share_in_common(from_disk, play_policy(0.0)), low=0.95)
+    check("sampled again as before", share_in_common(play_policy(1.0), play_policy(1.0)), low=0.95)
     rounds, free = [], []
     for _ in range(ROUNDS):
         dialogues = play_policy(1.0, rollout.MAX_ATTEMPTS)
@@ -213,30 +197,30 @@ def check_learning(folder: Path, chat: Chat) -> Generator[Check, None, list[Dial
         free.append(free_share())
     gaps = [metrics["sampler_mismatch"] for metrics in rounds]
     norms = [metrics.get(f"{name}_grad_norm", math.nan) for metrics in rounds for name in ("actor", "critic")]
-    yield Check("largest sampler_mismatch, nats", max(gaps), 0, 0.02)
-    yield Check("its growth over the rounds", gaps[-1] - gaps[0], high=0.005)
-    yield Check("gradient norms that are finite", sum(map(math.isfinite, norms)), low=len(norms))
-    yield Check("share of the GPU lost over the rounds", free[0] - free[-1], high=0.005, on_gpu=True)
+    check("largest sampler_mismatch, nats", max(gaps), 0, 0.02)
+    check("its growth over the rounds", gaps[-1] - gaps[0], high=0.005)
+    check("gradient norms that are finite", sum(map(math.isfinite, norms)), low=len(norms))
+    check("share of the GPU lost over the rounds", free[0] - free[-1], high=0.005, on_gpu=True)
     last = play_policy(0.0)
     learner.export(folder / "policy", chat.tokenizer)
     sampler.shutdown()
     return last
 
 
-def check_engine(folder: Path) -> Checks:
+def try_engine(folder: Path) -> None:
     """The engine beside the trainer, and after it a second one in the same process."""
     ppo.MODEL, free = MODEL or bench.random_model(folder), free_share()
     ppo.DIALOGUES, ppo.MINI_BATCH, ppo.MAX_MISMATCH = QUESTIONS, QUESTIONS // 2, math.inf
     chat = rollout.make_chat(load_tokenizer(ppo.MODEL))
-    last = yield from check_learning(folder, chat)
-    yield Check("share of the GPU kept after both have ended", free - free_share(), high=0.05, on_gpu=True)
+    last = try_learning(folder, chat)
+    check("share of the GPU kept after both have ended", free - free_share(), high=0.05, on_gpu=True)
     del os.environ["RANK"]  # vLLM has ended the group; an evaluation has none
     second = Engine(str(folder / "policy"), rollout.CONTEXT, ppo.COMPUTE_DTYPE, ppo.SEED)
-    yield Check("greedy as before in a second engine", share_in_common(last, play(second, chat, 0.0)), low=0.95)
+    check("greedy as before in a second engine", share_in_common(last, play(second, chat, 0.0)), low=0.95)
     second.shutdown()
 
 
-def check_resume(folder: Path) -> Checks:
+def try_resume(folder: Path) -> None:
     """Two steps of ppo.py, killed after the first and started again."""
     problems, run = folder / "problems.jsonl", folder / "runs" / "smoke"
     append_jsonl(problems, make_problems(100, 0, False))
@@ -248,28 +232,26 @@ def check_resume(folder: Path) -> Checks:
         with contextlib.suppress(subprocess.TimeoutExpired):
             first.wait(timeout=0.05)
     os.killpg(first.pid, signal.SIGKILL)
-    yield Check("exit code of the first, which is killed", first.wait(), -signal.SIGKILL, -signal.SIGKILL)
+    check("exit code of the first, which is killed", first.wait(), -signal.SIGKILL, -signal.SIGKILL)
     second = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
-    yield Check("exit code of the second", second.returncode, 0, 0)
+    check("exit code of the second", second.returncode, 0, 0)
     steps = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
     is_whole = "resumes after step 1" in second.stdout and steps == [1, 2] and (run / "policy").is_dir()
-    yield Check("it resumes after the first step and leaves both rows and a policy", is_whole, low=1)
+    check("it resumes after the first step and leaves both rows and a policy", is_whole, low=1)
 
 
 # All of them ----------------------------------------------------------------------------------------------------------
-STAGES: dict[str, Callable[[Path], Checks]] = {
-    "attention": check_attention, "gradient": check_gradient, "update": check_update, "engine": check_engine,
-    "resume": check_resume,
+STAGES: dict[str, Callable[[Path], None]] = {
+    "attention": try_attention, "gradient": try_gradient, "update": try_update, "engine": try_engine,
+    "resume": try_resume,
 }  # fmt: skip
 
 
 def run_stage() -> None:
-    """Print the rows of STAGE as they come."""
     if STAGE != "resume":
         ranks.start_ranks()
     with tempfile.TemporaryDirectory() as folder:
-        for check in STAGES[STAGE](Path(folder)):
-            print(check.row(), flush=True)
+        STAGES[STAGE](Path(folder))
     if dist.is_initialized():
         dist.destroy_process_group()
 

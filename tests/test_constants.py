@@ -40,20 +40,6 @@ def modules() -> dict[str, ModuleType]:
 
 
 # NAME=value -----------------------------------------------------------------------------------------------------------
-VALUES = [  # a bare name is that of the first module which has it
-    ("STEPS=9", "ppo.STEPS", 9), ("rollout.STEPS=9", "rollout.STEPS", 9), ("NAME=a=b,c", "rollout.NAME", "a=b,c"),
-    ("KL_COEF=0.5", "ppo.KL_COEF", (0.5,)), ("WHITEN=False", "ppo.WHITEN", False), ("WARMUP=1", "ppo.WARMUP", 1.0),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("argument", "name", "value"), VALUES)
-def test_an_argument_changes_its_constant_alone(modules, argument, name, value):
-    before = snapshot(modules)
-    set_constants([argument], modules)
-    assert snapshot(modules) == before | {name: value} and type(snapshot(modules)[name]) is type(value)
-    assert len(before) == 10 and not {"ppo.lower_case", "ppo.UNTYPED"} & set(before)
-
-
 REFUSED = [
     ("STEP=1", "STEP: no such constant; the nearest is STEPS"), ("STEPS", "STEPS: expected NAME=value"),
     ("rollout.STEP=1", "rollout.STEP: no such constant; the nearest is rollout.STEPS"),
@@ -93,8 +79,9 @@ def test_presets_apply_in_order_and_a_start_says_who_changed_what(modules):
         "ppo.PRESET = 'small,slow' (command line; the file says '')",
         "ppo.WHITEN = False (command line; the file says True)",
     ]
-    now = snapshot(modules)
+    now = snapshot(modules)  # a bare name is that of the first module which has it
     assert (now["ppo.STEPS"], now["rollout.STEPS"], now["ppo.BETAS"]) == (30, 5, (0.9, 0.95))
+    assert len(now) == 10 and not {"ppo.lower_case", "ppo.UNTYPED"} & set(now)
     modules["ppo"].PRESET = "small"  # as if the file named it
     assert set_constants([], modules, SMALL) == "ppo.STEPS = 1 (preset small; the file says 30)"
 

@@ -13,6 +13,7 @@ from plumbing import ranks as ranks_module
 from plumbing.constants import snapshot
 from rollout import Attempt, Dialogue
 from tests.conftest import TORCHRUN, run_python
+from tests.workload import keep_gradients
 
 import pytest
 import torch
@@ -78,14 +79,7 @@ def train_on(dialogues: list[Dialogue], learner: ppo.Learner, train_actor: bool 
 
 def find_gradients(learner: ppo.Learner, dialogues: list[Dialogue]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What the optimisers meet in a step on these dialogues, by parameter; and the step's metrics."""
-    found = {}
-    for part in learner.parts:
-
-        def keep(*_, part=part) -> None:
-            found.update({f"{part.name}.{n}": p.grad.full_tensor().clone() for n, p in part.model.named_parameters()})
-
-        part.optimizer.register_step_pre_hook(keep)
-    return found, train_on(dialogues, learner)
+    return keep_gradients(learner), train_on(dialogues, learner)
 
 
 # Advantages -----------------------------------------------------------------------------------------------------------
