@@ -302,15 +302,15 @@ evaluate.main()
 
 @pytest.fixture(scope="module")
 def evaluated(tiny) -> str:
-    """What an evaluation prints that was killed and is resumed. What had ended then is marked, and so is what must not
-    be taken for new."""
+    """What an evaluation prints that was killed and is resumed. What had ended then is marked."""
     out = tiny / "out"
+    out.mkdir()
+    (out / "dialogues-one.jsonl").touch()  # of an evaluation whose results.json was deleted
     run_python("-c", KILLED, *list_arguments(tiny, out), "MAX_SEQUENCES=4", code=-signal.SIGKILL)
     (part,) = out.glob(".one.*/rank-0.jsonl")
     played = part.read_text(encoding="utf-8").replace("]}\n", f"]{MARK}}}\n")
     part.with_name("rank-5.jsonl").write_text(played, encoding="utf-8")  # of a rank that is not there this time
     part.write_text('{"benchmark": "mi')  # cut in two
-    (out / "dialogues-two.jsonl").write_text(played)  # of an evaluation whose results.json was deleted
     return run_python("evaluate.py", *list_arguments(tiny, out)).stdout
 
 
@@ -327,7 +327,7 @@ def test_evaluation_end_to_end(tiny, evaluated):
             assert all(0 < a["tokens"] <= 32 for a in r["attempts"])
     one, two = ([a["text"] for r in records for a in r["attempts"]] for records in models.values())
     assert one != two
-    assert [sum("kept" in r for r in records) for records in models.values()] == [12, 0]  # was not played again; was
+    assert sum("kept" in r for r in models["one"]) == 12  # these were not played again
     assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated
     assert {p.name for p in (tiny / "out").iterdir()} == MADE  # nothing half-done is left
 
