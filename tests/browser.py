@@ -105,10 +105,10 @@ def page_script(page: str) -> str:
 
 
 class Page:
-    """report.html in a folder, after its script has run."""
+    """report.html after its script has run."""
 
-    def __init__(self, folder: Path):
-        page = (folder / "report.html").read_text(encoding="utf-8")
+    def __init__(self, path: Path):
+        page = path.read_text(encoding="utf-8")
         self.javascript = MiniRacer()
         tree, data = json.dumps(Tree(page).root), json.dumps(embedded_data(page))
         self.javascript.eval(f"const TREE = {tree}, DATA = {data};\n{DOM}\n{page_script(page)}")

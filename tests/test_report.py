@@ -75,7 +75,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(made) -> Page:
-    return Page(made)
+    return Page(made / "report.html")
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -228,7 +228,8 @@ def test_intrinsic_dialogues_are_right_when_their_last_attempt_is(tmp_path, chan
     """As in the table: right and then wrong is wrong; and where the context was full there is no last one."""
     change(rollout, FEEDBACK="intrinsic")
     dialogues = [played("easy", "e/1", WRONG, RIGHT, RIGHT), played("easy", "e/2", RIGHT, RIGHT, WRONG)]
-    page = Page(make_report(tmp_path, {"m": [*dialogues, played("hard", "h/1", RIGHT)]}, "intrinsic", {}))
+    dialogues.append(played("hard", "h/1", RIGHT))
+    page = Page(make_report(tmp_path, {"m": dialogues}, "intrinsic", {}) / "report.html")
     assert list_entries(page, outcome="i → c") == ["e/1 m"]
     assert list_entries(page, outcome="c → i") == ["e/2 m", "h/1 m"]
     assert list_entries(page, outcome="c → c") == list_entries(page, outcome="i → i") == []
