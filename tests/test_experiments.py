@@ -227,12 +227,12 @@ def test_ablations_show_what_was_measured(tmp_path, change):
     trained, measured, rng = {}, [], random.Random(0)
 
     def evaluate(policies: list[Path], *_: object) -> dict:
-        metrics = {path.parent.name: [rng.random() for _ in range(ablations.MOST)] for path in policies}
-        measured.append(metrics)
-        tests = {
-            row: {"metrics": {m: {"value": values} for m in ("accuracy", "repeat")}} for row, values in metrics.items()
-        }
-        return {"models": {row: {"test": test} for row, test in tests.items()}}
+        models = {}
+        for path in policies:
+            metrics = {m: {"value": [rng.random() for _ in range(ablations.MOST)]} for m in ("accuracy", "repeat")}
+            models[path.parent.name] = {"test": {"metrics": metrics}}
+        measured.append(models)
+        return {"models": models}
 
     change(ablations, OUT=str(tmp_path), ONLY="rloo")
     change(runs, make_world=lambda *_: tmp_path, read_config=lambda run: {"rollout.MAX_ATTEMPT_TOKENS": 64})
@@ -242,8 +242,9 @@ def test_ablations_show_what_was_measured(tmp_path, change):
     different = {name for name in base if base[name] != rloo[name]}
     assert different == {"ppo.ESTIMATOR", "rollout.SAMPLES_PER_PROMPT", "ppo.RUN"} and base["ppo.SEED"] == 2
     shown = read_table(ablations.make_table(results))["rloo"]
-    for place, (column, k) in enumerate({"at 1": 1, "at 5": 5, "repeats": 5}.items()):
-        a, b = ([of_seed[row][k - 1] for of_seed in measured] for row in ("rloo", "base"))
+    columns = [("at 1", "accuracy", 1), ("at 5", "accuracy", 5), ("repeats", "repeat", 5)]
+    for place, (column, metric, k) in enumerate(columns):
+        a, b = ([m[row]["test"]["metrics"][metric]["value"][k - 1] for m in measured] for row in ("rloo", "base"))
         first, second = (x - y for x, y in zip(a, b, strict=True))
         mean, half = (first + second) / 2, 12.706 * abs(first - second) / 2  # t(1) times s / sqrt(2), by hand
         x = results["differences"]["rloo"][column]
