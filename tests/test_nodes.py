@@ -34,7 +34,8 @@ def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[list[psutil
         yield agents
     finally:
         for process in [process for agent in agents for process in list_processes(agent)]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def list_processes(agent: psutil.Popen) -> list[psutil.Process]:
