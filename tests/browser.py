@@ -1,7 +1,7 @@
 """report.html without a browser: its script runs in V8 (mini-racer) on a small document that is made of its HTML.
 
 What only a browser can show (layout, the security policy, the decompression of the data) is left to the test that
-starts one. run() evaluates JavaScript in the page.
+starts one.
 """
 
 import base64
@@ -87,9 +87,6 @@ class Tree(HTMLParser):
         self.open[-1][2].append(element)
         if tag not in EMPTY:
             self.open.append(element)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.open[-1][2].append([tag, dict(attributes), []])
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop()[0] == tag, f"</{tag}> does not close what is open"

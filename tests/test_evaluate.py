@@ -1,18 +1,18 @@
 """evaluate.py: metrics of hand-made dialogues against numbers from other computations, and runs of the real engine."""
 
 import ast
-import contextlib
 import csv
 import itertools
 import json
 import math
 import random
 import re
+import signal
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import evaluate
 import rollout
@@ -20,8 +20,8 @@ from data.problems import load_problems
 from experiments import median, warm
 from plumbing import report
 from plumbing.constants import list_constants
-from plumbing.files import name_paths, read_jsonl, to_json, to_line
-from tests.conftest import ROOT, alone, run_python
+from plumbing.files import read_jsonl, to_json, to_line
+from tests.conftest import ROOT, run_python
 from tests.test_nodes import start_nodes
 
 import numpy as np
@@ -90,17 +90,12 @@ def test_cost_until_right_is_the_mean_over_all_orders():
             assert evaluate.cost_until_right(right, wrong)[j] == pytest.approx(statistics.fmean(costs))
 
 
-def test_the_bootstrap_of_a_share_has_its_deviation_and_is_drawn_by_seed_and_benchmark(change):
+def test_the_bootstrap_of_a_share_has_its_deviation(change):
     change(evaluate, BOOTSTRAP=20_000)
-    draws = {(seed, name): None for seed in (0, 1) for name in "ab"}
-    for seed, name in draws:
-        change(evaluate, SEED=seed)
-        draws[seed, name] = evaluate.draw_resamples(name, 40)
-        assert np.array_equal(draws[seed, name], evaluate.draw_resamples(name, 40))
-    first, *others = draws.values()
-    assert (first.sum(1) == 40).all() and not any(np.array_equal(first, other) for other in others)
+    resamples = evaluate.draw_resamples("a", 40)
+    assert (resamples.sum(1) == 40).all() and np.array_equal(resamples, evaluate.draw_resamples("a", 40))
     solved = np.array([[1.0]] * 12 + [[0.0]] * 28)
-    estimate = evaluate.estimate_ratio(solved, np.ones_like(solved), first)
+    estimate = evaluate.estimate_ratio(solved, np.ones_like(solved), resamples)
     assert estimate.value == [0.3] and estimate.resampled.mean() == pytest.approx(0.3, abs=0.003)
     assert estimate.resampled.std() == pytest.approx(math.sqrt(0.3 * 0.7 / 40), rel=0.03)
 
@@ -153,17 +148,16 @@ def test_intrinsic_numbers(change):
         played("other", 3, "1", "2", None),
         played("same", 3, "7", "7", "9"),
     ]
+    expected = {
+        "accuracy": [4 / 8, 3 / 8, 3 / 8],  # right at attempt k, whatever was said before
+        "gain": [0.0, -1 / 8, -1 / 8],
+        "i_to_c": [0.0, 1 / 8, 1 / 8],
+        "c_to_i": [0.0, 2 / 8, 2 / 8],
+        "changed": [0.0, 3 / 8, 4 / 8],  # gained, lost, other; never, silent, other, same
+        "out_of_context": [0.0, 1 / 8, 1 / 8],
+    }
     metrics = evaluate.measure(records)
-    assert metric(metrics, "accuracy") == [4 / 8, 3 / 8, 3 / 8]  # right at attempt k, whatever was said before
-    assert metric(metrics, "gain") == [0.0, -1 / 8, -1 / 8]
-    assert metric(metrics, "i_to_c") == [0.0, 1 / 8, 1 / 8]
-    assert metric(metrics, "c_to_i") == [0.0, 2 / 8, 2 / 8]
-    gain = np.array(metric(metrics, "i_to_c")) - np.array(metric(metrics, "c_to_i"))
-    assert gain.tolist() == metric(metrics, "gain")  # SCoRe's delta
-    assert metric(metrics, "changed") == [0.0, 3 / 8, 4 / 8]  # gained, lost, other; never, silent, other, same
-    assert metric(metrics, "out_of_context") == [0.0, 1 / 8, 1 / 8]
-    known = metrics["i_to_c"].as_json()
-    assert (known["low"][1], known["high"][1]) == pytest.approx(evaluate.wilson(1, 8))
+    assert {name: metric(metrics, name) for name in expected} == expected
     # No oracle ends these dialogues: no control that one would end is set beside them.
     metrics = evaluate.measure([*records, *(played(r["id"], 1, "7", control=True) for r in records)])
     assert {"majority", "majority_same_tokens"} <= set(metrics)
@@ -191,25 +185,8 @@ def test_controls_by_hand():
         "majority_same_tokens": [0.25, 0.25, None],
         "sample_tokens": [10.0, 20.0, None],
     }
-    # Every interval reaches from the resample of one problem alone to that of the other: each is a quarter of them all.
-    for name, low, high in (
-        ("pass", [0.0, 0.0], [0.5, 1.0]),
-        ("over_pass", [0.0, 0.0], [0.5, 0.0]),
-        ("pass_same_tokens", [0.0, 0.0], [0.5, 0.5]),  # a alone spends 10 tokens at k = 2, on one sample
-        ("over_pass_same_tokens", [0.0, 0.0], [0.5, 0.5]),
-        ("samples_same_tokens", [1.0, 1.0], [1.0, 1.8]),  # b alone spends 18, and no sample of it is right
-    ):
-        known = metrics[name].as_json()
-        assert known["low"] == pytest.approx([*low, None])
-        assert known["high"] == pytest.approx([*high, None])
-
-
-def test_where_every_problem_has_a_right_sample_more_tokens_buy_nothing():
-    right = [played(name, 1, "7", control=True, sample=i, tokens=10) for name in "ab" for i in range(3)]
-    metrics = evaluate.measure([*right, played("a", 1, "7", tokens=11), played("b", 1, "7", tokens=10)])
-    assert metric(metrics, "pass_same_tokens") == [1.0]
-    assert metric(metrics, "over_pass_same_tokens") == [0.0]
-    assert metrics["pass_same_tokens"].as_json()["low"] == [1.0]
+    known = metrics["samples_same_tokens"].as_json()  # b alone spends 18, and no sample of it is right
+    assert known["low"] == [1.0, 1.0, None] and known["high"] == pytest.approx([1.0, 1.8, None])
 
 
 def noisy(seed: int, benchmark: str, n: int, chance: float) -> list[dict]:
@@ -230,55 +207,41 @@ def test_comparisons_are_paired():
     first = noisy(0, "x", 200, 0.5)
     second = [r if i >= 12 else played(r["id"], 1, "7", benchmark="x") for i, r in enumerate(first)]
     won = sum(r["attempts"][0]["answer"] != "7" for r in first[:12])
-    comparisons = evaluate.summarise({"first": first, "second": second, "third": first})["comparisons"]
-    assert [c["models"] for c in comparisons] == [["first", "second"], ["first", "third"], ["second", "third"]]
-    better, same, worse = comparisons
-    assert better["difference"] == [pytest.approx(won / 200)]
-    assert (better["only_second"], better["only_first"]) == ([won], [0])
-    assert better["p"] == [pytest.approx(2 / 2**won)]
+    better, same, worse = evaluate.summarise({"a": first, "b": second, "c": first})["comparisons"]
+    assert (better["models"], worse["models"]) == (["a", "b"], ["b", "c"])
+    assert better["difference"] == [pytest.approx(won / 200)] == [-worse["difference"][0]]
+    assert (better["only_second"], better["only_first"], better["p"]) == ([won], [0], [pytest.approx(2 / 2**won)])
     assert 0 < better["low"][0] < better["difference"][0] < better["high"][0] < 0.08  # unpaired, it would be ±0.1
     assert (same["difference"], same["low"], same["high"], same["p"]) == ([0.0], [0.0], [0.0], [1.0])
-    assert worse["difference"] == [-better["difference"][0]]
     sampled = [r | {"sample": i} for r in first for i in range(2)]
     assert "p" not in evaluate.summarise({"a": sampled, "b": first})["comparisons"][0]  # means are no counts
 
 
 def test_csv_and_table_say_what_the_results_say():
     control = [r | {"control": True, "sample": i} for r in noisy(2, "x", 40, 0.5) for i in range(2)]
-    models = {"first": noisy(0, "x", 40, 0.3) + control, "second": noisy(1, "x", 40, 0.6) + control}
+    models = {"first": noisy(0, "x", 40, 0.3) + control, "second": noisy(1, "x", 40, 0.0) + control}
     results = {"settings": {"MAX_ATTEMPTS": 1, "CONTEXT": 9}} | evaluate.summarise(models)
-    compared, first = results["comparisons"][0], results["models"]["first"]["x"]
+    (compared,), first = results["comparisons"], results["models"]["first"]["x"]
+    expected = {("second - first", "accuracy"): {**compared, "value": compared["difference"]}}
+    expected["second - first", "p (McNemar)"] = {"value": compared["p"]}
+    for model, of_model in results["models"].items():
+        expected |= {(model, name): m for name, m in of_model["x"]["metrics"].items() if name != "repeat"}  # no retries
     rows = {(r["model"], r["metric"]): r for r in csv.DictReader(report.to_csv(results).splitlines())}
-    assert {name for model, name in rows if model == "first"} == {*first["metrics"]} - {"repeat"}  # no retries
-    for (model, name), row in rows.items():
-        if model == "second - first":
-            expected = {"value": compared["p"]} if "p " in name else compared | {"value": compared["difference"]}
-        else:
-            expected = results["models"][model]["x"]["metrics"][name]
-        for column in expected.keys() & {"value", "low", "high"}:
-            assert float(row[column]) == pytest.approx(expected[column][0], rel=1e-5)
-    assert {"value": first["accuracy"], "low": first["low"], "high": first["high"]} == first["metrics"]["accuracy"]
-    text = report.make_table(results)
-    for said in (f"{results['models']['second']['x']['accuracy'][0]:.3f} ±", "pass@k", f"{compared['p'][0]:.3f}"):
+    assert rows.keys() == expected.keys()
+    for key, row in rows.items():
+        numbers = {column: float(row[column]) for column in ("value", "low", "high") if row[column]}
+        assert numbers == pytest.approx({column: expected[key][column][0] for column in numbers}, rel=1e-5)
+    text, half = report.make_table(results), evaluate.wilson(0, 40)[1]  # the longer side of the interval
+    for said in (f"{first['accuracy'][0]:.3f} ±", f"0.000 ±{half:.3f}", "pass@k", f"{compared['p'][0]:.3f}"):
         assert said in text
-    never = {"settings": {"MAX_ATTEMPTS": 1}} | evaluate.summarise({"m": noisy(0, "x", 30, 0.0)})
-    half = evaluate.wilson(0, 30)[1]  # the longer side of the interval
-    assert f"0.000 ±{half:.3f}" in report.make_table(never)
 
 
 # Settings and files ---------------------------------------------------------------------------------------------------
-def test_names_that_occur_twice_are_refused():
-    for paths, message in (("x/a,y/a.jsonl", r"x/a and y/a\.jsonl would both"), ("average.jsonl", "own word and aver")):
-        with pytest.raises(SystemExit, match=message):
-            name_paths(paths, "average")
-
-
-def test_results_of_other_settings_or_weights_are_refused(tmp_path):
+def test_results_of_other_weights_are_refused(tmp_path):
     path = tmp_path / "results.json"
-    results = evaluate.load_results(path, {"K": 5}, {"a": "1"})
-    path.write_text(to_json(results | {"weights": {"a": "1"}}))
-    assert evaluate.load_results(path, {"K": 5}, {"a": "1", "b": "2"})["weights"] == {"a": "1"}  # b is new: no conflict
-    assert evaluate.load_results(path, {"K": 5}, {"b": "2"})["weights"] == {"a": "1"}  # a is not asked for: none either
+    path.write_text(to_json({"settings": {"K": 5}, "weights": {"a": "1"}}))
+    for asked in ({"a": "1", "b": "2"}, {"b": "2"}):  # b is new, or a not asked for: no conflict
+        assert evaluate.load_results(path, {"K": 5}, asked)["weights"] == {"a": "1"}
     with pytest.raises(SystemExit, match="K: 5 there, 6 now\n  a: 1 there, 3 now"):
         evaluate.load_results(path, {"K": 6}, {"a": "3"})
 
@@ -296,16 +259,6 @@ def test_the_fingerprint_covers_every_file_that_grades():
             files = {name.replace(".", "/") + ".py" for name in names if name.startswith("plumbing.")}
             left += [f for f in files - grading if (ROOT / f).is_file()]
     assert set(evaluate.GRADING_FILES) == grading - {"plumbing/constants.py", "plumbing/files.py"}
-
-
-def test_plan_of_each_protocol(change):
-    problems = {("b", name): {} for name in "xy"}
-    change(rollout, MAX_ATTEMPTS=3)
-    change(evaluate, RESAMPLES=0)
-    assert [i.K for i in evaluate.list_items(problems)] == [3, 3, 2, 2, 1, 1]  # the longest first
-    assert len(set(evaluate.list_items(problems))) == 6
-    change(rollout, FEEDBACK="intrinsic")
-    assert [i.K for i in evaluate.list_items(problems)] == [3, 3]
 
 
 # Runs of evaluate.py --------------------------------------------------------------------------------------------------
@@ -329,38 +282,36 @@ def list_arguments(tiny: Path, out: Path) -> list[str]:
     return [*arguments, "MAX_ATTEMPTS=2", f"RESAMPLES={SAMPLES}", "CONTEXT=512", "MAX_ATTEMPT_TOKENS=32"]
 
 
-SAMPLES = 8  # of each problem, as control
+SAMPLES = 3  # of each problem, as control
 RUNS = [(K, False, 0) for K in (1, 2)] + [(1, True, i) for i in range(SAMPLES)]  # of each problem
 MADE = {"accuracy.png", "accuracy.svg", "results.json", "results.csv", "report.html"}
 MADE |= {f"dialogues-{name}.jsonl" for name in ("one", "two")}
+MARK = ', "kept": true'
+KILLED = """
+import os, signal, sys, evaluate
+inner, ended = evaluate.append_jsonl, []
+def append(path, rows):
+    inner(path, rows)
+    ended.extend(rows)
+    if len(ended) == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+evaluate.append_jsonl = append
+evaluate.main()
+"""
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny) -> str:
-    """What an evaluation prints that was killed in the middle and is resumed; what had ended when it was killed is not
-    played again."""
+    """What an evaluation prints that was killed and is resumed. What had ended then is marked."""
     out = tiny / "out"
-    few_at_a_time = [*list_arguments(tiny, out), "MAX_SEQUENCES=4"]  # decides on speed only
-    process = subprocess.Popen([sys.executable, "evaluate.py", *few_at_a_time], cwd=ROOT, env=alone())
-    while process.poll() is None and not any(p.read_bytes().count(b"\n") > 10 for p in out.glob(".one.*/*.jsonl")):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.01)
-    process.kill()
-    process.wait()
+    out.mkdir()
+    (out / "dialogues-one.jsonl").touch()  # of an evaluation whose results.json was deleted
+    run_python("-c", KILLED, *list_arguments(tiny, out), "MAX_SEQUENCES=4", code=-signal.SIGKILL)
     (part,) = out.glob(".one.*/rank-0.jsonl")
-    records = read_jsonl(part)
-    assert 10 <= len(records) < 8 * len(RUNS)  # it was killed before its end
-    text = records[3]["attempts"][0]["text"]
-    records[3]["attempts"][0]["text"] = "as it was written"
-    # Some of them are of a rank that is not there this time; the last line of the other file was cut in two.
-    part.with_name("rank-5.jsonl").write_text("".join(map(to_line, records[:5])), encoding="utf-8")
-    part.write_text("".join(map(to_line, records[5:])) + to_line(records[0])[:30], encoding="utf-8")
-    printed = run_python("evaluate.py", *list_arguments(tiny, out)).stdout
-    dialogues = out / "dialogues-one.jsonl"
-    content = dialogues.read_text(encoding="utf-8")
-    assert content.count("as it was written") == 1
-    dialogues.write_text(content.replace('"as it was written"', json.dumps(text, ensure_ascii=False)), encoding="utf-8")
-    return printed
+    played = part.read_text(encoding="utf-8").replace("]}\n", f"]{MARK}}}\n")
+    part.with_name("rank-5.jsonl").write_text(played, encoding="utf-8")  # of a rank that is not there this time
+    part.write_text('{"benchmark": "mi')  # cut in two
+    return run_python("evaluate.py", *list_arguments(tiny, out)).stdout
 
 
 def test_evaluation_end_to_end(tiny, evaluated):
@@ -376,19 +327,19 @@ def test_evaluation_end_to_end(tiny, evaluated):
             assert all(0 < a["tokens"] <= 32 for a in r["attempts"])
     one, two = ([a["text"] for r in records for a in r["attempts"]] for records in models.values())
     assert one != two
-    assert results["models"]["one"]["mixed"]["n"] == 8
-    assert results["models"]["one"]["mixed"]["metrics"]["out_of_context"]["value"] == [1 / 8, 1 / 8]
+    assert sum("kept" in r for r in models["one"]) == 12  # these were not played again
     assert "CONTEXT=512 ended 12.5% of the dialogues of 2 attempts early" in evaluated
     assert {p.name for p in (tiny / "out").iterdir()} == MADE  # nothing half-done is left
 
 
 def test_two_nodes_that_nobody_kills_give_the_same(tiny, evaluated, tmp_path):
     with start_nodes(tmp_path, "evaluate.py", *list_arguments(tiny, tmp_path / "out")) as nodes:
-        nodes.wait()
-        assert nodes.said(0).count("pass@k") == 2 and "pass@k" not in nodes.said(1)  # rank 0 speaks for all
+        assert [node.wait() for node in nodes] == [0, 0]
+    said = [(tmp_path / f"node-{node}.log").read_text() for node in range(2)]
+    assert said[0].count("pass@k") == 2 and "pass@k" not in said[1]  # rank 0 speaks for all
     assert {path.name for path in (tmp_path / "out").iterdir()} == MADE
     for name in ("dialogues-one.jsonl", "dialogues-two.jsonl", "results.json", "results.csv"):
-        assert (tmp_path / "out" / name).read_bytes() == (tiny / "out" / name).read_bytes()
+        assert (tmp_path / "out" / name).read_text() == (tiny / "out" / name).read_text().replace(MARK, "")
 
 
 @pytest.fixture
@@ -397,11 +348,7 @@ def call(monkeypatch):
     modules = {"evaluate": evaluate, "rollout": rollout, "report": report, "engine": evaluate.plumbing.engine}
     for module, name, _ in list_constants(modules):
         monkeypatch.setattr(modules[module], name, getattr(modules[module], name))
-
-    def refuse(name: str, *arguments: object) -> None:
-        raise AssertionError(f"{name} is played")
-
-    monkeypatch.setattr(evaluate, "evaluate_model", refuse)
+    monkeypatch.setattr(evaluate, "evaluate_model", Mock(side_effect=AssertionError("it plays")))
 
     def call(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
@@ -424,7 +371,8 @@ def test_second_call_plays_nothing(tiny, evaluated, call, capsys):
     [
         (["MODEL=/no/such"], "MODEL=/no/such: neither a folder with a model"),
         (["BENCHMARKS=no/such.jsonl"], "no/such.jsonl: no such problem file"),
-        (["PROTOCOL=both"], "PROTOCOL=both: expected 'paper' or 'prefix'"),
+        (["BENCHMARKS=x/a.jsonl,y/a.jsonl"], r"x/a.jsonl and y/a\.jsonl would both"),
+        (["BENCHMARKS=average.jsonl"], "own word and aver"),
         (["TEMPERATURE=0"], "TEMPERATURE=0.0: must be above 0"),
         (["MAX_ATTEMPTS=3", "PROMPT=single_turn"], "MAX_ATTEMPTS: 2 there, 3 now\n  PROMPT: multi_attempt there, "),
     ],
@@ -434,31 +382,6 @@ def test_bad_input_is_refused_before_anything_is_played(tiny, evaluated, call, a
         call(*list_arguments(tiny, tiny / "out"), *arguments)
 
 
-def test_old_dialogues_are_not_taken_for_new_ones(tiny, tmp_path, call, monkeypatch):
-    """results.json deleted, other settings, stopped in the middle: what is published was played under these."""
-    (tmp_path / "p.jsonl").write_text('{"id": "x", "question": "?", "answer": "7"}\n')
-    dialogues, results = tmp_path / "out" / "dialogues-one.jsonl", tmp_path / "out" / "results.json"
-
-    def play(name: str, model: Path, problems: dict, out: Path, parts: Path) -> None:
-        dialogues.write_text(to_line(played("x", 1, str(evaluate.SEED), benchmark="p")))
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def play_with(seed: int, play=play) -> str:
-        monkeypatch.setattr(evaluate, "evaluate_model", play)
-        paths = [f"MODEL={tiny}/one", f"BENCHMARKS={tmp_path}/p.jsonl", f"OUT={tmp_path}/out"]
-        call(*paths, "MAX_ATTEMPTS=1", f"SEED={seed}")
-        return read_jsonl(dialogues)[0]["attempts"][0]["answer"]
-
-    assert play_with(6) == "6"
-    results.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        play_with(7, play=stop)
-    assert play_with(7) == "7"
-    assert json.loads(results.read_text())["models"]["one"]["p"]["accuracy"] == [1.0]
-
-
 @pytest.mark.parametrize("feedback", ["verified", "intrinsic"])
 def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, change, feedback):
     """What a dialogue becomes does not depend on what else is played: sampled ones, the prefix protocol, controls."""
@@ -466,12 +389,11 @@ def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, change, feed
     change(evaluate, PROTOCOL="prefix", SAMPLES=2, RESAMPLES=3)
     problems = {("test", p["id"]): p for p in load_problems(toy / "test.jsonl")[:12]}
     items, records, part = evaluate.list_items(problems), [], []
-    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36
+    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36 and len(set(items)) == 60
     evaluate.play_items(engine, items, problems, records.append, "")
     whole = {evaluate.item_of(r): r for r in records}
-    assert len(whole) == len(records) == 60
     evaluate.play_items(engine, items[1::3], problems, part.append, "")
-    assert {evaluate.item_of(r) for r in part} == set(items[1::3])
+    assert whole.keys() == set(items) and {evaluate.item_of(r) for r in part} == set(items[1::3])
     assert all(r == whole[evaluate.item_of(r)] for r in part)
     first, second = ({r["id"]: r["attempts"] for r in records if r["K"] == 3 and r["sample"] == i} for i in (0, 1))
     assert first != second

@@ -1,13 +1,33 @@
-"""experiments/runs.py and demo.py: trainings side by side, the probe, what is shown."""
+"""experiments/: trainings side by side, the probe, and what demo.py, score.py and ablations.py show."""
 
+import json
+import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import ppo
 import rollout
-from experiments import demo, median, runs, warm
+from experiments import ablations, arrows, demo, median, runs, score, warm
+from plumbing.constants import parse_changes, snapshot
+from plumbing.files import read_jsonl
+from tests.conftest import run_python
 
 import pytest
+
+
+def read_table(markdown: str) -> dict[str, list[str]]:
+    """First cell of each row of the first Markdown table -> the others."""
+    first = markdown[markdown.index("| --- ") :].split("\n\n")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in first.splitlines()]
+    return {row[0]: row[1:] for row in rows[1:]}
+
+
+def constants_of(arguments: list[str]) -> dict[str, object]:
+    """Those that ppo.py runs with."""
+    changes = parse_changes(arguments, ppo.MODULES, ppo.PRESETS)
+    return snapshot(ppo.MODULES) | {name: change.value for name, change in changes.items()}
+
 
 # Trainings side by side -----------------------------------------------------------------------------------------------
 STUB = """
@@ -63,54 +83,46 @@ def test_a_training_that_fails_ends_the_others(stub):
         runs.run_trainings([make_training("fourth", "stopped")])
 
 
-# The probe ------------------------------------------------------------------------------------------------------------
-def test_a_forced_answer_reads_like_one_that_was_sampled():
-    """The ids are those that the model would have sampled and been answered, but none is an action."""
+# demo.py --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("attempts_left", [1, None])
+def test_a_forced_answer_reads_like_one_that_was_sampled(change, attempts_left):
+    """As the warm start's authors wrote it, too: with verdicts, and asked to check (None). But none is an action."""
+    if attempts_left is None:
+        change(rollout, FEEDBACK="intrinsic", PROMPT="single_turn")
     chat = rollout.make_chat(median.make_tokenizer())
     problem = median.make_problems(1, 0, held_out=True)[0]
     dialogue = demo.force_first_answer(chat, problem, "13")
-    prompt, answer = warm.prompt_text(problem["question"], 2), median.response_text(13)
-    assert chat.decode(dialogue.ids) == prompt + answer + warm.feedback_text(1)
-    assert dialogue.mask == [0] * len(dialogue.ids)
-    first = dialogue.attempts[0]
-    assert chat.decode(dialogue.ids[first.start : first.end]) == answer
-    assert (first.answer, first.status, dialogue.attempts_left) == ("13", "wrong", 1)
-
-
-def test_probes_take_wrong_shown_numbers():
-    problems = median.make_problems(50, 0, held_out=True)
-
-    def record(problem: dict, K: int, *answers: str | None) -> dict:
-        return {"id": problem["id"], "K": K, "attempts": [{"answer": answer} for answer in answers]}
-
-    played = [record(problem, K, "1", "24") for problem in problems[:48] for K in (1, 2)]
-    played += [record(problems[48], 2, problems[48]["answer"]), record(problems[49], 2, "1", None)]
-    probes = demo.choose_probes(problems, played)
-    assert [problem["id"] for problem, _, _ in probes] == [problem["id"] for problem in problems[:48]]
-    for problem, own, other in probes:
-        assert own == "24" and other not in ("1", "24", problem["answer"])
-        assert int(other) in median.read_question(problem["question"])[0]
-    assert probes == demo.choose_probes(problems, played)
+    prompt = warm.prompt_text(problem["question"], 2 if attempts_left else None)
+    assert chat.decode(dialogue.ids) == prompt + median.response_text(13) + warm.feedback_text(attempts_left)
+    (first,) = dialogue.attempts
+    assert chat.decode(dialogue.ids[first.start : first.end]) == median.response_text(13)
+    assert (first.answer, first.status, dialogue.attempts_left, sum(dialogue.mask)) == ("13", "wrong", 1, 0)
 
 
 def test_a_probe_counts_repeats(change):
-    """With a model that repeats its own usual second answer, and no other."""
+    """With a model that repeats its own usual second answer, which it gave to all but two problems, and no other."""
+    others = []
 
     def play(engine, chat, dialogues, *_):
         for dialogue in dialogues:
-            answer = "24" if dialogue.attempts[0].answer == "24" else "23"
-            dialogue.attempts.append(rollout.Attempt(0, 0, answer, "wrong", "stop"))
+            first = dialogue.attempts[0].answer
+            others.extend([(first, dialogue.problem)] if first != "24" else [])
+            dialogue.attempts.append(rollout.Attempt(0, 0, "24" if first == "24" else "23", "wrong", "stop"))
 
     change(rollout, play=play)
-    engine = SimpleNamespace(tokenizer=median.make_tokenizer(), shutdown=lambda: None)
-    change(demo, Engine=lambda *_: engine)
-    problems = [p for p in median.make_problems(20, 0, held_out=True) if " 23" not in p["question"]]
-    records = [{"id": p["id"], "K": 2, "attempts": [{"answer": "1"}, {"answer": "24"}]} for p in problems]
+    change(demo, Engine=lambda *_: SimpleNamespace(tokenizer=median.make_tokenizer(), shutdown=lambda: None))
+    problems = [p for p in median.make_problems(50, 0, held_out=True) if " 23" not in p["question"]]
+    answers = [[problems[0]["answer"]], ["1", None], *[["1", "24"]] * (len(problems) - 2)]
+    records = [
+        {"id": p["id"], "K": 2, "attempts": [{"answer": a} for a in said]}
+        for p, said in zip(problems, answers, strict=True)
+    ]
     result = demo.probe_model("model", Path("model"), problems, records)
-    assert (result["n"], result["own"]["accuracy"], result["other"]["accuracy"]) == (len(problems), [1.0], [0.0])
+    assert (result["n"], result["own"]["accuracy"], result["other"]["accuracy"]) == (len(problems) - 2, [1.0], [0.0])
+    for other, problem in others:
+        assert int(other) in median.read_question(problem["question"])[0] and other not in ("1", problem["answer"])
 
 
-# What is shown --------------------------------------------------------------------------------------------------------
 def test_the_demo_says_and_draws_its_numbers():
     def curve(*accuracy: float) -> dict:
         bounds = {"low": [a - 0.03 for a in accuracy], "high": [a + 0.031 for a in accuracy]}
@@ -119,17 +131,17 @@ def test_the_demo_says_and_draws_its_numbers():
     results = {
         "models": {name: {"test": curve(0.4, 0.65, 0.75, 0.76, 0.77)} for name in demo.MODELS},
         "control": {name: curve(0.3, 0.4, 0.5, 0.6, 0.7) for name in demo.MODELS},
+        "repeats": {name: curve(0.05, 0.24) for name in demo.MODELS},
         "ideal": {"accuracy": [0.53, 0.75, 0.83, 0.91, 0.95]},
         "probe": {name: {"n": 500, "own": curve(0.06), "other": curve(0.004)} for name in demo.MODELS},
     }
-    rows = demo.make_table(results).split("\n")
-    assert rows[2].split("|")[2].strip() == "40.0 ±3.1" and len({len(row) for row in rows}) == 1
+    cells = read_table(demo.make_table(results))["multi-attempt RL"]
+    assert (cells[0], *cells[4:7]) == ("40.0 ±3.1", "77.0 ±3.1", "6.0 ±3.1", "0.4 ±3.1")
     text = demo.describe_results(results)
     assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
     assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
-    curves = {c.label: c.accuracy for c in demo.make_curves(results)}
-    assert curves["multi-attempt RL"][-1] == 0.77 and curves["single-turn RL, resampled"][-1] == 0.7
-    assert curves["ideal reader"] == results["ideal"]["accuracy"] and len(curves) == 6
+    curves = {c.label: c.accuracy[-1] for c in demo.make_curves(results)}
+    assert list(curves.values()) == [0.77, 0.77, 0.77, 0.7, 0.7, 0.95]
 
 
 def test_the_page_is_renewed_between_its_markers(tmp_path, monkeypatch, change):
@@ -145,3 +157,123 @@ def test_the_page_is_renewed_between_its_markers(tmp_path, monkeypatch, change):
         assert Path("README.md").read_text() == f"# x\n{begin}\n\n{text}\n{end}\nrest"
     assert Path("docs/results.md").read_text() == "docs/results.md"
     assert Path("docs/figures/toy.svg").read_text() == "out/accuracy.svg"
+
+
+# score.py -------------------------------------------------------------------------------------------------------------
+def test_score_trains_what_the_paper_says_on_one_budget():
+    trainings = score.list_trainings(3, Path("world"), Path("runs/s"))
+    config = {training.folder.name: constants_of(training.arguments) for training in trainings}
+    rewards = {"score_stage1": "score_stage1", "score_stage2": "score_stage2"}
+    rewards |= dict.fromkeys(("multi_turn", "single_turn"), "per_attempt")
+    assert {run: c["rollout.REWARD"] for run, c in config.items()} == rewards
+    assert config["score_stage1"]["ppo.KL_COEF"] == (score.BETA_2, score.BETA_1)
+    for run, c in config.items():
+        assert run == "score_stage1" or c["ppo.KL_COEF"] == (score.BETA_1,)
+        assert (c["ppo.ESTIMATOR"], c["ppo.ATTEMPT_GAMMA"], c["rollout.PROMPT"]) == ("rloo", 0.0, "single_turn")
+        attempts = 1 if run == "single_turn" else 2
+        assert (c["rollout.MIN_ATTEMPTS"], c["rollout.MAX_ATTEMPTS"], c["ppo.SEED"]) == (attempts, attempts, 3)
+    stage_2 = config["score_stage2"]
+    assert (stage_2["ppo.MODEL"], stage_2["ppo.REFERENCE"]) == ("runs/s/score_stage1/policy", "world/warm_start")
+    assert {t.folder.name: t.after for t in trainings if t.after} == {"score_stage2": Path("runs/s/score_stage1")}
+    spent = {run: c["ppo.TOKEN_BUDGET"] for run, c in config.items()}
+    spent["SCoRe"] = spent.pop("score_stage1") + spent.pop("score_stage2")
+    assert set(spent.values()) == {score.TOKEN_BUDGET}
+
+
+def test_score_says_what_was_played(tmp_path):
+    """From end to end at a tiny size, without the baselines: every number again, from the dialogues."""
+    small = ["WORLD=WARM_STEPS=100 TRAIN_PROBLEMS=300 TEST_PROBLEMS=40", "TOKEN_BUDGET=1500", "EVALUATION_RANKS=1"]
+    small += ["TRAINING=DIALOGUES=32 MINI_BATCH=16 EPOCHS=1 SAVE_EVERY=100", "METHODS=score_stage1,score_stage2"]
+    printed = run_python("-m", "experiments.score", f"OUT={tmp_path}", *small).stdout
+    seed, results = tmp_path / "seed-0", json.loads((tmp_path / "results.json").read_text())
+    lengths = {p["id"]: len(arrows.read_question(p["question"])) - 1 for p in read_jsonl(seed / "arrows/test.jsonl")}
+    assert (tmp_path / "table.md").read_text() in printed and results["meaning"] in printed
+    for name in ("score_stage2", "score_stage1", "warm_start"):
+        records = read_jsonl(seed / f"evaluation/dialogues-{name}.jsonl")
+        two = [r["attempts"][1]["status"] == "correct" for r in records if lengths[r["id"]] == 2]
+        assert results["by_arrows"][name]["2"]["Acc@t2"]["value"] == pytest.approx(sum(two) / len(two))
+        right = [[a["status"] == "correct" for a in r["attempts"]] for r in records]
+        counts = [
+            sum(first for first, _ in right),
+            sum(second for _, second in right),
+            sum(second - first for first, second in right),
+            sum(second and not first for first, second in right),
+            sum(first and not second for first, second in right),
+            sum(len({a["answer"] for a in r["attempts"]}) == 2 for r in records),  # whole numbers: equal as text
+        ]
+        assert len(records) == results["n"] == 40
+        assert [x["value"] for x in results["models"][name].values()] == pytest.approx([n / 40 for n in counts])
+        shown = [float(cell.split(" ±")[0]) for cell in read_table(printed)[score.MODELS[name]]]
+        assert shown == pytest.approx([2.5 * n for n in counts], abs=0.051)
+    rows = [row for run in ("score_stage1", "score_stage2") for row in read_jsonl(seed / run / "metrics.jsonl")]
+    seconds = results["curves"]["score_stage2"]["accuracy_at_2"]
+    assert seconds[0] == rows[0]["accuracy_at_2"] and {*seconds} <= {row["accuracy_at_2"] for row in rows}
+
+
+def test_differences_are_the_first_minus_the_second():
+    found = {"benchmark": "test", "models": ["x", "y"], "difference": [0.5, 0.25], "low": [0.25, 0], "high": [0.75, 1]}
+    assert score.select_difference([found], "y", "x")["Acc@t1"] == {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert score.select_difference([found], "x", "y")["Acc@t2"] == {"value": -0.25, "low": -1, "high": 0}
+
+
+@pytest.mark.parametrize(("low", "high", "words"), [(0.1, 0.2, "above"), (-0.2, -0.1, "below"), (-0.1, 0, "neither")])
+def test_words_follow_the_intervals(low, high, words):
+    assert score.compare_with_zero({"low": low, "high": high}, "above", "below", "neither") == words
+
+
+# ablations.py ---------------------------------------------------------------------------------------------------------
+def test_ablations_show_what_was_measured(tmp_path, change):
+    """Of trainings and evaluations that are not made: what is measured is drawn."""
+    trained, measured, rng = {}, [], random.Random(0)
+
+    def evaluate(policies: list[Path], *_: object) -> dict:
+        models = {}
+        for path in policies:
+            metrics = {m: {"value": [rng.random() for _ in range(ablations.MOST)]} for m in ("accuracy", "repeat")}
+            models[path.parent.name] = {"test": {"metrics": metrics}}
+        measured.append(models)
+        return {"models": models}
+
+    change(ablations, OUT=str(tmp_path), ONLY="rloo")
+    change(runs, make_world=lambda *_: tmp_path, read_config=lambda run: {"rollout.MAX_ATTEMPT_TOKENS": 64})
+    change(runs, run_trainings=lambda its: trained.update({t.folder.name: t for t in its}), evaluate_models=evaluate)
+    results = runs.run_seeds((1, 2), ablations.run_seed, tmp_path)
+    base, rloo = (constants_of(trained[row].arguments) for row in ("base", "rloo"))
+    different = {name for name in base if base[name] != rloo[name]}
+    assert different == {"ppo.ESTIMATOR", "rollout.SAMPLES_PER_PROMPT", "ppo.RUN"} and base["ppo.SEED"] == 2
+    shown = read_table(ablations.make_table(results))["rloo"]
+    columns = [("at 1", "accuracy", 1), ("at 5", "accuracy", 5), ("repeats", "repeat", 5)]
+    for place, (column, metric, k) in enumerate(columns):
+        a, b = ([m[row]["test"]["metrics"][metric]["value"][k - 1] for m in measured] for row in ("rloo", "base"))
+        first, second = (x - y for x, y in zip(a, b, strict=True))
+        mean, half = (first + second) / 2, 12.706 * abs(first - second) / 2  # t(1) times s / sqrt(2), by hand
+        x = results["differences"]["rloo"][column]
+        assert [x["value"], x["low"], x["high"]] == pytest.approx([mean, mean - half, mean + half], abs=2e-6)
+        assert float(shown[2 * place]) == pytest.approx(50 * sum(a), abs=0.051)
+        numbers = [float(number) for number in shown[2 * place + 1].split(" ±")]
+        assert numbers == pytest.approx([100 * mean, 100 * half], abs=0.051)
+
+
+def test_noise_is_called_noise():
+    """An interval that contains zero or touches it is noise; one beyond it, on either side, is not."""
+    bounds = {"base": (0, 0), "LAMBDA=1": (-0.2, -0.1), "rloo": (-0.3, 0.3), "grpo": (0, 0.1), "WHITEN=0": (0.1, 1)}
+    differences = {
+        row: {column: {"value": (low + high) / 2, "low": low, "high": high} for column in ablations.COLUMNS}
+        for row, (low, high) in bounds.items()
+    }
+    results = {"values": {row: dict.fromkeys(ablations.COLUMNS, 0.5) for row in bounds}, "differences": differences}
+    words = read_table(ablations.make_table(results | {"seeds": {"1": {}, "2": {}}}))
+    every, noise = ", ".join(ablations.COLUMNS), "within noise"
+    assert [row[-1] for row in words.values()] == ["", every, noise, noise, every]
+    row = read_table(ablations.make_table(results | {"seeds": {"1": {}}}))["rloo"]
+    assert row[-1] == "one seed: unknown" and not any("±" in cell for cell in row)
+
+
+def test_rows_are_known_and_each_is_another_experiment(change):
+    made = {json.dumps(constants_of(["PRESET=toy", *arguments])) for arguments in ablations.ABLATIONS.values()}
+    assert len(made) == len(ablations.ABLATIONS)
+    change(ablations, ONLY="grpo,LAMBDA=1")
+    assert ablations.choose_rows() == ["base", "LAMBDA=1", "grpo"]
+    change(ablations, ONLY="LAMBDA=7")
+    with pytest.raises(SystemExit, match="no row LAMBDA=7; there are base, MAX_ATTEMPTS=1"):
+        ablations.choose_rows()

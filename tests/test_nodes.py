@@ -17,50 +17,36 @@ import psutil
 BOUND = 120  # seconds in which all must have ended, on a machine that is busy with other things
 
 
-class Nodes:
-    """Two agents, each of which starts a rank of a script."""
-
-    def __init__(self, cwd: Path, script: str, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-        launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        self.agents, self.logs = [], [cwd / f"node-{node}.log" for node in range(2)]
-        for node, log in enumerate(self.logs):
-            command = [*launch, "--node-rank", str(node), str(ROOT / script), *arguments]
-            with log.open("w") as out:
-                self.agents.append(psutil.Popen(command, cwd=cwd, env=alone(), stdout=out, stderr=subprocess.STDOUT))
-        self.known: set[psutil.Process] = set(self.agents)
-
-    def processes(self, node: int) -> list[psutil.Process]:
-        """The agent of a node and what it has started."""
-        return [self.agents[node], *self.agents[node].children(recursive=True)]
-
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        while not happened():
-            with contextlib.suppress(psutil.TimeoutExpired):
-                code = self.agents[0].wait(timeout=0.05)
-                raise AssertionError(f"ended with {code}: {self.said(0)[-3000:]}")
-        self.known |= {process for node in range(2) for process in self.processes(node)}
-
-    def said(self, node: int) -> str:
-        return self.logs[node].read_text()
-
-    def wait(self) -> None:
-        """For a good end of both."""
-        assert [agent.wait() for agent in self.agents] == [0, 0], self.said(0)[-3000:] + self.said(1)[-3000:]
-
-
 @contextlib.contextmanager
-def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[Nodes]:
-    nodes = Nodes(cwd, script, *arguments)
+def start_nodes(cwd: Path, script: str, *arguments: str) -> Iterator[list[psutil.Popen]]:
+    """Two agents, each of which starts a rank of a script. What node 0 says is in cwd/node-0.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    agents: list[psutil.Popen] = []
     try:
-        yield nodes
+        for node in range(2):
+            command = [*launch, "--node-rank", str(node), str(ROOT / script), *arguments]
+            with (cwd / f"node-{node}.log").open("w") as log:
+                agents.append(psutil.Popen(command, cwd=cwd, env=alone(), stdout=log, stderr=subprocess.STDOUT))
+        yield agents
     finally:
-        for process in nodes.known | {p for n in range(2) if nodes.agents[n].is_running() for p in nodes.processes(n)}:
+        for process in [process for agent in agents for process in list_processes(agent)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def list_processes(agent: psutil.Popen) -> list[psutil.Process]:
+    """What an agent has started, and itself; none if it has ended."""
+    return [*agent.children(recursive=True), agent] if agent.is_running() else []
+
+
+def wait_until(agent: psutil.Popen, happened: Callable[[], bool]) -> None:
+    while not happened():
+        with contextlib.suppress(psutil.TimeoutExpired):
+            raise AssertionError(f"ended with {agent.wait(timeout=0.05)}")
 
 
 def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_process(toy, straight, tmp_path):
@@ -69,23 +55,26 @@ def test_a_run_over_two_nodes_that_loses_one_resumes_to_the_numbers_of_one_proce
     to the numbers of an undisturbed run of its own."""
     run, arguments = tmp_path / "runs/nodes", list_arguments(toy, "nodes")
 
-    def steps() -> int:
+    def count_steps() -> int:
         return len(read_jsonl(run / "metrics.jsonl"))
 
-    with start_nodes(tmp_path, "ppo.py", *arguments) as nodes:
-        nodes.wait_until(lambda: steps() >= 1)
-        nodes.agents[1].kill()  # the other one waits for it for five minutes after its rank has ended
-        assert not psutil.wait_procs(nodes.known - {nodes.agents[0]}, timeout=BOUND)[1]  # those that still run
-        assert "stopped by SIGTERM after step" in nodes.said(0)
-    saved = steps()
+    with start_nodes(tmp_path, "ppo.py", *arguments) as (first, second):
+        wait_until(first, lambda: count_steps() >= 1)
+        ranks = [*first.children(recursive=True), *second.children(recursive=True)]
+        second.kill()  # the first one waits for it for five minutes after its rank has ended
+        assert not psutil.wait_procs([*ranks, second], timeout=BOUND)[1]  # those that still run
+    assert "stopped by SIGTERM after step" in (tmp_path / "node-0.log").read_text()
+    saved = count_steps()
     assert checkpoints.list_checkpoints(run)[-1].name == f"step-{saved:06d}" and not (run / "policy").exists()
-    with start_nodes(tmp_path, "ppo.py", *arguments) as nodes:
-        nodes.wait_until(lambda: steps() > saved)
-        for process in nodes.processes(1):
+    with start_nodes(tmp_path, "ppo.py", *arguments) as (first, second):
+        wait_until(first, lambda: count_steps() > saved)
+        running = [*list_processes(first), *list_processes(second)]
+        for process in list_processes(second):
             process.kill()
-        assert not psutil.wait_procs(nodes.known, timeout=BOUND)[1]
-        assert "losed by peer" in nodes.said(0) or "reset by peer" in nodes.said(0)
-        assert "resumes after step" in nodes.said(0) and "resumes after step" not in nodes.said(1)
+        assert not psutil.wait_procs(running, timeout=BOUND)[1]
+    said = (tmp_path / "node-0.log").read_text()
+    assert "resumes after step" in said and ("losed by peer" in said or "reset by peer" in said)
+    assert "resumes after step" not in (tmp_path / "node-1.log").read_text()
     assert not (run / "policy").exists()
     run_python(ROOT / "ppo.py", *arguments, cwd=tmp_path)
     assert_same_up_to_rounding(straight, run)

@@ -61,13 +61,7 @@ def make_report(out: Path, records: dict[str, list[dict]], feedback: str, folder
 
 
 @pytest.fixture(scope="module")
-def figures() -> list:
-    """Those that were drawn for `made`, as matplotlib has them."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, figures) -> Path:
+def made(tmp_path_factory) -> Path:
     """A report of two models with all that it can show."""
     out = tmp_path_factory.mktemp("report")
     run = out / "runs" / "first"
@@ -76,9 +70,7 @@ def made(tmp_path_factory, figures) -> Path:
     (run / "metrics.jsonl").write_text("".join(map(to_line, rows)))
     lines = [TOKENS | {"step": step} for step in (7, 8)]
     (run / "tokens.jsonl").write_text("".join(map(to_line, lines)) + '{"step": 9, "cut')
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pyplot, "close", figures.append)
-        return make_report(out, {"first": FIRST, "second": SECOND}, "verified", {"first": run / "policy"})
+    return make_report(out, {"first": FIRST, "second": SECOND}, "verified", {"first": run / "policy"})
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +79,17 @@ def page(made) -> Page:
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
-def test_figures_show_the_numbers(made, figures):
-    models = json.loads((made / "results.json").read_text())["models"]
-    accuracy, training = figures
-    for axes, benchmark, n in zip(accuracy.axes, ("easy", "hard", "average"), (2, 1, 3), strict=True):
+def test_figures_show_the_numbers(made, tmp_path, monkeypatch):
+    models, figures = json.loads((made / "results.json").read_text())["models"], []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    report.draw(report.accuracy_curves(models), tmp_path)
+    for axes, benchmark, n in zip(figures[0].axes, ("easy", "hard", "average"), (2, 1, 3), strict=True):
         assert axes.get_title() == f"{benchmark} (n = {n})" and [t.get_text() for t in axes.texts] == list(models)
         for name, line, band in zip(models, axes.lines[::-1], axes.collections[::-1], strict=True):
             assert line.get_xydata().tolist() == [[k, y] for k, y in enumerate(models[name][benchmark]["accuracy"], 1)]
             edges = band.get_paths()[0].vertices[:, 1]
             assert edges.min() == min(models[name][benchmark]["low"])
             assert edges.max() == max(models[name][benchmark]["high"])
-    assert [axes.get_title() for axes in training.axes] == [report.TRAINING[name] for name in ("reward", "accuracy")]
-    reward, accuracy = (axes.lines[0].get_xydata().tolist() for axes in training.axes)
-    assert reward == [[i, i / 8 - 1] for i in range(9)] and accuracy == [[i, i / 16] for i in range(9)]
     for stem in ("accuracy", "training"):
         assert (made / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and (made / f"{stem}.svg").is_file()
 
@@ -118,61 +108,33 @@ def test_each_model_has_its_control():
 # The page's data ------------------------------------------------------------------------------------------------------
 def test_page_carries_the_results_and_runs_its_own_script_alone(made):
     text = (made / "report.html").read_text(encoding="utf-8")
-    data = embedded_data(text)
+    data, script = embedded_data(text), page_script(text)
     assert data["results"] == json.loads((made / "results.json").read_text())
-    assert [p[1] for p in data["problems"]] == ["e/1", "e/2", "h/1"]
     repeats = [[*WRONG.values(), False], [*AGAIN.values(), True], [*RIGHT.values(), False]]
     assert data["problems"][2][4][0] == ["first", repeats]
     assert [line["step"] for line in data["tokens"]["first"]] == [7, 8]  # the third line is still being written
     assert data["tokens"]["first"][0]["values"][3] is None  # NaN, which browsers cannot read
-    script = page_script(text)
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in text  # the policy allows this one
-    without_data = re.sub(r'<script id="data".*?</script>', "", text, flags=re.DOTALL)
-    assert not re.search("__[A-Z_]+__", without_data)  # every place of the template is filled
-    assert not re.search(r"(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)
+    assert not re.search(r"__[A-Z_]+__|(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)  # all filled in
     assert "document.title" not in text  # what models said is in the data alone
     # The script has no way to turn text into markup or code.
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\(|new Function", script)
 
 
-def test_too_many_dialogues_are_thinned(made, change):
-    results = json.loads((made / "results.json").read_text())
-    records = {"first": FIRST, "second": SECOND}
-    size = sum(len(a["text"]) for its in records.values() for r in its for a in r["attempts"])
-    change(report, REPORT_CHARACTERS=size - 1)
-    data = report.page_data(results, PROBLEMS, records, evaluate.find_repeats)
-    assert [p[1] for p in data["problems"]] == ["e/1", "h/1"]  # every second one
-    assert data["left_out"] == 1
-
-
 # The page's script ----------------------------------------------------------------------------------------------------
-def test_every_part_is_shown(page):
-    assert page.run("root.querySelectorAll('section').filter(s => s.hidden).length") == 0
-    assert page.run("root.querySelectorAll('figure').map(f => f.querySelectorAll('svg').length)") == [1, 1]
-    controls = "[...root.querySelectorAll('input'), ...root.querySelectorAll('select')]"
-    assert page.run(f"{controls}.every(e => e.closest('label'))")
-    ids = page.run("root.all.filter(e => !e.closest('svg')).map(e => e.attributes.id).filter(Boolean)")
-    assert len(ids) == len(set(ids)) > 10
-
-
 def test_numbers(made, page):
     results = json.loads((made / "results.json").read_text())
-    table = "$('table').children.map(row => row.children.map(cell => cell.textContent))"
-    for metric in ("accuracy", "repeat", "tokens"):
+    for metric, scale in (("accuracy", 100), ("repeat", 100), ("tokens", 1)):
         page.run(f"($('metric').value = '{metric}', $('metric').onchange())")
-        rows = page.run(table)[1:]
+        rows = page.run("$('table').children.map(row => row.children.map(cell => cell.textContent))")[1:]
         assert len(rows) == 6
         for benchmark, model, _, *cells in rows:
             m = results["models"][model][benchmark.split()[0]]["metrics"][metric]
-            scale, digits = (1, 2) if metric == "tokens" else (100, 1)
             for cell, *expected in zip(cells, m["value"], m["low"], m["high"], strict=True):
                 numbers = [float(x) for x in re.findall(r"[\d.]+", cell)]
-                assert numbers == [pytest.approx(scale * x, abs=0.51 * 10**-digits) for x in expected if x is not None]
-    page.run("($('metric').value = '', $('metric').onchange())")
-    assert [row[2] for row in page.run(table)[1:]] == ["accuracy", "repeat"] * 6  # no controls were played
+                assert numbers == [pytest.approx(scale * x, abs=0.051) for x in expected if x is not None]
     pairs = page.run("$('pairs').children.map(row => row.children[3].textContent)")[1:]
-    assert len(pairs) == 3
-    assert f"p {results['comparisons'][0]['p'][0]:.1f}" in pairs[0]
+    assert len(pairs) == 3 and f"p {results['comparisons'][0]['p'][0]:.1f}" in pairs[0]
 
 
 def list_entries(page: Page, **controls: str) -> list[str]:
@@ -190,9 +152,7 @@ def list_entries(page: Page, **controls: str) -> list[str]:
         ({}, ["e/1 first", "e/1 second", "e/2 first", "e/2 second", "h/1 first", "h/1 second"]),
         ({"search": "TRIANGLE"}, ["h/1 first", "h/1 second"]),
         ({"search": "still", "model": "first"}, ["h/1 first"]),
-        ({"search": "nowhere"}, []),
         ({"benchmark": "easy", "outcome": "1"}, ["e/1 first"]),
-        ({"outcome": "2"}, ["e/1 second"]),
         ({"outcome": "3"}, ["h/1 first"]),
         ({"outcome": "0"}, ["e/2 first", "e/2 second", "h/1 second"]),
         ({"outcome": "again"}, ["e/2 second", "h/1 first"]),
@@ -203,20 +163,20 @@ def test_search_and_filters(page, controls, entries):
 
 
 def test_dialogue_shows_attempts_verdicts_and_answers(page):
+    def shown() -> str:
+        return page.run("$('dialogue').textContent")
+
     list_entries(page, search="triangle", model="first")
-    text = page.run("$('dialogue').textContent")
     for number, verdict in enumerate(("wrong", "wrong", "correct"), 1):
-        assert f"Attempt {number} of 3: {verdict}, 9 tokens" in text
-    assert text.count("an answer given before") == 1
-    assert "A triangle costs $5 or $6" in text  # dollars that are no formula
-    assert page.run("$('dialogue').all.filter(e => e.className === 'said good').length") == 1
+        assert f"Attempt {number} of 3: {verdict}, 9 tokens" in shown()
+    assert shown().count("an answer given before") == 1
+    assert "A triangle costs $5 or $6" in shown()  # dollars that are no formula
     assert page.run("$('dialogue').all.filter(e => e.className === 'boxed').length") == 3  # also outside of dollars
     page.run("$('dialogue').querySelector('button').click()")  # the other model's dialogue about the problem
-    assert "h/1 · second" in page.run("$('dialogue').textContent")
-    assert "No attempt was made" in page.run("$('dialogue').textContent")
+    assert "h/1 · second" in shown() and "No attempt was made" in shown()
     page.run("$('source').click()")
     list_entries(page, search="triangle", model="first")
-    assert r"It is \boxed{\frac{1}{3}}." in page.run("$('dialogue').textContent")
+    assert r"It is \boxed{\frac{1}{3}}." in shown()
     page.run("$('source').click()")
 
 
@@ -233,16 +193,12 @@ def test_what_a_model_says_stays_text(page):
     [
         (r"\frac12", "<mfrac><mn>1</mn><mn>2</mn></mfrac>"),
         (r"\sqrt[3]{x_1^2}", "<mroot><msubsup><mi>x</mi><mn>1</mn><mn>2</mn></msubsup><mn>3</mn></mroot>"),
-        (r"\text{two words}", "<mtext>two words</mtext>"),
         (r"a \le b'", "<mi>a</mi><mo>≤</mo><msup><mi>b</mi><mo>′</mo></msup>"),
         (r"\unknown{x}", r"<mtext>\unknown</mtext><mi>x</mi>"),
         (r"2^{10}_a, 2^10", "<msup><mn>2</mn><mn>1</mn></msup><mn>0</mn>"),
         (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "<mtr><mtd><mn>3</mn></mtd><mtd><mn>4</mn></mtd></mtr>"),
-        (r"\left( \sum_{i=1}^n i \right]", "<munderover>"),
         (r"<img src=x>", '<mo stretchy="false">&lt;</mo>'),
         (r"\constructor\toString{x}", r"<mtext>\constructor</mtext><mtext>\toString</mtext><mi>x</mi>"),
-        (r"\begin{valueOf} x \end{valueOf}", "<mtd><mi>x</mi></mtd>"),
-        ("{" * 30 + "x", "<mi>x</mi>"),
         ("a" + "^x" * 9, "<msup><mi>a</mi><mrow>" + "<mi>x</mi>" * 9 + "</mrow></msup>"),
     ],
 )
@@ -250,42 +206,34 @@ def test_formulas(page, latex, mathml):
     assert mathml in page.run(f"formula({json.dumps(latex)}).outerHTML")
 
 
-def test_unfinished_formulas_are_shown_as_they_are(page):
-    deep = ["{" * 100_000, "$" + "{" * 100_000 + "$", "$" + "{" * 200 + "}" * 200 + "$", "$" + r"\sqrt" * 200 + "$"]
-    for text in (r"\boxed{1", "$x", r"\[ x", r"\begin{align} x", r"\left", "$$", *deep):
-        shown = page.run(f"make('div', prose({json.dumps(text)})).textContent")
-        assert shown.replace("$", "")[:3] == text.replace("$", "").replace("\\boxed{", "")[:3]
+@pytest.mark.parametrize("text", [r"\boxed{1", "$x", r"\[ x", r"\begin{align} x", "$$", "${" * 50_000])
+def test_unfinished_formulas_are_shown_as_they_are(page, text):
+    shown = page.run(f"make('div', prose({json.dumps(text)})).textContent")
+    assert shown.replace("$", "")[:3] == text.replace("$", "").replace("\\boxed{", "")[:3]
 
 
 def test_tokens_are_shaded_by_their_numbers(page):
     spans = "$('tokens').children.map(s => [s.textContent, s.className, s.title, s.style.background ?? ''])"
     shown = page.run(spans)
-    assert [x[0] for x in shown] == ["What", " is", "⏎\n", "It", HOSTILE]
-    assert [x[1] for x in shown] == ["told", "told", "told", "", ""]
-    assert shown[3][2] == "advantage -0.500, value not finite, return -0.250"
-    assert shown[3][3] == "rgba(var(--minus), 0.212)"  # a quarter of 2.0, the largest
-    assert shown[4][3] == "rgba(var(--plus), 0.850)"
-    assert "Blue was made more likely" in page.run("$('scale').textContent")
+    assert [x[:2] for x in shown] == [["What", "told"], [" is", "told"], ["⏎\n", "told"], ["It", ""], [HOSTILE, ""]]
+    assert shown[3][2:] == ["advantage -0.500, value not finite, return -0.250", "rgba(var(--minus), 0.212)"]
+    assert shown[4][3] == "rgba(var(--plus), 0.850)"  # 2.0 is the largest, -0.5 a quarter of it
     assert "Right answer: 7; 1 of 2 attempts: wrong (no answer, reward -1)" in page.run("$('scale').textContent")
     page.run("($('shade').value = 'values', $('shade').onchange())")
     assert page.run(spans)[4][3] == "rgba(var(--minus), 0.850)"
-    assert "Blue was made" not in page.run("$('scale').textContent")
     assert page.run("$('which').children.map(o => o.textContent)")[-1].endswith("step 8, t/1")
 
 
 def test_intrinsic_dialogues_are_right_when_their_last_attempt_is(tmp_path, change):
-    """As in the table: right and then wrong is wrong."""
+    """As in the table: right and then wrong is wrong; and where the context was full there is no last one."""
     change(rollout, FEEDBACK="intrinsic")
-    dialogues = [
-        played("easy", "e/1", WRONG, RIGHT, RIGHT),
-        played("easy", "e/2", RIGHT, RIGHT, WRONG),
-        played("hard", "h/1", RIGHT),  # the context was full
-    ]
+    dialogues = [played("easy", "e/1", WRONG, RIGHT, RIGHT), played("easy", "e/2", RIGHT, RIGHT, WRONG)]
+    dialogues.append(played("hard", "h/1", RIGHT))
     page = Page(make_report(tmp_path, {"m": dialogues}, "intrinsic", {}) / "report.html")
     assert list_entries(page, outcome="i → c") == ["e/1 m"]
     assert list_entries(page, outcome="c → i") == ["e/2 m", "h/1 m"]
     assert list_entries(page, outcome="c → c") == list_entries(page, outcome="i → i") == []
-    assert len(list_entries(page)) == 3
+    list_entries(page)
     verdicts = page.run("$('list').querySelectorAll('b').map(b => b.textContent)")
     assert verdicts == ["✓ i → c", "✗ c → i", "✗ c → i"]
     assert page.run("$('table').children[1].children[5].textContent").startswith("50.0")  # easy: one of two

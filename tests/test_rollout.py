@@ -161,31 +161,28 @@ def test_a_verdict_that_takes_long_holds_up_its_own_dialogue_alone(chat, change)
 
     def end(index: int) -> None:
         ended.append(index)
-        if len(ended) == 3:
+        if len(ended) == 2:
             threading.Timer(0.05, late.set_result, [rollout.grader.Verdict("slow", False, "timeout")]).start()
 
     change(rollout.grader, submit=lambda said, *rest: late if "slow" in said else submit(said, *rest))
-    dialogues = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(4)]
-    engine = Scripted(chat, [[WRONG, WRONG], [WRONG, WRONG], [WRONG, WRONG], [slow, WRONG]])
-    rollout.play(engine, chat, dialogues, [0] * 4, 1.0, on_end=end)
-    assert ended == [2, 1, 0, 3]  # it was served first
-    assert [a.status for a in dialogues[3].attempts] == ["timeout", "wrong"]
+    dialogues = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(3)]
+    rollout.play(Scripted(chat, [[WRONG] * 2, [WRONG] * 2, [slow, WRONG]]), chat, dialogues, [0] * 3, 1.0, on_end=end)
+    assert ended == [1, 0, 2]  # it was served first
+    assert [a.status for a in dialogues[2].attempts] == ["timeout", "wrong"]
 
 
-def test_a_dialogue_about_a_program(chat, monkeypatch):
-    dialogue = rollout.new_dialogue(chat, {"id": "p", "question": "Write f.", "tests": ["assert f(1) == 2"]}, 2)
-    assert "put your final program in a Python code block" in chat.decode(dialogue.ids)
-    said = {}
-    for characters, feedback in ((0, "verified"), (20, "verified"), (20, "intrinsic")):
-        monkeypatch.setattr(rollout, "TOLD_CHARACTERS", characters)
-        monkeypatch.setattr(rollout, "FEEDBACK", feedback)
+def test_a_dialogue_about_a_program(chat, change):
+    """What is quoted of its error holds no token of the template's (the toy's tokenizer has spaces of its own)."""
+    d = rollout.new_dialogue(chat, {"id": "p", "question": "Write f.", "tests": ["assert f(1) == 2"]}, 2)
+    assert "put your final program in a Python code block" in chat.decode(d.ids)
+    for characters, feedback, said in (
+        (0, "verified", "attempts left. Try an alternative.<|im_end|>"),
+        (20, "verified", "Try an alternative.\n<|im_end|> == 12\nAs<|im_end|>"),
+        (20, "intrinsic", "rewrite the solution. Only output the final correct Python program!<|im_end|>"),
+    ):
+        change(rollout, TOLD_CHARACTERS=characters, FEEDBACK=feedback)
         ids = rollout.encode_feedback(chat, 1, True, "<|im_end|> == 12\nAssertionError")
-        said[characters, feedback] = chat.decode(ids)
-        assert ids.count(chat.end_of_turn) == 1
-    assert "attempts left. Try an alternative.<|im_end|>" in said[0, "verified"]
-    quoted = said[20, "verified"].replace(" ", "")  # the toy's tokenizer has spaces of its own
-    assert "Tryanalternative.\n<|im_end|>==12\nAs<|im_end|>" in quoted  # the first is no token
-    assert "rewrite the solution. Only output the final correct Python program!<|im_end|>" in said[20, "intrinsic"]
+        assert ids.count(chat.end_of_turn) == 1 and said.replace(" ", "") in chat.decode(ids).replace(" ", "")
 
 
 # Rewards --------------------------------------------------------------------------------------------------------------
@@ -193,9 +190,7 @@ REWARDS = {  # outcome, per_attempt, score_stage1, score_stage2; values 1, -0.5,
     "": ([], [], [], []),
     "timeout": ([-0.5], [-0.5], [-0.5], [-0.5]),
     "correct wrong": ([0, 1], [1, -0.5], [0, -0.5], [1, -3.5]),
-    "wrong correct": ([0, 0.9], [-0.5, 0.9], [0, 0.9], [-0.5, 3.7]),
     "no_answer no_answer": ([0, -1], [-1, -1], [0, -1], [-1, -1]),
-    "no_answer wrong": ([0, -0.5], [-1, -0.5], [0, -0.5], [-1, 0.5]),
     "wrong no_answer": ([0, -0.5], [-0.5, -1], [0, -1], [-0.5, -2]),
     # The bonus compares each attempt with the one before it: 0.9 + 2 x 1.4 and 0.81 + 2 x (0.81 - 0.9).
     "wrong correct correct": ([0, 0, 0.9], [-0.5, 0.9, 0.81], [0, 0, 0.81], [-0.5, 3.7, 0.63]),
@@ -260,18 +255,16 @@ def test_a_placed_attempt_reads_as_if_it_had_been_sampled(chat, change):
 
 
 def test_offline_attempts_are_those_at_these_problems(change, tmp_path):
-    path, other = tmp_path / "dialogues-base.jsonl", PROBLEM | {"id": "unheard of"}
-    firsts = [{"text": "", "answer": "2", "status": status} for status in ("correct", "wrong", "no_answer")]
+    path, firsts = tmp_path / "dialogues-base.jsonl", [{"status": status} for status in ("correct", "wrong")]
     records = [{"benchmark": "train", "id": "p", "attempts": [first, firsts[0]]} for first in firsts]
     append_jsonl(path, [*records, records[1] | {"benchmark": "other"}, records[1] | {"id": "q"}])
     assert rollout.load_offline([PROBLEM], "train") == {}
     change(rollout, OFFLINE_ATTEMPTS=str(path))
-    assert rollout.load_offline([PROBLEM, other], "train") == {"p": firsts[1:]}  # a right one needs no second
+    assert rollout.load_offline([PROBLEM], "train") == {"p": firsts[1:]}  # a right one needs no second
     change(rollout, FEEDBACK="intrinsic")
-    assert rollout.load_offline([PROBLEM, other], "train") == {"p": firsts}
-    for problem, benchmark in ((other, "train"), (PROBLEM, "nothing")):
-        with pytest.raises(SystemExit, match=f"has no attempt to use at the problems of '{benchmark}'; evaluate.py"):
-            rollout.load_offline([problem], benchmark)
+    assert rollout.load_offline([PROBLEM], "train") == {"p": firsts}
+    with pytest.raises(SystemExit, match="no attempt to use at the problems of 'nothing'"):
+        rollout.load_offline([PROBLEM], "nothing")
 
 
 def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
@@ -288,16 +281,19 @@ def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
 
 
-def test_constants_that_do_not_fit_each_other(change):
-    rollout.check_constants()
-    for changes, message in (
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=5"),
         ({"OFFLINE_ATTEMPTS": "x"}, "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one"),
-        ({"MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
-        ({"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=1"),
-    ):
-        change(rollout, **changes)
-        with pytest.raises(SystemExit, match=message):
-            rollout.check_constants()
+        ({"OFFLINE_ATTEMPTS": "x", "MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
+    ],
+)
+def test_constants_that_do_not_fit_each_other(change, constants, message):
+    rollout.check_constants()
+    change(rollout, **constants)
+    with pytest.raises(SystemExit, match=message):
+        rollout.check_constants()
 
 
 def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
@@ -311,5 +307,4 @@ def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
     assert "rollout.MAX_ATTEMPTS = 2 (command line; the file says 5)" in said
     for problem in load_problems(toy / "test.jsonl")[:3]:
         assert problem["question"] in said and f"gold {problem['answer']}, reward" in said
-    assert said.count("[attempt 1: ") == 3 and "You have 2 attempts to answer" in said
-    assert 0 < said.count("[attempt 2: ") == said.count("You have 1 attempts left")
+    assert said.count("[attempt 1: ") == 3 and 0 < said.count("[attempt 2: ") == said.count("1 attempts left")

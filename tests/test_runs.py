@@ -1,19 +1,14 @@
-"""Whole runs of ppo.py: killed and resumed, on several ranks, on a full disk; what they leave and what they refuse."""
+"""Whole runs of ppo.py: killed and resumed, on a full disk; what they leave and what they refuse."""
 
-import contextlib
-import json
 import math
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import ppo
 from plumbing import checkpoints, logs
 from plumbing.files import append_jsonl, drop_rows_after, read_jsonl
-from tests.conftest import ROOT, TORCHRUN, alone, list_arguments, run_python
+from tests.conftest import ROOT, list_arguments, run_python
 from tests.test_ppo import copy_weights, make_learner, train_on, two_dialogues
 
 import pytest
@@ -23,19 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PPO = ROOT / "ppo.py"
 KILLED = """
-import os, signal, sys, ppo, torch.distributed.checkpoint as dcp
-inner, moment = dcp.save, sys.argv.pop()
+import os, signal, sys, ppo
+inner, moment = ppo.checkpoints.save, sys.argv.pop()
 
-def end(*_, **options):
+def end(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def save(*arguments, **options):
+def save(*arguments):
     if moment == "in a save":
         os.fsync = end  # called after the writing of a file that has no name yet
-    inner(*arguments, **options)
-    ppo.checkpoints.export = end
+    inner(*arguments)
+    end()
 
-dcp.save = save
+ppo.checkpoints.save = save
 ppo.main()
 """
 
@@ -50,6 +45,10 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+def assert_equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == others.keys() and all(torch.equal(w, others[n]) for n, w in weights.items())
+
+
 def assert_same_up_to_rounding(run: Path, other: Path) -> None:
     """Metrics and policies."""
     for a, b in zip(read_metrics(run), read_metrics(other), strict=True):
@@ -61,29 +60,19 @@ def assert_same_up_to_rounding(run: Path, other: Path) -> None:
     assert all(torch.allclose(w, policy[n], atol=1e-4) for n, w in load_weights(run / "policy").items())
 
 
-def test_a_run_that_is_stopped_and_killed_resumes_to_the_same_numbers(toy, straight, tmp_path):
-    """SIGTERM in the first step: it is finished and saved, the exit code is 0. Then SIGKILL, while the next checkpoint
-    is written, and between that one and an export. The last start, as on another machine, ends with the numbers of the
-    undisturbed run."""
+def test_a_run_that_is_killed_resumes_to_the_same_numbers(toy, straight, tmp_path):
+    """By SIGKILL, after the first checkpoint, before its policy is exported, and while the second one is written. The
+    last start, as on another machine, ends with the numbers of the undisturbed run. (SIGTERM: test_nodes.py.)"""
     run, arguments = tmp_path / "runs/killed", list_arguments(toy, "killed")
-    command = [sys.executable, str(PPO), *arguments]
-    process = subprocess.Popen(command, cwd=tmp_path, env=alone(), stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not (run / "metrics.jsonl").is_file():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.02)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate()
-    assert process.returncode == 0 and "stopped by SIGTERM after step" in said
-    for moment in ("in a save", "before an export"):
+    for moment in ("after a save", "in a save"):
         run_python("-c", KILLED, *arguments, moment, cwd=tmp_path, code=-signal.SIGKILL)
-        assert checkpoints.list_checkpoints(run) and not (run / "policy").exists()
-        assert any(run.glob("checkpoints/*.partial")) == (moment == "in a save")
+        assert [path.name for path in checkpoints.list_checkpoints(run)] == ["step-000002"]
+        assert any(run.glob("checkpoints/*.partial")) == (run / "best").exists() == (moment == "in a save")
     elsewhere = ["MAX_TOKENS_PER_MICRO_BATCH=1024", "TRACK=", "GPU_MEMORY=0.4"]
-    assert "resumes after step" in run_python(PPO, *arguments, *elsewhere, cwd=tmp_path).stdout
+    assert "resumes after step 2" in run_python(PPO, *arguments, *elsewhere, cwd=tmp_path).stdout
     assert read_metrics(run) == read_metrics(straight)  # the dev split, too, was asked when it was due and only then
     for name in ("policy", "best"):
-        a, b = load_weights(straight / name), load_weights(run / name)
-        assert all(torch.equal(a[n], b[n]) for n in a)
+        assert_equal(load_weights(straight / name), load_weights(run / name))
 
 
 def test_what_a_run_leaves(straight):
@@ -91,23 +80,21 @@ def test_what_a_run_leaves(straight):
     from the trainer's weights after each update."""
     metrics = read_metrics(straight)
     dev = {row["step"]: row["dev_accuracy_at_3"] for row in metrics if "dev_accuracy_at_3" in row}
-    assert list(dev) == [2, 4, 6] and all(row["step"] in dev or "dev_accuracy_at_1" not in row for row in metrics)
+    assert list(dev) == [2, 4, 6] and all(row["actor_lr"] > 0 for row in metrics)
     assert all(row["sampler_mismatch"] < 1e-5 for row in metrics) and metrics[-1]["kl_k3"] > 1e-3
-    best, policy = (AutoModelForCausalLM.from_pretrained(straight / name) for name in ("best", "policy"))
-    assert policy.config.tie_word_embeddings and policy.lm_head.weight is policy.model.embed_tokens.weight
+    best, policy = (load_weights(straight / name) for name in ("best", "policy"))
     is_last = max(dev, key=dev.get) == 6  # the first of equals
-    assert all(torch.equal(w, policy.state_dict()[n]) for n, w in best.state_dict().items()) == is_last
+    assert all(torch.equal(w, policy[n]) for n, w in best.items()) == is_last
     rows = read_jsonl(straight / "tokens.jsonl")
     assert {row["step"] for row in rows} == {2, 4, 6}
     for row in rows:
-        assert len(row["tokens"]) == len(row["mask"]) == len(row["advantages"]) == len(row["values"])
-        assert not any(a for a, m in zip(row["advantages"], row["mask"], strict=True) if not m)
-        assert any(a for a, m in zip(row["advantages"], row["mask"], strict=True) if m)
-    assert [row["step"] for row in read_jsonl(straight / "dialogues.jsonl")] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+        reinforced = {m for a, m in zip(row["advantages"], row["mask"], strict=True) if a}
+        assert reinforced == {1} and len(row["tokens"]) == len(row["values"]) == len(row["mask"])
+    dialogues = read_jsonl(straight / "dialogues.jsonl")
+    assert [row["step"] for row in dialogues] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert len({row["id"] for row in dialogues}) == 12  # in one pass over the problems
     events = EventAccumulator(str(straight / "tensorboard")).Reload()
-    for name in ("reward", "accuracy_at_2", "actor_lr"):
-        assert [e.value for e in events.Scalars(name)] == pytest.approx([row[name] for row in metrics])
-    assert [path.name for path in checkpoints.list_checkpoints(straight)][-2:] == ["step-000004", "step-000006"]
+    assert [e.value for e in events.Scalars("reward")] == pytest.approx([row["reward"] for row in metrics])
 
 
 def test_a_start_says_what_will_happen_and_refuses_what_cannot(toy, straight):
@@ -116,7 +103,6 @@ def test_a_start_says_what_will_happen_and_refuses_what_cannot(toy, straight):
     for said in (
         "284 problems to train on, 16 to choose the best checkpoint",
         "then 2 x 2 updates of 8 dialogues",
-        "GiB in all: fits",
         "ppo.STEPS = 6 (command line; the file says 1280)",
         "ppo.EPOCHS = 2 (preset toy; the file says 1)",
     ):
@@ -130,26 +116,11 @@ def test_a_start_says_what_will_happen_and_refuses_what_cannot(toy, straight):
         assert "Warning" not in done.stderr and "Loading weights" not in done.stderr
 
 
-def test_ranks_learn_what_one_process_learns(toy, straight, tmp_path):
-    """Four, of which two share the weights while the other two have a replica (HSDP), and all is offloaded. A dialogue
-    is a micro-batch, of which one rank may have more than another. They resume from what one process wrote."""
-    run = tmp_path / "runs/ranks"
-    shutil.copytree(straight, run, ignore=shutil.ignore_patterns("policy", "step-000006"))
-    config = run / "config.json"
-    config.write_text(config.read_text().replace('"straight"', '"ranks"'))
-    how = ["SHARD_RANKS=2", "OFFLOAD=1", "MAX_TOKENS_PER_MICRO_BATCH=1"]
-    said = run_python(*TORCHRUN, 4, PPO, *list_arguments(toy, "ranks"), *how, cwd=tmp_path).stdout
-    assert said.count("resumes after step 4") == 1
-    assert_same_up_to_rounding(straight, run)
-
-
 def test_the_papers_preset_in_small(toy, tmp_path):
     """bfloat16 in engine and trainer and recomputed activations, on any text: bytes that the toy's vocabulary has no
     words for, and a question that fills the context, which is left out."""
-    problems = [
-        {"id": f"r{i}", "question": f"Fïnd $x$ with $x^2 = {i}$ \\[asy] draw((0,0)); [/asy]", "answer": "\\frac{1}{2}"}
-        for i in range(20)
-    ]
+    question = "Fïnd $x$ with $x^2 = {}$ \\[asy] draw((0,0)); [/asy]"
+    problems = [{"id": f"r{i}", "question": question.format(i), "answer": "\\frac{1}{2}"} for i in range(20)]
     problems.append({"id": "long", "question": "x" * 5000, "answer": "1"})
     append_jsonl(tmp_path / "p.jsonl", problems)
     changes = ["PRESET=paper", "STEPS=3", "MAX_ATTEMPT_TOKENS=12", "ACTOR_LR=1e-3", "WARMUP=0", "DEV_PROBLEMS=4"]
@@ -159,38 +130,33 @@ def test_the_papers_preset_in_small(toy, tmp_path):
     steps = read_metrics(tmp_path / "runs/paper")
     assert len(steps) == 3 and all(math.isfinite(v) for s in steps for v in s.values())
     assert all(0 < step["sampler_mismatch"] < ppo.MAX_MISMATCH for step in steps)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs/paper/policy").dtype == torch.bfloat16
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/paper/policy")
+    assert lm.dtype == torch.bfloat16 and lm.lm_head.weight is lm.model.embed_tokens.weight
 
 
 # Checkpoints, in this process -----------------------------------------------------------------------------------------
 def test_a_checkpoint_gives_back_models_and_optimisers(toy, ranks, change, tmp_path):
-    """Trained, saved and trained again is loaded and trained again; to save before the first step changes nothing."""
-    learner = make_learner(toy, change, lr=1e-3)
-    checkpoints.save(tmp_path, 1, 10, learner.parts, best=0)
-    train_on(two_dialogues(), learner)
-    unsaved = make_learner(toy, change, lr=1e-3)
-    train_on(two_dialogues(), unsaved)
-    assert all(torch.equal(w, copy_weights(unsaved.actor)[n]) for n, w in copy_weights(learner.actor).items())
-    checkpoints.save(tmp_path, 2, 20, learner.parts, best=0)
-    train_on(two_dialogues(), learner)
-    resumed = make_learner(toy, change, moved=0.1, lr=1e-3)
-    assert checkpoints.load(tmp_path, resumed.parts) == (2, 20)
-    train_on(two_dialogues(), resumed)
-    for part, other in zip(learner.parts, resumed.parts, strict=True):
-        expected = copy_weights(part.model)
-        assert all(torch.equal(w, expected[n]) for n, w in copy_weights(other.model).items())
-
-
-def test_the_newest_checkpoints_and_the_best_stay(toy, ranks, change, tmp_path):
+    """Trained, saved and trained again is loaded and trained again; to save before the first step changes nothing. The
+    newest checkpoints stay, and the best."""
     change(checkpoints, KEEP_CHECKPOINTS=2)
-    parts = make_learner(toy, change).parts
-    for step in range(1, 6):
-        checkpoints.save(tmp_path, step, 0, parts, best=2)
+    learner, unsaved = (make_learner(toy, change, lr=1e-3) for _ in range(2))
+
+    def train(learner: ppo.Learner) -> dict[str, torch.Tensor]:
+        train_on(two_dialogues(), learner)
+        return {f"{part.name}.{n}": w for part in learner.parts for n, w in copy_weights(part.model).items()}
+
+    for step in range(1, 5):
+        checkpoints.save(tmp_path, step, 10 * step, learner.parts, best=2)
+    assert_equal(train(learner), train(unsaved))
+    checkpoints.save(tmp_path, 5, 50, learner.parts, best=2)
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+    resumed = make_learner(toy, change, moved=0.1, lr=1e-3)
+    assert checkpoints.load(tmp_path, resumed.parts) == (5, 50)
+    assert_equal(train(learner), train(resumed))
 
 
 def test_damaged_checkpoints_and_full_disks(toy, ranks, change, tmp_path):
-    """A damaged or foreign checkpoint is named, with what to do; a disk that fills up (here: files that cannot grow)
+    """A damaged checkpoint is named, with what to do; a disk that fills up (here: files that cannot grow)
     ends in one line and leaves what is there whole."""
     parts = make_learner(toy, change).parts
     for step in (2, 4):
@@ -205,13 +171,7 @@ def test_damaged_checkpoints_and_full_disks(toy, ranks, change, tmp_path):
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-000002", "step-000004"]
     for shard_file in (tmp_path / "checkpoints/step-000004").glob("*.distcp"):
         shard_file.write_bytes(shard_file.read_bytes()[:1000])
-    message = r"step-000004 is damaged or of another model .*then resumes from step-000002"
-    with pytest.raises(SystemExit, match=message):
-        checkpoints.load(tmp_path, parts)
-    shutil.rmtree(tmp_path / "checkpoints/step-000004")
-    foreign = tmp_path / "checkpoints/step-000004"
-    torch.distributed.checkpoint.save({"weights": torch.ones(3)}, checkpoint_id=foreign, no_dist=True)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=r"step-000004 is damaged or of another .*then resumes from step-000002"):
         checkpoints.load(tmp_path, parts)
     log = logs.Log.__new__(logs.Log)
     log.folder = Path("/dev")
@@ -232,13 +192,17 @@ def test_an_export_replaces_what_killed_ones_have_left(toy, ranks, change, tmp_p
 
 
 def test_logs_forget_what_was_not_saved(ranks, tmp_path):
-    """Rows after the last checkpoint are dropped, and half a row of a killed writer; the first of equals is best."""
+    """Rows after the last checkpoint are dropped, and a row of a killed writer that was cut, here inside a character;
+    the first of equals is best."""
     log = tmp_path / "metrics.jsonl"
-    rows = [{"step": 8, "dev": 0.5}, {"step": 12}, {"step": 16, "dev": 0.5}, {"step": 24, "dev": 0.4}]
-    append_jsonl(log, rows)
-    with log.open("a") as file:
-        file.write('{"step": 32, "dev": 0.9, "attempts": [{}')
-    assert checkpoints.best_so_far(tmp_path, "dev") == (8, 0.5)
+    rows = [
+        {"step": 8, "dev": 0.5},
+        {"step": 12, "text": "½\u2028\n"},
+        {"step": 16, "dev": 0.5},
+        {"step": 24, "dev": 0.4},
+    ]
+    append_jsonl(log, [*rows, {"step": 32, "dev": 0.9, "text": "½"}])
+    log.write_bytes(log.read_bytes()[:-4])
+    assert read_jsonl(log) == rows and checkpoints.best_so_far(tmp_path, "dev") == (8, 0.5)
     drop_rows_after(log, 12)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [8, 12]
-    assert checkpoints.best_so_far(tmp_path / "none", "dev") == (0, -1.0)
+    assert read_jsonl(log) == rows[:2] and checkpoints.best_so_far(tmp_path / "none", "dev") == (0, -1.0)

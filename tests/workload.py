@@ -1,4 +1,4 @@
-"""What the benches share: a random model, an engine whose attempts are as long as was drawn, clocks."""
+"""What tests and benches share: a random model, gradients, an engine whose attempts have drawn lengths, clocks."""
 
 import time
 from collections.abc import Callable
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import grader
+import ppo
 import rollout
 from experiments.median import make_tokenizer
+from plumbing.checkpoints import Part
 from plumbing.engine import Engine
 
 import torch
@@ -24,6 +26,19 @@ def save_random_model(folder: Path, rows: int = 0, **shape: int) -> str:
     Qwen2ForCausalLM(Qwen2Config(vocab_size=rows or len(tokenizer), **common, **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def keep_gradients(learner: ppo.Learner) -> dict[str, torch.Tensor]:
+    """What the optimisers will meet in their first step, by parameter ("actor.lm...."); empty until then."""
+    found: dict[str, torch.Tensor] = {}
+    for part in learner.parts:
+
+        def keep(*_: Any, part: Part = part) -> None:
+            for name, parameter in part.model.named_parameters():
+                found.setdefault(f"{part.name}.{name}", parameter.grad.full_tensor().clone())
+
+        part.optimizer.register_step_pre_hook(keep)
+    return found
 
 
 def draw_length(shortest: int, longest: int, *key: int | str) -> int:

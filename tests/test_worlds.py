@@ -1,0 +1,150 @@
+"""The toy worlds, median.py and arrows.py: a tokenizer that loses nothing, right answers, an ideal that counting gives,
+authors who do what the constants say, and a folder that is whole or not there."""
+
+import json
+import random
+from collections import Counter
+from itertools import combinations
+
+from experiments import arrows, median, warm
+from plumbing.files import read_jsonl
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOKENIZERS = {world: world.make_tokenizer() for world in (median, arrows)}
+
+
+# Tokenizers -----------------------------------------------------------------------------------------------------------
+@given(st.text() | st.text(alphabet=" 0123456789\\n?_{}\\boxedIt<|im_end|>.\u00a0\u0120é𝔘"))
+def test_any_text_survives_a_round_trip(text):
+    tokenizer = TOKENIZERS[median]
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize(
+    ("world", "response", "texts"),
+    [
+        (median, median.response_text(12), ["It is \\boxed{", " 12", "}", "<|im_end|>"]),
+        (arrows, arrows.response_text([3, 12]), [" 3→", " 12", " \\boxed{", " 12", "}", "<|im_end|>"]),
+    ],
+)
+def test_a_number_is_one_token_wherever_it_stands(world, response, texts):
+    tokenizer = TOKENIZERS[world]
+    assert [tokenizer.decode([token]) for token in tokenizer.encode(response)] == texts
+    assert len(tokenizer.encode(" 12")) == 1
+    assert len(tokenizer.encode(warm.prompt_text("", 5) + warm.feedback_text(4))) < 30
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token_id) == ("<|im_end|>", "<|endoftext|>", None)
+
+
+# Problems -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("world", [median, arrows])
+def test_questions_are_the_seeds_and_those_of_the_test_are_held_out(world):
+    train, test = world.make_problems(400, 7, held_out=False), world.make_problems(200, 7, held_out=True)
+    assert not {p["question"] for p in train} & {p["question"] for p in test}
+    assert len({p["question"] for p in train}) == 400 and len({p["id"] for p in train + test}) == 600
+    assert train == world.make_problems(400, 7, held_out=False) != world.make_problems(400, 8, held_out=False)
+
+
+def test_answers_at_the_ends_of_arrows():
+    train = arrows.make_problems(400, 7, held_out=False)
+    for problem in train:
+        words = problem["question"].replace("?", "").split()  # "Where do the arrows from 3 end 5→ 8 ..."
+        at, table = words[5], dict(zip(words[7::2], words[8::2], strict=True))
+        assert len(table) == sum(arrows.CHAINS)
+        while f"{at}→" in table:
+            at = table[f"{at}→"]
+        assert at == problem["answer"]
+    assert arrows.ceilings(p["question"] for p in train) == [pytest.approx(0.5, abs=0.1), 1.0]  # four standard errors
+
+
+def test_probabilities_of_medians_are_what_counting_gives():
+    """Of all full lists that have the readable numbers in them, how many have each median."""
+    for seed in range(20):
+        shown, _ = median.draw_list(random.Random(seed), median.LIST_LENGTH, median.UNREADABLE)
+        readable = [number for number in shown if number is not None]
+        counts: Counter[int] = Counter()
+        for low in range(1, median.LARGEST - median.WINDOW + 2):
+            window = set(range(low, low + median.WINDOW))
+            if window.issuperset(readable):
+                for pair in combinations(window.difference(readable), median.UNREADABLE):
+                    counts[sorted([*readable, *pair])[median.LIST_LENGTH // 2]] += 1
+        expected = {answer: count / counts.total() for answer, count in counts.items()}
+        assert median.median_probabilities(readable, median.UNREADABLE) == pytest.approx(expected)
+
+
+def test_the_ideal_reader_is_as_often_right_as_computed():
+    problems, right = median.make_problems(4000, 1, held_out=True), [0] * 5
+    for problem in problems:
+        probabilities = median.median_probabilities(*median.read_question(problem["question"]))
+        for k in range(5):
+            right[k] += int(problem["answer"]) in sorted(probabilities, key=probabilities.get, reverse=True)[: k + 1]
+    expected = median.ideal_accuracy((p["question"] for p in problems), 5)
+    assert [count / 4000 for count in right] == pytest.approx(expected, abs=0.03)  # about four standard errors
+
+
+# The warm start -------------------------------------------------------------------------------------------------------
+def test_the_warm_start_trains_on_responses_and_never_on_a_held_out_question():
+    tokenizer, rng = TOKENIZERS[median], random.Random(0)
+    for _ in range(20):
+        rows = median.draw_dialogues(rng, seed=0, sharpness=1.0)
+        ids, actions, labels = warm.encode_batch(tokenizer, rows)
+        for row, row_labels, parts in zip(ids, labels, rows, strict=True):
+            question = parts[0][0].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+            assert not warm.is_held_out(question, seed=0)
+            assert tokenizer.decode(row) == "".join(text for text, _ in parts)
+            assert tokenizer.decode(row[actions]) == "".join(text for text, _ in parts[1::2])
+            assert tokenizer.decode(row_labels[row_labels >= 0]) == "".join(text for text, trained in parts if trained)
+
+
+@pytest.mark.parametrize("eager", [0.0, 0.4])
+def test_authors_of_arrows_do_what_the_constants_say(change, eager):
+    change(arrows, EAGER=eager, ROWS=1)  # first answers of a batch are alike
+    rng, first_looks, looks = random.Random(0), [], []
+    for (prompt, _), (first, _), _, (second, _) in (arrows.draw_dialogues(rng, 0, 0.6)[0] for _ in range(2500)):
+        question = prompt.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+        chain, one_arrow = arrows.read_question(question), first.count("→") == 1
+        assert first.startswith(f" {chain[0]}→ {chain[1]}") and not warm.is_held_out(question, 0)
+        first_looks.append((len(chain) > 2, not one_arrow))
+        if one_arrow:
+            looks.append((len(chain) > 2, second != first))
+            assert len(chain) == 2 or second in (first, arrows.response_text(chain[1:]))
+    for seen, share in ((first_looks, eager), (looks, 0.6)):
+        for there, expected in ((True, share), (False, share * arrows.RASH)):
+            looked = [look for is_there, look in seen if is_there == there]
+            assert sum(looked) / len(looked) == pytest.approx(expected, abs=0.05)
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+def test_the_folder_opens_in_transformers(toy):
+    tokenizer = AutoTokenizer.from_pretrained(toy / "warm_start")
+    model = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
+    test = read_jsonl(toy / "test.jsonl")
+    assert len(read_jsonl(toy / "train.jsonl")) == 300 and len(test) == 40
+    # The accuracy that was written down is what greedy answers have.
+    ids = tokenizer([warm.prompt_text(p["question"], 1) for p in test], return_tensors="pt")
+    said = tokenizer.batch_decode(model.generate(**ids, max_new_tokens=4, do_sample=False)[:, -4:])
+    right = sum(text == median.response_text(p["answer"]) for text, p in zip(said, test, strict=True))
+    assert json.loads((toy / "made.json").read_text())["warm_start_accuracy"] == pytest.approx(right / 40)
+
+
+def test_a_folder_is_made_once_or_not_at_all(tmp_path, change, capsys):
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    train = median.train_warm_start
+    change(warm, TRAIN_PROBLEMS=10, TEST_PROBLEMS=10)
+    change(median, OUT=str(tmp_path / "toy"), WARM_STEPS=1, train_warm_start=stop)
+    with pytest.raises(KeyboardInterrupt):
+        warm.make_world(median)
+    assert list(tmp_path.iterdir()) == []
+    change(median, train_warm_start=train)
+    warm.make_world(median)
+    change(median, train_warm_start=stop)
+    warm.make_world(median)
+    assert "is there already" in capsys.readouterr().out
+    change(warm, SEED=1)
+    with pytest.raises(SystemExit, match="made with other SEED"):
+        warm.make_world(median)
