@@ -11,7 +11,7 @@ What "correct" means here:
 - 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
 - A unit, currency sign, degree mark, percent sign or "mod 7" on one side only is ignored, unless the question names
   its unit and it is another one; different units on the two sides differ. So 50\% agrees with 50 and with 0.5.
-- Words beside a value are ignored only if they are known to be harmless: the list HARMLESS, units, what is counted
+- Words beside a value are ignored only if they are known to be harmless: the list BEFORE, units, what is counted
   (COUNTED, plurals of the question). Any other word makes the answer wrong: not, thousand, half of, at least, over.
 - "x = 5" agrees with 5, also with more than a letter before "=" in the answer (m + n = 5, \sin x = 5). Letters of
   choices agree in any dress and case, words agree in any case, "(B) 27" agrees with B and with 27.
@@ -52,7 +52,7 @@ from plumbing.constants import Count
 from plumbing.latex import MAX_ITEMS, read_tree
 from plumbing.question import BASES, Question, list_pieces, read_question
 from plumbing.sandbox import ProgramTests
-from plumbing.tokens import COUNTED, HARMLESS, UNICODE_TABLE, UNITS, read_unit, singular, tokenize
+from plumbing.tokens import BEFORE, COUNTED, UNICODE_TABLE, Unit, read_unit, singular, tokenize
 from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
@@ -179,7 +179,6 @@ def read_answer(text: str) -> Node | None:
 
 
 # Two trees -> the same answer or not ----------------------------------------------------------------------------------
-Unit = str | tuple  # "percent", "degree", "mod 7", what read_unit() returns, the noun that is counted, or nothing
 
 
 class Judge:
@@ -243,51 +242,53 @@ class Judge:
 
     # Units and words
     def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
-        """(value, unit or what is counted or ""), or None if there are words that cannot be ignored."""
+        """(value, unit), or None if there are words that cannot be ignored."""
+        unit: Unit | None = ()
+        if node.kind == "said":
+            node, before, after = node.args
+            unit = read_unit(after)
+            if unit is None and self.counts(after.split()):
+                unit = ((singular(after.split()[-1]), 0),)
+            if unit is not None and read_unit(before.removesuffix(" of")):  # \$5, "units of cm"
+                before, unit = "", read_unit(before)
+            if unit is None or any(word not in BEFORE for word in before.split()):
+                return None
         if node.kind == "unit":
-            return node.args
-        if node.kind != "said":
-            return node, ""
-        value, before, after = node.args
-        unit = read_unit(after)
-        if before == "dollar" or before in UNITS:
-            before, unit = "", read_unit(before)
-        if any(word not in HARMLESS for word in before.split()):
-            return None
-        if after.startswith("mod "):
-            return value, after
-        words = [word for word in after.split() if word not in HARMLESS]
-        asked = words and singular(words[-1]) in self.question.plurals and after in self.question.text.casefold()
-        if unit is None and (asked or all({word, singular(word)} & COUNTED for word in words)):
-            return value, tuple(words[-1:])
-        return (value, unit) if unit else None
+            return (node.args[0], ((node.args[1], 1),)) if not unit else None
+        return node, unit
+
+    def counts(self, words: list[str]) -> bool:
+        """Whether words after a number only say what is counted: known nouns, or the plural that the question has."""
+        known = all({word, singular(word)} & COUNTED for word in words)
+        return known or (
+            singular(words[-1]) in self.question.plurals and " ".join(words) in self.question.text.casefold()
+        )
 
     def is_same_quantity(self, a: Node, b: Node) -> bool:
-        """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
-        left, right = self.split_quantity(a), self.split_quantity(b)
+        """Values with units. A value without one is in the unit that the question asks for; if it asks for none, the
+        other's unit is ignored. Units with a scale are converted: 30 degrees is 30 and pi/6."""
+        left, right = self.split_quantity(a) or read_product(a), self.split_quantity(b) or read_product(b)
         if not left or not right:
             return False
+        if left[1] and right[0].kind == "mul" and not right[1]:
+            right = read_product(b) or right
+        if right[1] and left[0].kind == "mul" and not left[1]:
+            left = read_product(a) or left
         (value_a, unit_a), (value_b, unit_b) = left, right
         if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
             return False
-        if unit_a and unit_b and unit_a != unit_b:
-            scales = [numeric.SCALES.get(unit) if isinstance(unit, str) else None for unit in (unit_a, unit_b)]
-            return False if None in scales else numeric.have_same_value(a, b, self.budget)
-        if unit_a and unit_b:
-            return self.is_same(value_a, value_b)
-        unit = unit_a or unit_b
-        names = {part[0] for part in unit if isinstance(part, tuple)}
-        if names and self.question.units and not names <= {"unit", *self.question.units}:
-            return False
-        if self.is_same(value_a, value_b):
+        known = unit_a or unit_b
+        asked = known
+        if self.question.units and known not in self.question.units and known[0][1] and known[0][0] != "unit":
+            asked = self.question.units[0]
+        same = (unit_a or asked) == (unit_b or asked)
+        if same and self.is_same(value_a, value_b):
             return True
-        for one, other, its_unit in ((value_a, b, unit_a), (value_b, a, unit_b)):
-            if its_unit and other.kind == "mul" and [part.kind for part in other.args] == ["sym", "num"]:
-                name = UNITS.get(other.args[0].args[0].casefold())  # 5 m, which is read as a product, too
-                return its_unit == ((name, 1),) and self.is_same(one, other.args[1])
-        if unit not in numeric.SCALES or {value_a.kind, value_b.kind} & NO_SCALAR:
+        scales = [numeric.SCALES.get(unit[0][0] if unit else "") for unit in (unit_a, unit_b)]
+        if None in scales or {value_a.kind, value_b.kind} & NO_SCALAR or (same and unit_a and unit_b):
             return False
-        return numeric.have_same_value(a if unit_a else value_a, b if unit_b else value_b, self.budget)
+        scaled = [tree.multiply(value, scale) for value, scale in zip((value_a, value_b), scales, strict=True)]
+        return numeric.have_same_value(*scaled, self.budget)
 
     # Names and lists
     def split_definition(self, node: Node) -> tuple[Node, Node] | None:
@@ -366,6 +367,21 @@ class Judge:
         if self.question.wants_point and "tuple" in (a.kind, b.kind):
             return False
         return numeric.have_same_members(a, b, self.budget)
+
+
+def read_product(node: Node) -> tuple[Node, Unit] | None:
+    """5 m/s, which is read as a product of a number and letters, as a quantity."""
+    if node.kind != "mul":
+        return None
+    words, values = [], []
+    for part in node.args:
+        base, power = part.args if part.kind == "pow" else (part, tree.ONE)
+        if base.kind == "sym" and power.kind == "num":
+            words.append(f"{base.args[0]} ^{power.args[0]}" if power != tree.ONE else base.args[0])
+        else:
+            values.append(part)
+    unit = read_unit(" ".join(words))
+    return (tree.multiply(*values), unit) if unit and values and not tree.find_unknowns(*values) else None
 
 
 def have_same_names(a: Node, b: Node) -> bool:

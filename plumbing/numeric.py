@@ -31,7 +31,7 @@ MAX_PLACES: int = 40  # of a decimal that may be a rounded value
 MP = mpmath.MPContext()  # its precision changes from one evaluation to the next,
 LOCK = threading.RLock()  # hence one at a time
 DEGREE = tree.divide(tree.PI, tree.number(180))
-SCALES = {"percent": tree.number(Fraction(1, 100)), "degree": DEGREE}
+SCALES = {"percent": tree.number(Fraction(1, 100)), "degree": DEGREE, "radian": tree.ONE, "": tree.ONE}
 
 
 class Undefined(Exception):

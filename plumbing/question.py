@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from plumbing import tree
 from plumbing.latex import read_tree
-from plumbing.tokens import UNICODE_TABLE, read_unit, singular, tokenize
+from plumbing.tokens import read_unit, singular, tokenize
 from plumbing.tree import Node, Unreadable
 
 FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -20,11 +20,14 @@ DECREASING = re.compile(r"decreasing|descending|from (?:the )?(?:great|larg|high
 POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", re.I)
 BASES = dict(zip(tree.words("two three four five six seven eight nine"), "23456789", strict=True)) | {"binary": "2"}
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
-ASKED_UNIT = re.compile(
-    r"\b(?:in|how many|number of|nearest)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
-    r"(\\AA|[A-Za-z/]+(?:\s(?:per|/)\s\w+)?)",
+ASKED_UNIT = re.compile(  # in meters, how many square feet, (in $\mathrm{km/s}$), degree measure
+    r"\b(?:in|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
+    r"(\\AA\b|(?:square |cubic |sq\.? )?[a-z]{2,}\b(?:(?:\s*/\s*|\s+per\s+)[a-z]+\b(?: squared)?)?"
+    r"|[mgsJKVWN](?=[}$]*[?.,)]))"
+    r"|\b(degree)(?= measure)",
     re.I,
 )
+NO_UNITS = {"in", "am", "pm", "us", "at"}  # words that are also abbreviations
 ASKED_NAMES = re.compile(
     r"(?:find|determine|what|values? of|compute|solve)[^.?]*?"
     r"((?:\$[a-zA-Z]\$(?:,? and |, ))+\$[a-zA-Z]\$|\$\((?:[a-zA-Z], ?)+[a-zA-Z]\)\$)",
@@ -41,7 +44,7 @@ def list_pieces(text: str) -> list[tuple[str, ...]]:
     """The numbers, letters and signs of a formula, in alphabetical order; first of all of it, then of each side of a
     relation in it. Brackets, +, -, *, / and fractions are left out: they can be changed without changing a thing."""
     pieces: list[list[str]] = [[], []]
-    for token in tokenize(text.translate(UNICODE_TABLE)):
+    for token in tokenize(text):
         if token.value in RELATION_SIGNS:
             pieces.append([])
         elif token.kind != "word" and token.value not in FREE_SIGNS:
@@ -66,10 +69,9 @@ class Question:
         self.wants_point = bool(POINT.search(text)) and "interval" not in text
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
         self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
-        units = ["angstrom" if "AA" in unit else unit.casefold() for unit in ASKED_UNIT.findall(text)]
-        short = ("cm", "mm", "km", "kg", "nm", "ft", "hz", "ev")  # others of two letters may be words
-        found = [read_unit(unit) for unit in units if len(unit) > 2 or unit in short]
-        self.units = {name for unit in found if unit for name, _ in unit} - {"unit", "degree", "percent"}
+        units = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
+        found = [read_unit(unit) for unit in units if unit not in NO_UNITS]
+        self.units = [unit for unit in found if unit]
         names = ASKED_NAMES.search(text)
         self.names = re.findall(r"[a-zA-Z](?![a-z])", names[1].replace("and", "")) if names else []
 

@@ -1,13 +1,14 @@
-r"""LaTeX -> tokens, and what words and units are known.
+r"""LaTeX -> tokens, and which words and units are known.
 
-tokenize() leaves out what only decorates (\left, spaces, \text around mathematics) and gives one name to what has
-several spellings. Words stay words: which of them may stand beside a value is written down here, in HARMLESS, COUNTED
-and UNITS; what is not in a list is not ignored.
+clean() gives one notation to what has several. tokenize() leaves out what only decorates (\left, spaces, \text around
+mathematics). Words stay words: which of them may stand beside a value is written down here, in BEFORE, COUNTED and
+UNITS; what is not in a list is not ignored.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from plumbing import tree
@@ -18,6 +19,8 @@ class Token(NamedTuple):
     kind: str  # "num", "name" (one letter), "cmd", "word", "char" or "end"
     value: str
 
+
+END = Token("end", "")
 
 # Text -> tokens -------------------------------------------------------------------------------------------------------
 UNICODE = {  # signs and their LaTeX
@@ -30,25 +33,79 @@ UNICODE = {  # signs and their LaTeX
     "¾": r"\frac{3}{4}", "⅔": r"\frac{2}{3}", "∖": r"\setminus ", "…": r"\ldots ", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "√": r"\sqrt ", "µ": r"\mu ", "Å": r"\AA ", "∉": r"\notin ",
     "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}", "∀": r"\forall ",
-    "Ω": r"\Omega ", "\u200b": "", "\ufeff": "", "\\\n": " ",
+    "Ω": r"\Omega ", "\u200b": "", "\ufeff": "",
 }  # fmt: skip
 GREEK = tree.words("alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega")
 UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
-UNICODE_TABLE = str.maketrans({sign: latex for sign, latex in UNICODE.items() if len(sign) == 1})
+UNICODE_TABLE = str.maketrans(UNICODE)
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
 ON_THE_LINE = str.maketrans(RAISED + LOWERED, "0123456789+-()n" * 2)
 
-TEXT_COMMANDS = r"text(?!color)[a-z]*|[mh]box|math(?:rm|bf|it|sf|cal|scr|ring)|operatorname\*?|bm|boldsymbol|emph"
+
+def write_period(match: re.Match) -> str:
+    r"""0.1\overline{6} as the fraction (16 - 1)/90."""
+    fixed, period = match[1].replace(".", ""), match[2]
+    bottom = (10 ** len(period) - 1) * 10 ** (len(match[1]) - match[1].index(".") - 1)
+    return rf"{{\frac{{{int(fixed + period) - int(fixed or 0)}}}{{{bottom}}}}}"
+
+
+LETTER = r"(\\[A-Za-z]+|[A-Za-z])"
+REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # independent of each other
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\[hv]?phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}", ""),  # not seen
+        (r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1 "),  # \\[2mm]
+        (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|\\,)\s*\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}234
+        (r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", write_period),  # 0.\overline{3}
+        (f"[{RAISED}]+", lambda m: f"^{{{m[0].translate(ON_THE_LINE)}}}"),  # x²
+        (f"[{LOWERED}]+", lambda m: f"_{{{m[0].translate(ON_THE_LINE)}}}"),  # x₁
+        (r"\b([apAP])\. ?([mM])\b\.?", r"\1\2"),  # p.m.
+        (r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d)(?:\s*(\d)|(?=\{))", r"\1{\2}\3 "),  # \frac12
+        (r"-\s*\\\$", r"\\$-"),  # -\$5
+        (r"\\mathring\s*\{(?:\\mathrm\s*\{)?A\}?\}", r"\\AA "),  # the angstrom
+        (
+            r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*(?:[CF]\b|\\(?:text|mathrm)\s*\{\s*[CF]\s*\}))?",
+            r"\\circ ",
+        ),  # 5^{\circ}
+        (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{\s*-\s*1\s*\}", r"\\arc\1 "),  # \sin^{-1}
+        (r"\\log_(\d)(\d+)(?!\s*[\w({\\|.])", r"\\log_{\1}{\2}"),  # \log_264, as TeX reads it
+        (r"(?<![\w}])(?:\{\s*\})?_\{?(\w+)\}?\s*C_\{?(\w+)\}?", r"\\binom{\1}{\2}"),  # {}_{10}C_3
+        (r"\bC_\{?(\w+)\}?\^\{?(\w+)\}?", r"\\binom{\1}{\2}"),  # C_{10}^3
+        (r"\\(d?)dot\s*\{?\s*" + LETTER + r"\}?", lambda m: f"{m[2]}'{'d' and len(m[1]) * chr(39)}"),  # \ddot{x}
+        (
+            r"\\frac\s*\{\s*d\s*(?:\^\s*\{?(\d)\}?)?\s*"
+            + LETTER
+            + r"(_\{?\w+\}?)?\s*\}\s*\{\s*d[^{}]*(?:\{\d\})?\s*\}",
+            lambda m: f"{m[2]}{m[3] or ''}{chr(39) * int(m[1] or 1)} ",  # \frac{d^2 x}{dt^2}
+        ),
+        (r"\bd([A-Za-z])/d[a-z]\b", r"\1'"),  # dx/dt
+        (
+            r"\^\s*(?:\{\s*((?:\\prime\s*|')+)\}|\\prime|')",
+            lambda m: "'" * max(1, len(re.findall("prime|'", m[0]))),
+        ),  # x^{\prime}
+    )
+]
+
+
+@functools.lru_cache(maxsize=8192)
+def clean(text: str) -> str:
+    r"""The text in one notation, with LaTeX in place of other signs; x'(t) is x' in an equation with derivatives.
+
+    >>> clean(r"\ddot{x} + 2x(t) = 1{,}000²")
+    "x'' + 2x = 1000^{2}"
+    """
+    text = text.translate(UNICODE_TABLE).replace(r",\!", "{,}").replace(r"\!", "").replace("\\\n", " ")
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
+    return re.sub(r"(?<=[A-Za-z'}])\s*\([tx]\)", "", text) if "'" in text else text
+
+
+TEXT_COMMANDS = r"text(?!color)[a-z]*|[mh]box|math(?:rm|bf|it|sf|cal|scr)|operatorname\*?|bm|boldsymbol|emph"
 TOKEN = re.compile(
-    r"""(?P<num>(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}(?:\\!)?|\\!|\\,|,\s?\\!)\s*\d{3})+(?:\.\d+)?(?!\d)  # 1{,}234
-        |(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
-    |\\(?:COMMANDS)\s*\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
-    |\\[hv]?phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}|\b(?:np|math|sympy)\.
-    |(?P<row>\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?)
-    |(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<raised>[RAISED]+)|(?P<lowered>[LOWERED]+)
-    |(?P<char>\*\*|<=|>=|(?<![\d)}])!=|&&|\.{2,}|\S)""".replace("COMMANDS", TEXT_COMMANDS)
-    .replace("RAISED", RAISED)
-    .replace("LOWERED", LOWERED),
+    r"""(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
+    |(?P<font>\\(?:COMMANDS))\s*\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
+    |(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)
+    |(?P<char>\*\*|<=|>=|(?<![\d)}])!=|&&|\.{2,}|\S)""".replace("COMMANDS", TEXT_COMMANDS),
     re.S | re.X,
 )
 NAMES = dict.fromkeys(("infty", "infinity", "inf", "oo", "Infinity"), "infty") | {name: name for name in GREEK}
@@ -73,73 +130,65 @@ UNIT_WORDS = set(  # words in formulas that are no product of letters, as xy is
     tree.words(
         "cm mm km nm ft in kg lb lbs oz mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins "
         "min sec secs day days week year mph kph rad deg Hz kHz MHz eV keV MeV USD am pm AM PM per men boys girls "
-        "ways pts yes no Yes No not kJ kW Pa kPa atm mol erg dyn gm five four six nine ten zero one two true false "
-        "True False or and odd even None none"
+        "ways pts yes no Yes No not kJ kW Pa kPa atm mol erg dyn gm mod two one zero four five six nine ten true "
+        "True or odd even None none"
     )
 )
 
 
-def may_be_unit(letter: str, before: Token) -> bool:
+def is_unit_letter(letter: str, before: Token) -> bool:
     r"""Whether a letter in \text{...} is the unit of what stands before it: 5\text{ K}, \text{kg}/\text{m}"""
     after_unit = before.kind == "word" or before.value in (")", "}", "{", "/", "*", r"\mu")
-    return letter not in ("e", "i", "d") and (
-        before.kind == "num" or (after_unit and (letter.islower() or letter in "JNKVW"))
-    )
+    is_unit = before.kind == "num" or (after_unit and (letter.islower() or letter in "JNKVW"))
+    return is_unit and letter not in ("e", "i", "d")
 
 
-def name_run(run: str, in_text: bool, before: Token) -> Iterator[Token]:
+def split_run(run: str, in_text: bool, before: Token) -> Iterator[Token]:
     """A run of letters is "and", a known name, a word, or a product of letters."""
     if run in ("and", "or"):
         yield Token("char", ",")
     elif run in tree.FUNCTIONS or run in NAMES:
         yield Token("cmd", "\\" + NAMES.get(run, run))
-    elif run in UNIT_WORDS or len(run) > 4 or (in_text and (len(run) > 1 or may_be_unit(run, before))):
+    elif run in UNIT_WORDS or len(run) > 4 or (in_text and (len(run) > 1 or is_unit_letter(run, before))):
         yield Token("word", run)
     else:
         yield from (Token("name", letter) for letter in run)
 
 
-def tokenize(text: str, in_text: bool = False, before: Token = Token("end", "")) -> Iterator[Token]:  # noqa: B008
+def scan(text: str, in_text: bool, before: Token) -> Iterator[Token]:
+    r"""The tokens of a clean text, which may be the one in \text{}; `before` is the token before it."""
+    for match in TOKEN.finditer(text):
+        kind = match.lastgroup or ""
+        value = match[kind]
+        if kind == "text":  # \mathbf{v} is a letter, \text{v} may be a unit
+            is_name = len(value.strip()) == 1 and not match["font"].startswith((r"\text", r"\mathrm", r"\mbox"))
+            found = scan(value, not is_name, before)
+        elif kind == "run":
+            found = split_run(value, in_text, before)
+        elif value in DRESS:
+            continue
+        else:
+            value = COMMANDS.get(value, value)
+            found = iter([Token("cmd" if value[0] == "\\" else "num" if kind == "num" else "char", value)])
+        for before in found:
+            yield before
+
+
+@functools.lru_cache(maxsize=8192)
+def tokenize(text: str) -> tuple[Token, ...]:
     r"""The tokens of a text, without its dress.
 
     >>> [token.value for token in tokenize(r"\left(\dfrac{x}2,\;1{,}000\text{ cm}\right)")]
     ['(', '\\frac', '{', 'x', '}', '2', ',', '1000', 'cm', ')']
     """
-    text = re.sub(r"\b([apAP])\. ?([mM])\b\.?", r"\1\2", text)  # p.m.
-    text = re.sub(r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d)(?:\s*(\d)|(?=\{))", r"\1{\2}\3 ", text)  # \frac12
-    for match in TOKEN.finditer(text):
-        kind, value = match.lastgroup, match[match.lastgroup] if match.lastgroup else ""
-        if kind == "num":
-            found: Iterator[Token] = iter([Token("num", re.sub(r"[^\d.eE+-]|\\[!,]", "", value))])
-        elif kind == "text":
-            if match[0].startswith(r"\mathring") and "A" in value:
-                found = iter([Token("word", "angstrom")])
-            else:
-                vector = len(value.strip()) == 1 and not match[0].startswith(("\\text", "\\mathrm", "\\mbox"))
-                found = tokenize(value, in_text=not vector, before=before)
-        elif kind == "run":
-            found = name_run(value, in_text, before)
-        elif kind in ("raised", "lowered"):
-            inner = tokenize(value.translate(ON_THE_LINE))
-            mark = "^" if kind == "raised" else "_"
-            found = iter([Token("char", mark), Token("char", "{"), *inner, Token("char", "}")])
-        elif kind == "row":
-            found = iter([Token("cmd", r"\\")])
-        elif kind in ("cmd", "char") and value not in DRESS:
-            value = COMMANDS.get(value, value)
-            found = iter([Token("cmd" if value[0] == "\\" else "char", value)])
-        else:
-            continue
-        for before in found:
-            yield before
+    return tuple(scan(clean(text), False, END))
 
 
 # Words and units ------------------------------------------------------------------------------------------------------
-HARMLESS = set(
+BEFORE = set(  # harmless before a value
     tree.words(
         "a an the option choice answer final result is are be equals equal to so thus hence therefore it its we "
-        "get have there of total value exactly approximately about solution solutions each only unit units square "
-        "cubic radian radians rad in mod if when for x y n"
+        "get have there of total value exactly approximately about solution solutions only area perimeter volume"
     )
 )
 COUNTED = set(
@@ -165,16 +214,20 @@ UNITS = METRIC | {p + u: PREFIXES[p] + METRIC[u] for p in PREFIXES for u in METR
 UNITS |= {
     "ft": "foot", "feet": "foot", "in": "inch", "inche": "inch", "lb": "pound", "oz": "ounce", "sec": "second",
     "h": "hour", "hr": "hour", "min": "minute", "mi": "mile", "yd": "yard", "metre": "meter", "litre": "liter",
-    "gm": "gram", "rs": "rupee", "usd": "dollar", "kph": "kmh", "atm": "atmosphere", "mev": "megaelectronvolt",
+    "gm": "gram", "rs": "rupee", "usd": "dollar", "rad": "radian", "radian": "radian", "atm": "atmosphere",
+    "mev": "megaelectronvolt",
     "day": "day", "week": "week", "month": "month", "year": "year", "yr": "year", "acre": "acre", "gallon": "gallon",
     "euro": "euro", "yen": "yen", "cent": "cent", "dollar": "dollar", "am": "am", "pm": "pm", "erg": "erg",
     "dyne": "dyne", "dyn": "dyne", "ohm": "ohm", "angstrom": "angstrom", "degree": "degree", "pint": "pint",
-    "quart": "quart", "cup": "cup", "ton": "ton", "mph": "mile / hour", "kmph": "kilometer / hour", "cc": "cm3",
-    "pound sterling": "pound", "parsec": "parsec", "pc": "parsec", "gauss": "gauss", "micron": "micrometer",
+    "quart": "quart", "cup": "cup", "ton": "ton", "unit": "unit",
+    "sterling": "pound", "parsec": "parsec", "pc": "parsec", "gauss": "gauss", "micron": "micrometer",
     "percent": "percent",
 }  # fmt: skip
 UNITS |= {name: name for name in UNITS.values()}
-SIDES = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
+POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
+UNIT_PART = re.compile(r"\^ ?(-? ?\d+)|[a-z]+|/")
+
+Unit = tuple[tuple[str, int], ...]  # names with their powers: (("meter", 1), ("second", -2)); a counted noun has 0
 
 
 def singular(word: str) -> str:
@@ -182,31 +235,35 @@ def singular(word: str) -> str:
     return word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word
 
 
-def read_unit(text: str) -> tuple[tuple[str, int], ...] | None:
-    """A unit as its parts with their powers, or None if a word is no unit.
+@functools.lru_cache(maxsize=1024)
+def read_unit(text: str) -> Unit | None:
+    r"""A unit from its tokens or its words; None if one of them is no unit, () if there are none.
 
-    >>> read_unit("square cm"), read_unit("centimeters ^2"), read_unit("km / h"), read_unit("thousand")
-    ((('centimeter', 2),), (('centimeter', 2),), (('hour', -1), ('kilometer', 1)), None)
+    >>> read_unit("square cm"), read_unit(r"\frac { km } { h }"), read_unit("thousand")
+    ((('centimeter', 2),), (('hour', -1), ('kilometer', 1)), None)
     """
+    text = re.sub(r"\\frac \{ (.*) \} \{ (.*) \}", r"\1 / \2", text.casefold())
+    text = re.sub(r"[(){}*]", "", text.replace(r"\mu ", "micro").replace("mph", "mile / hour").replace("kph", "km / h"))
+    text = re.sub(r"degrees? +(?:c|f|celsius|fahrenheit)\b", "degree", re.sub(r"  +", " ", text)).strip()
+    if modulus := re.fullmatch(r"\\?p?mod (\d+)", text):
+        return ((f"mod {modulus[1]}", 1),)
     powers: Counter[str] = Counter()
     sign, side, last = 1, 1, ""
-    text = re.sub(r"\b([ap]) m\b", r"\1m", text).replace("mph", "mile / hour").replace("kph", "kilometer / hour")
-    for part in re.findall(r"\^-?\d+|[a-z]+|/", text):
+    for match in UNIT_PART.finditer(text):
+        part = match[0]
         if part in ("/", "per"):
             sign = -1
-        elif part[0] == "^" and last:
-            powers[last] *= int(part[1:])
-        elif part in SIDES and not part.endswith("ed"):
-            side = SIDES[part]
-        elif part in SIDES and last:
-            powers[last] *= SIDES[part]
+        elif last and (match[1] or part.endswith("ed")):
+            powers[last] *= int(match[1].replace(" ", "")) if match[1] else POWERS.get(part, 0)
+        elif part in POWERS:
+            side = POWERS[part]
         else:
-            last = UNITS.get(part) or UNITS.get(singular(part)) or ("unit" if part in ("unit", "units") else "")
+            last = UNITS.get(part) or UNITS.get(singular(part), "")
             if not last:
                 return None
             powers[last] += sign * side
             sign, side = 1, 1
-    return tuple(sorted(powers.items())) if powers else None
+    return None if UNIT_PART.sub("", text).strip() or 0 in powers.values() else tuple(sorted(powers.items()))
 
 
 NUMERALS = tree.words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")
@@ -216,13 +273,13 @@ TENS = tree.words("zero ten twenty thirty forty fifty sixty seventy eighty ninet
 
 def read_words(words: list[str]) -> Node:
     """Words alone: a number (five, twenty-five, five apples), or a text."""
-    value, used = None, 1
-    if words[0] in NUMERALS:
-        value = NUMERALS.index(words[0])
-    elif words[0] in TENS:
+    value, used = 0, 1
+    if words[0] in TENS[2:]:
+        value = 10 * TENS.index(words[0])
         used = 2 if words[1:] and words[1] in NUMERALS[1:10] else 1
-        value = 10 * TENS.index(words[0]) + (NUMERALS.index(words[1]) if used == 2 else 0)
-    if value is None:
+    if words[used - 1] in NUMERALS:
+        value += NUMERALS.index(words[used - 1])
+    elif not value:
         return Node("text", (" ".join(words),))
     rest = " ".join(words[used:])
     return Node("said", (tree.number(value), "", rest)) if rest else tree.number(value)
