@@ -206,7 +206,7 @@ class Judge:
         if a == b:
             return True
         self.budget.spend(10, 0)
-        if kinds & {"said", "unit"}:
+        if kinds & {"said", "unit", "mixed"}:
             return self.is_same_quantity(a, b)
         left, right = self.split_definition(a), self.split_definition(b)
         if left and right and have_same_names(left[0], right[0]) and self.is_same(left[1], right[1]):
@@ -243,52 +243,62 @@ class Judge:
     # Units and words
     def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
         """(value, unit), or None if there are words that cannot be ignored."""
-        unit: Unit | None = ()
+        unit: Unit | None = Unit()
+        if node.kind == "mixed":  # 2 hours 30 minutes
+            left, right = map(self.split_quantity, node.args)
+            if not left or not right or left[1].powers != right[1].powers:
+                return None
+            return tree.add(left[0], tree.multiply(right[0], tree.number(right[1].size / left[1].size))), left[1]
         if node.kind == "said":
             node, before, after = node.args
             unit = read_unit(after)
             if unit is None and self.counts(after.split()):
-                unit = ((singular(after.split()[-1]), 0),)
-            if unit is not None and read_unit(before.removesuffix(" of")):  # \$5, "units of cm"
+                unit = Unit(powers=((singular(after.split()[-1]), 0),))
+            if unit and not unit.powers and read_unit(before.removesuffix(" of")):  # \$5, "units of cm"
                 before, unit = "", read_unit(before)
             if unit is None or any(word not in BEFORE for word in before.split()):
                 return None
         if node.kind == "unit":
-            return (node.args[0], ((node.args[1], 1),)) if not unit else None
+            return (node.args[0], Unit(powers=((node.args[1], 1),))) if not unit.powers else None
         return node, unit
 
     def counts(self, words: list[str]) -> bool:
         """Whether words after a number only say what is counted: known nouns, or the plural that the question has."""
         known = all({word, singular(word)} & COUNTED for word in words)
-        return known or (
-            singular(words[-1]) in self.question.plurals and " ".join(words) in self.question.text.casefold()
-        )
+        is_asked = singular(words[-1]) in self.question.plurals
+        return known or (is_asked and " ".join(words) in self.question.text.casefold())
 
     def is_same_quantity(self, a: Node, b: Node) -> bool:
-        """Values with units. A value without one is in the unit that the question asks for; if it asks for none, the
-        other's unit is ignored. Units with a scale are converted: 30 degrees is 30 and pi/6."""
-        left, right = self.split_quantity(a) or read_product(a), self.split_quantity(b) or read_product(b)
+        """Values with units, in any units of the same quantity; what unit a bare value has, the question says."""
+        left, right = self.split_quantity(a), self.split_quantity(b)
+        if left and right and left[1].powers and not right[1].powers:
+            right = read_product(b) or right
+        if left and right and right[1].powers and not left[1].powers:
+            left = read_product(a) or left
         if not left or not right:
             return False
-        if left[1] and right[0].kind == "mul" and not right[1]:
-            right = read_product(b) or right
-        if right[1] and left[0].kind == "mul" and not left[1]:
-            left = read_product(a) or left
         (value_a, unit_a), (value_b, unit_b) = left, right
         if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
             return False
-        known = unit_a or unit_b
-        asked = known
-        if self.question.units and known not in self.question.units and known[0][1] and known[0][0] != "unit":
-            asked = self.question.units[0]
-        same = (unit_a or asked) == (unit_b or asked)
-        if same and self.is_same(value_a, value_b):
-            return True
-        scales = [numeric.SCALES.get(unit[0][0] if unit else "") for unit in (unit_a, unit_b)]
-        if None in scales or {value_a.kind, value_b.kind} & NO_SCALAR or (same and unit_a and unit_b):
+        if not unit_a.powers and not unit_b.powers:
+            return self.is_same(value_a, value_b)
+        units_a = [unit_a] if unit_a.powers else self.question.guess_units(unit_b)
+        units_b = [unit_b] if unit_b.powers else self.question.guess_units(unit_a)
+        return any(self.is_same_in(value_a, u, value_b, v) for u in units_a for v in units_b)
+
+    def is_same_in(self, a: Node, unit_a: Unit, b: Node, unit_b: Unit) -> bool:
+        """Whether two values in these units are the same quantity."""
+        if unit_a == unit_b:
+            return self.is_same(a, b)
+        scales = []
+        for unit in (unit_a, unit_b):
+            scale = numeric.SCALES.get(unit.powers[0][0] if unit.powers else "")
+            if scale is None and unit_a.powers != unit_b.powers:
+                return False
+            scales.append(scale or tree.number(unit.size))
+        if {a.kind, b.kind} & NO_SCALAR:
             return False
-        scaled = [tree.multiply(value, scale) for value, scale in zip((value_a, value_b), scales, strict=True)]
-        return numeric.have_same_value(*scaled, self.budget)
+        return numeric.have_same_value(tree.multiply(a, scales[0]), tree.multiply(b, scales[1]), self.budget)
 
     # Names and lists
     def split_definition(self, node: Node) -> tuple[Node, Node] | None:
@@ -381,7 +391,8 @@ def read_product(node: Node) -> tuple[Node, Unit] | None:
         else:
             values.append(part)
     unit = read_unit(" ".join(words))
-    return (tree.multiply(*values), unit) if unit and values and not tree.find_unknowns(*values) else None
+    is_quantity = unit and unit.powers and values and not tree.find_unknowns(*values)
+    return (tree.multiply(*values), unit) if unit and is_quantity else None
 
 
 def have_same_names(a: Node, b: Node) -> bool:

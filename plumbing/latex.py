@@ -74,8 +74,9 @@ class Reader:
             items.append(self.item())
             if len(items) > MAX_ITEMS:
                 raise Unreadable("too many items")
-            is_mixed = items[-1].kind == "said" and self.peek().kind == "num"  # 2 hours 30 minutes
-            if self.peek().value not in (",", ";") and not is_mixed:
+            while items[-1].kind in ("said", "mixed") and self.peek().kind == "num":  # 2 hours 30 minutes
+                items.append(Node("mixed", (items.pop(), self.item())))
+            if self.peek().value not in (",", ";"):
                 return items
 
     def words(self) -> list[str]:
@@ -261,7 +262,11 @@ class Reader:
         r"""A number; a mixed number: 3\frac{3}{4} is a sum."""
         if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > tree.MAX_BITS:
             raise Unreadable("too large")
-        value = tree.number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
+        fixed, _, period = text.partition("…")
+        value = tree.number(Fraction(re.sub(r"\.(?=[eE]|$)", "", fixed)))
+        if period:  # 0.4…5 is 0.4555...
+            places = len(fixed) - fixed.index(".") - 1
+            return tree.add(value, tree.number(Fraction(int(period), 10**places * (10 ** len(period) - 1))))
         if is_argument:
             return value
         if self.peek().value == "_":
@@ -368,7 +373,9 @@ class Reader:
         while not self.accept(r"\end"):
             if self.accept(r"\\"):
                 rows.append([])
-            elif not self.accept("&"):
+            elif self.peek().value in ("if", "when", "for") or self.peek().value == "&":
+                self.take()
+            else:
                 rows[-1].extend(self.items("&"))
             if self.peek().kind == "end" or sum(map(len, rows)) > MAX_ITEMS:
                 raise Unreadable("a matrix without end")

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from plumbing import tree
 from plumbing.latex import read_tree
-from plumbing.tokens import read_unit, singular, tokenize
+from plumbing.numeric import SCALES
+from plumbing.tokens import Unit, read_unit, singular, tokenize
 from plumbing.tree import Node, Unreadable
 
 FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -21,12 +22,13 @@ POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", 
 BASES = dict(zip(tree.words("two three four five six seven eight nine"), "23456789", strict=True)) | {"binary": "2"}
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
 ASKED_UNIT = re.compile(  # in meters, how many square feet, (in $\mathrm{km/s}$), degree measure
-    r"\b(?:in|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
+    r"\b(?:in(?! how\b)|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
     r"(\\AA\b|(?:square |cubic |sq\.? )?[a-z]{2,}\b(?:(?:\s*/\s*|\s+per\s+)[a-z]+\b(?: squared)?)?"
     r"|[mgsJKVWN](?=[}$]*[?.,)]))"
     r"|\b(degree)(?= measure)",
     re.I,
 )
+NAMED_UNIT = re.compile(r"\d(?:[\s$~-]|\\[ ,;]|\\(?:text|mathrm|mbox)\{)*([A-Za-z]+)|\b([a-z]{4,})")  # 5 m, a meter
 NO_UNITS = {"in", "am", "pm", "us", "at"}  # words that are also abbreviations
 ASKED_NAMES = re.compile(
     r"(?:find|determine|what|values? of|compute|solve)[^.?]*?"
@@ -69,9 +71,10 @@ class Question:
         self.wants_point = bool(POINT.search(text)) and "interval" not in text
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
         self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
-        units = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
-        found = [read_unit(unit) for unit in units if unit not in NO_UNITS]
-        self.units = [unit for unit in found if unit]
+        words = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
+        self.asked_units = [unit for word in words if word not in NO_UNITS and (unit := read_unit(word)) and unit.powers]
+        words = ["".join(match) for match in NAMED_UNIT.findall(text)]
+        self.named_units = [unit for word in words if (unit := read_unit(word)) and unit.powers]
         names = ASKED_NAMES.search(text)
         self.names = re.findall(r"[a-zA-Z](?![a-z])", names[1].replace("and", "")) if names else []
 
@@ -88,6 +91,15 @@ class Question:
                 calls |= {part for part in tree.iterate_parts(read_tree(formula)) if part.kind == "call"}
         return calls
 
+    def guess_units(self, other: Unit) -> list[Unit]:
+        """The units that a bare value may have beside one with a unit: those that the question asks for, else those of
+        the same quantity that it names, else the other's. A bare angle or share may also be a plain number."""
+        if is_scale(other):
+            return [unit for unit in self.asked_units if is_scale(unit)] or [other, Unit()]
+        named = [unit for unit in self.named_units if [name for name, _ in other.powers] == [unit.powers[0][0]]]
+        raised = [Unit(unit.size ** other.powers[0][1], other.powers) for unit in named]
+        return [unit for unit in self.asked_units if not is_scale(unit)] or raised or [other]
+
     def is_repeated_by(self, answer: str, gold: str, node: Node | None, gold_node: Node | None) -> bool:
         """Whether the answer is a formula of the question, and the gold answer is not.
 
@@ -103,6 +115,11 @@ class Question:
             return False
         sides = [side for side in sides if len(side) > 1 or (side and side[0][0].isdigit())]
         return repeats(whole, self.pieces) or (bool(sides) and all(repeats(side, self.pieces) for side in sides))
+
+
+def is_scale(unit: Unit) -> bool:
+    """Whether this is no unit of anything: degrees, radians, percent."""
+    return unit.powers[0][0] in SCALES
 
 
 def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> bool:

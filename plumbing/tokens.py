@@ -6,9 +6,11 @@ UNITS; what is not in a list is not ignored.
 """
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 from plumbing import tree
@@ -42,13 +44,7 @@ RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄
 ON_THE_LINE = str.maketrans(RAISED + LOWERED, "0123456789+-()n" * 2)
 
 
-def write_period(match: re.Match) -> str:
-    r"""0.1\overline{6} as the fraction (16 - 1)/90."""
-    fixed, period = match[1].replace(".", ""), match[2]
-    bottom = (10 ** len(period) - 1) * 10 ** (len(match[1]) - match[1].index(".") - 1)
-    return rf"{{\frac{{{int(fixed + period) - int(fixed or 0)}}}{{{bottom}}}}}"
-
-
+SCRIPT = r"\{?((?<=\{)\w+(?=\})|\w)\}?"  # a group or one sign
 LETTER = r"(\\[A-Za-z]+|[A-Za-z])"
 REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # independent of each other
     (re.compile(pattern), replacement)
@@ -56,7 +52,7 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
         (r"\\[hv]?phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}", ""),  # not seen
         (r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1 "),  # \\[2mm]
         (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|\\,)\s*\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}234
-        (r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", write_period),  # 0.\overline{3}
+        (r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", r"\1…\2"),  # 0.\overline{3}
         (f"[{RAISED}]+", lambda m: f"^{{{m[0].translate(ON_THE_LINE)}}}"),  # x²
         (f"[{LOWERED}]+", lambda m: f"_{{{m[0].translate(ON_THE_LINE)}}}"),  # x₁
         (r"\b([apAP])\. ?([mM])\b\.?", r"\1\2"),  # p.m.
@@ -69,8 +65,11 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
         ),  # 5^{\circ}
         (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{\s*-\s*1\s*\}", r"\\arc\1 "),  # \sin^{-1}
         (r"\\log_(\d)(\d+)(?!\s*[\w({\\|.])", r"\\log_{\1}{\2}"),  # \log_264, as TeX reads it
-        (r"(?<![\w}])(?:\{\s*\})?_\{?(\w+)\}?\s*C_\{?(\w+)\}?", r"\\binom{\1}{\2}"),  # {}_{10}C_3
-        (r"\bC_\{?(\w+)\}?\^\{?(\w+)\}?", r"\\binom{\1}{\2}"),  # C_{10}^3
+        (rf"(?<![\w}}])(?:\{{\s*\}})?_{SCRIPT}\s*C_{SCRIPT}", r"\\binom{\1}{\2}"),  # {}_{10}C_3
+        (rf"(?<![\w}}])(?:\{{\s*\}})?_{SCRIPT}\s*P_{SCRIPT}", r"\\frac{\1!}{(\1-\2)!}"),  # {}_5P_2
+        (r"-\s*(?=\\\{)", r"\\setminus "),  # \mathbb{R} - \{0\}
+        (r"\b(?:np|math|sympy)\.", ""),
+        (rf"\bC_{SCRIPT}\^{SCRIPT}", r"\\binom{\1}{\2}"),  # C_{10}^3
         (r"\\(d?)dot\s*\{?\s*" + LETTER + r"\}?", lambda m: f"{m[2]}'{'d' and len(m[1]) * chr(39)}"),  # \ddot{x}
         (
             r"\\frac\s*\{\s*d\s*(?:\^\s*\{?(\d)\}?)?\s*"
@@ -102,7 +101,7 @@ def clean(text: str) -> str:
 
 TEXT_COMMANDS = r"text(?!color)[a-z]*|[mh]box|math(?:rm|bf|it|sf|cal|scr)|operatorname\*?|bm|boldsymbol|emph"
 TOKEN = re.compile(
-    r"""(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
+    r"""(?P<num>(?:\d*\.\d*…\d+|\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
     |(?P<font>\\(?:COMMANDS))\s*\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
     |(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)
     |(?P<char>\*\*|<=|>=|(?<![\d)}])!=|&&|\.{2,}|\S)""".replace("COMMANDS", TEXT_COMMANDS),
@@ -143,13 +142,15 @@ def is_unit_letter(letter: str, before: Token) -> bool:
     return is_unit and letter not in ("e", "i", "d")
 
 
-def split_run(run: str, in_text: bool, before: Token) -> Iterator[Token]:
-    """A run of letters is "and", a known name, a word, or a product of letters."""
+def split_run(run: str, in_text: bool, in_braces: bool, before: Token) -> Iterator[Token]:
+    r"""A run of letters is "and", a known name, a word, or a product of letters; \frac{x}{2mL} has no unit."""
+    is_unit = run in UNIT_WORDS and not (in_braces and before.kind == "num")
+    is_name = len(run) < 5 and run.isupper()  # \text{MR}
     if run in ("and", "or"):
         yield Token("char", ",")
     elif run in tree.FUNCTIONS or run in NAMES:
         yield Token("cmd", "\\" + NAMES.get(run, run))
-    elif run in UNIT_WORDS or len(run) > 4 or (in_text and (len(run) > 1 or is_unit_letter(run, before))):
+    elif is_unit or len(run) > 4 or (in_text and not is_name and len(run) > 1) or (in_text and is_unit_letter(run, before)):
         yield Token("word", run)
     else:
         yield from (Token("name", letter) for letter in run)
@@ -157,6 +158,7 @@ def split_run(run: str, in_text: bool, before: Token) -> Iterator[Token]:
 
 def scan(text: str, in_text: bool, before: Token) -> Iterator[Token]:
     r"""The tokens of a clean text, which may be the one in \text{}; `before` is the token before it."""
+    depth = 0  # of braces
     for match in TOKEN.finditer(text):
         kind = match.lastgroup or ""
         value = match[kind]
@@ -164,10 +166,11 @@ def scan(text: str, in_text: bool, before: Token) -> Iterator[Token]:
             is_name = len(value.strip()) == 1 and not match["font"].startswith((r"\text", r"\mathrm", r"\mbox"))
             found = scan(value, not is_name, before)
         elif kind == "run":
-            found = split_run(value, in_text, before)
+            found = split_run(value, in_text, depth > 0, before)
         elif value in DRESS:
             continue
         else:
+            depth += (value == "{") - (value == "}")
             value = COMMANDS.get(value, value)
             found = iter([Token("cmd" if value[0] == "\\" else "num" if kind == "num" else "char", value)])
         for before in found:
@@ -204,30 +207,44 @@ COUNTED = set(
         "block brick guest gift egg shirt bird fish horse sheep cow"
     )
 )
-PREFIXES = {"k": "kilo", "c": "centi", "m": "milli", "n": "nano", "d": "deci", "u": "micro", "micro": "micro"}
-METRIC = {
-    "m": "meter", "g": "gram", "s": "second", "l": "liter", "hz": "hertz", "j": "joule", "w": "watt", "v": "volt",
-    "n": "newton", "pa": "pascal", "ev": "electronvolt", "mol": "mole", "k": "kelvin", "a": "ampere", "t": "tesla",
-    "c": "coulomb",
-}  # fmt: skip
-UNITS = METRIC | {p + u: PREFIXES[p] + METRIC[u] for p in PREFIXES for u in METRIC}
-UNITS |= {
-    "ft": "foot", "feet": "foot", "in": "inch", "inche": "inch", "lb": "pound", "oz": "ounce", "sec": "second",
-    "h": "hour", "hr": "hour", "min": "minute", "mi": "mile", "yd": "yard", "metre": "meter", "litre": "liter",
-    "gm": "gram", "rs": "rupee", "usd": "dollar", "rad": "radian", "radian": "radian", "atm": "atmosphere",
-    "mev": "megaelectronvolt",
-    "day": "day", "week": "week", "month": "month", "year": "year", "yr": "year", "acre": "acre", "gallon": "gallon",
-    "euro": "euro", "yen": "yen", "cent": "cent", "dollar": "dollar", "am": "am", "pm": "pm", "erg": "erg",
-    "dyne": "dyne", "dyn": "dyne", "ohm": "ohm", "angstrom": "angstrom", "degree": "degree", "pint": "pint",
-    "quart": "quart", "cup": "cup", "ton": "ton", "unit": "unit",
-    "sterling": "pound", "parsec": "parsec", "pc": "parsec", "gauss": "gauss", "micron": "micrometer",
-    "percent": "percent",
-}  # fmt: skip
-UNITS |= {name: name for name in UNITS.values()}
+METRIC = {"m": "meter", "g": "gram", "s": "second", "l": "liter", "hz": "hertz", "j": "joule", "w": "watt"}
+METRIC |= {"v": "volt", "n": "newton", "pa": "pascal", "ev": "electronvolt", "mol": "mole", "k": "kelvin"}
+METRIC |= {"a": "ampere", "t": "tesla", "c": "coulomb"}
+PREFIXES = {("", ""): 0, ("k", "kilo"): 3, ("c", "centi"): -2, ("m", "milli"): -3, ("d", "deci"): -1, ("n", "nano"): -9}
+PREFIXES |= {("u", "micro"): -6, ("micro", "micro"): -6}
+OTHER_UNITS = """
+1 meter metre; 0.0254 meter inch in inche; 12 inch foot ft feet; 3 foot yard yd; 1760 yard mile mi; 1e-6 meter micron
+1e-10 meter angstrom; 3.0857e16 meter parsec pc; 1 gram gm; 453.59237 gram pound lb; 1/16 pound ounce oz
+2000 pound ton; 1 liter litre; 1 second sec; 60 second minute min; 60 minute hour h hr
+24 hour day; 7 day week; 1 month month; 12 month year yr; 1 dollar dollar usd; 1/100 dollar cent; 1 dyne dyne dyn
+1e6 electronvolt mev; 1 quart quart; 1/2 quart pint; 1/4 quart cup; 4 quart gallon; 1 sterling sterling
+1 rupee rupee rs; 1 euro euro; 1 yen yen; 1 acre acre; 1 am am; 1 pm pm; 1 erg erg; 1 ohm ohm; 1 gauss gauss
+1 atmosphere atmosphere atm; 1 degree degree; 1 percent percent; 1 radian radian rad
+"""  # how many of which unit the other names are
+
+
+class Unit(NamedTuple):
+    """How many of a product of basic units: km/h is 5/18 of meter^1 second^-1. A counted noun has the power 0."""
+
+    size: Fraction = Fraction(1)
+    powers: tuple[tuple[str, int], ...] = ()
+
+
+def list_units() -> dict[str, Unit]:
+    """The units by their names and abbreviations."""
+    units = {}
+    for short, name in METRIC.items():
+        for (letter, prefix), exponent in PREFIXES.items():
+            units[letter + short] = units[prefix + name] = Unit(Fraction(10) ** exponent, ((name, 1),))
+    for size, base, *names in map(str.split, OTHER_UNITS.replace("\n", ";").strip(";").split(";")):
+        one = units.get(base, Unit(Fraction(1), ((base, 1),)))
+        units |= dict.fromkeys(names, Unit(Fraction(size) * one.size, one.powers))
+    return units
+
+
+UNITS = list_units()
 POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 UNIT_PART = re.compile(r"\^ ?(-? ?\d+)|[a-z]+|/")
-
-Unit = tuple[tuple[str, int], ...]  # names with their powers: (("meter", 1), ("second", -2)); a counted noun has 0
 
 
 def singular(word: str) -> str:
@@ -237,33 +254,40 @@ def singular(word: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def read_unit(text: str) -> Unit | None:
-    r"""A unit from its tokens or its words; None if one of them is no unit, () if there are none.
+    r"""A unit from its tokens or its words; None if one of them is no unit. "Square units" are none that counts.
 
-    >>> read_unit("square cm"), read_unit(r"\frac { km } { h }"), read_unit("thousand")
-    ((('centimeter', 2),), (('hour', -1), ('kilometer', 1)), None)
+    >>> read_unit(r"\frac { km } { min }"), read_unit("thousand")
+    (Unit(size=Fraction(50, 3), powers=(('meter', 1), ('second', -1))), None)
     """
     text = re.sub(r"\\frac \{ (.*) \} \{ (.*) \}", r"\1 / \2", text.casefold())
     text = re.sub(r"[(){}*]", "", text.replace(r"\mu ", "micro").replace("mph", "mile / hour").replace("kph", "km / h"))
     text = re.sub(r"degrees? +(?:c|f|celsius|fahrenheit)\b", "degree", re.sub(r"  +", " ", text)).strip()
     if modulus := re.fullmatch(r"\\?p?mod (\d+)", text):
-        return ((f"mod {modulus[1]}", 1),)
-    powers: Counter[str] = Counter()
-    sign, side, last = 1, 1, ""
+        return Unit(powers=((f"mod {modulus[1]}", 1),))
+    parts: list[tuple[Unit, int]] = []
+    sign, side = 1, 1
     for match in UNIT_PART.finditer(text):
         part = match[0]
         if part in ("/", "per"):
             sign = -1
-        elif last and (match[1] or part.endswith("ed")):
-            powers[last] *= int(match[1].replace(" ", "")) if match[1] else POWERS.get(part, 0)
-        elif part in POWERS:
+        elif parts and (match[1] or part in ("squared", "cubed")):
+            parts[-1] = parts[-1][0], parts[-1][1] * (int(match[1].replace(" ", "")) if match[1] else POWERS[part])
+        elif part in ("square", "sq", "cubic"):
             side = POWERS[part]
         else:
-            last = UNITS.get(part) or UNITS.get(singular(part), "")
-            if not last:
+            unit = Unit() if part in ("unit", "units") else UNITS.get(part) or UNITS.get(singular(part))
+            if not unit:
                 return None
-            powers[last] += sign * side
+            parts.append((unit, sign * side))
             sign, side = 1, 1
-    return None if UNIT_PART.sub("", text).strip() or 0 in powers.values() else tuple(sorted(powers.items()))
+    if UNIT_PART.sub("", text).strip() or side != 1:
+        return None
+    powers: Counter[str] = Counter()
+    for unit, times in parts:
+        for name, power in unit.powers:
+            powers[name] += power * times
+    size = math.prod((unit.size**times for unit, times in parts), start=Fraction(1))
+    return Unit(size, tuple(sorted(powers.items())))
 
 
 NUMERALS = tree.words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")

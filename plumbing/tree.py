@@ -233,7 +233,7 @@ def find_unknowns(*nodes: Node) -> list[Node]:
 
 # What kind of answer a tree is ----------------------------------------------------------------------------------------
 NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
-NO_SCALAR |= {"clause", "said"}
+NO_SCALAR |= {"clause", "said", "mixed"}
 NAMING = {*TRIGONOMETRIC, "ln", "abs", "Re", "Im"}  # functions of a name that are a name
 
 
