@@ -122,9 +122,15 @@ def extract_answer(response: str) -> str | None:
 
 # Answer -> text -> tree -----------------------------------------------------------------------------------------------
 FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
-CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b")
+CLAUSE = re.compile(  # and (n \in \mathbb{Z})
+    r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b|(?<![A-Za-z])\([a-z] ?\\in\b"
+)
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+CALL = re.compile(  # a function with its argument: \sin x, P(X = 2), \text{Var}(X), f^{-1}(3)
+    r"\\(?:lim|log|ln|gcd|lcm|max|min|det|Pr|arg|deg|(?:arc)?(?:sin|cos|tan|cot|sec|csc))(?![a-z])"
+    r"|(?:\\(?:text|math[a-z]+|operatorname)\{\w+\}|[A-Z]\w*|[fgh]|[a-z]{3,})['_^{}\w-]*\s*(?:\\left)?[(\[]"
+)
 DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
 
 
@@ -148,10 +154,18 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
     while text[:1] == "{" and not re.search(r"\\(?:over|choose)\b", text) and find_closing_brace(text) == len(text) - 1:
         text = text[1:-1].lstrip().rstrip(" .,;")
     if clause := CLAUSE.search(text):
-        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;$") or text
+        before, after = text[: clause.start()].rstrip(" ,;"), text[clause.end() :].strip(" ,;}$")
+        text = after if "real numbers" in before else before.removesuffix(r"\text{").rstrip(" ,;$\\") or text
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
     return re.sub(r"^\](?=.*,)|(?<=\w)\[$", lambda m: ")" if m.start() else "(", text)  # ]0,1[ is (0,1)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """What stands before the first "=" that is outside brackets, and what follows it: P(X = 2), 1/2."""
+    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
+    at = next((at for at, (sign, depth) in enumerate(zip(text, depths, strict=True)) if sign == "=" and not depth), None)
+    return (text[:at].strip(), text[at + 1 :].strip()) if at else ("", "")
 
 
 def choose_signs(text: str) -> list[str]:
@@ -188,17 +202,25 @@ class Judge:
         self.question = question
         self.budget = numeric.Budget()
 
-    def is_right(self, answer: Node, gold: Node, tolerance: float | None, is_asked: bool) -> bool:
-        """Whether an answer is the gold answer, or within the tolerance that a problem states. `is_asked`: the question
-        has what stands before the answer's "="."""
+    def is_right(self, answer: Node, gold: Node, tolerance: float | None) -> bool:
+        """Whether an answer is the gold answer, or within the tolerance that a problem states."""
         if tolerance is not None:
             a, b = (split[0] if (split := self.split_quantity(node)) else node for node in (answer, gold))
             if numeric.are_within(a, b, tolerance, self.budget):
                 return True
-        named = answer.kind == "rel" and answer.args[0] == ("=",) and (is_asked or is_long_name(answer.args[1]))
-        if named and gold.kind != "rel" and self.is_same(answer.args[2], gold):
-            return True
         return self.is_same(answer, gold)
+
+    def drop_rounded(self, node: Node) -> Node | None:
+        r"""x = 1/3 \approx 0.33 as x = 1/3, and x \approx 5 as x = 5; None where a value does not round the one before
+        it: 42 \approx 43."""
+        signs, terms = list(node.args[0]), list(node.args[1:])
+        if is_name(terms[0]):
+            signs[0] = "="
+        steps = zip(signs, terms, terms[1:], strict=False)
+        if not all(numeric.is_close(y, x, self.budget) for sign, x, y in steps if sign == r"\approx"):
+            return None
+        end = signs.index(r"\approx") if r"\approx" in signs else len(signs)
+        return tree.make_relation(signs[:end], terms[: end + 1])
 
     def is_same(self, a: Node, b: Node) -> bool:
         """Whether two trees are the same answer."""
@@ -206,6 +228,10 @@ class Judge:
         if a == b:
             return True
         self.budget.spend(10, 0)
+        for one, other in ((a, b), (b, a)):
+            if one.kind == "rel" and r"\approx" in one.args[0]:
+                exact = self.drop_rounded(one)
+                return exact is not None and self.is_same(exact, other)
         if kinds & {"said", "unit", "mixed"}:
             return self.is_same_quantity(a, b)
         left, right = self.split_definition(a), self.split_definition(b)
@@ -447,6 +473,17 @@ def split_label(text: str) -> tuple[str, str]:
     return (match[1] or match[2] or match[3]).upper(), match[4] or ""
 
 
+def drop_name(text: str, other: str, question: Question | None = None) -> str:
+    """The value of P(X = 2) = 1/2 where the other answer has no "="; with a question also that of m + n = 5, or of what
+    the question has before the "="."""
+    name, value = split_name(text)
+    if not value or split_name(other)[1] or ("=" in value and re.search(r",|\b(?:or|and)\b", value)):
+        return text
+    is_asked = question is not None and list_pieces(name)[0] in question.pieces
+    node = read_answer(name) if question is not None else None
+    return value if is_asked or CALL.match(name) or (node and is_long_name(node)) else text
+
+
 def judge(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> bool:
     """Whether an answer is right; OutOfWork where that takes too much to find out."""
     number_a, number_b = split_number(answer), split_number(gold)
@@ -462,16 +499,16 @@ def judge(answer: str, gold: str, tolerance: float | None = None, question: str 
     (letter_a, rest_a), (letter_b, _) = split_label(text_a), split_label(text_b)
     if letter_a and letter_b:
         return letter_a == letter_b
-    a, b = read_answer(tidy_answer(rest_a or text_a)), read_answer(text_b)
+    about = read_question(question)
+    text_a, text_b = drop_name(tidy_answer(rest_a or text_a), text_b, about), drop_name(text_b, text_a)
+    a, b = read_answer(text_a), read_answer(text_b)
     if a is None or b is None:
         return False
     if {a.kind, b.kind} == {"list", "num"} and "," in answer + gold:  # 123,456 is also the list 123, 456
         a, b = (read_answer(tidy_answer(text, thousands=False)) or node for text, node in ((answer, a), (gold, b)))
         if DECIMAL_COMMA.fullmatch(answer) and split_number(answer.replace(",", ".")) == split_number(gold):
             return True
-    about = read_question(question)
-    is_asked = list_pieces(text_a.partition("=")[0])[0] in about.pieces
-    if not Judge(about).is_right(a, b, tolerance, is_asked):
+    if not Judge(about).is_right(a, b, tolerance):
         return False
     return not question or not about.is_repeated_by(text_a, text_b, a, b)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing import tree
-from plumbing.tokens import END, Token, read_words, tokenize
+from plumbing.tokens import END, Token, read_unit, read_words, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
@@ -32,6 +32,14 @@ NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values()) | set(UNIT_COMMAN
 NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose"))
 REAL_NUMBERS = re.compile(r"(?:x is )?(?:all |any |the )*reals?(?: numbers?)?(?: (except|excluding|besides|\w+ than))?")
 BOUNDS = {"greater than": "<", "larger than": "<", "less than": ">", "smaller than": ">"}
+
+
+def is_mixed(first: Node, second: Node) -> bool:
+    """2 hours (and) 30 minutes"""
+    if first.kind != "said" or second.kind != "said":
+        return False
+    larger, smaller = read_unit(first.args[2]), read_unit(second.args[2])
+    return bool(larger and smaller and larger.powers == smaller.powers and larger.size > smaller.size)
 
 
 class Reader:
@@ -74,9 +82,9 @@ class Reader:
             items.append(self.item())
             if len(items) > MAX_ITEMS:
                 raise Unreadable("too many items")
-            while items[-1].kind in ("said", "mixed") and self.peek().kind == "num":  # 2 hours 30 minutes
-                items.append(Node("mixed", (items.pop(), self.item())))
-            if self.peek().value not in (",", ";"):
+            if len(items) > 1 and is_mixed(items[-2], items[-1]):
+                items[-2:] = [Node("mixed", tuple(items[-2:]))]
+            if self.peek().value not in (",", ";") and (items[-1].kind != "said" or self.peek().kind != "num"):
                 return items
 
     def words(self) -> list[str]:
@@ -292,9 +300,6 @@ class Reader:
             else:
                 subscripts += "_" + self.plain_group()
         name += subscripts + marks
-        if name[0] in "fg" and self.peek().value == "^" and self.peek(2).value == "-":  # f^{-1}
-            self.accept("^")
-            name += "^" + self.plain_group()
         if is_argument or self.peek().value != "(":
             return Node("sym", (name,))
         inside = list(itertools.takewhile(lambda token: token.value != ")", self.tokens[self.at + 1 :]))

@@ -80,7 +80,7 @@ def raise_to(base: Any, exponent: Any) -> Any:
     """A power; of a negative number the real one, if the exponent is a fraction over 3, 5 or 7."""
     if not base and MP.re(exponent) <= 0:
         raise Undefined("0 to a power that is not positive")
-    if base and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
+    if base and abs(base) != 1 and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
         raise TooLarge
     if not MP.im(base) and not MP.im(exponent) and base < 0 and not MP.isint(exponent):
         for index in (3, 5, 7):
@@ -219,48 +219,44 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
 
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
-WHOLE = [
-    2,
-    3,
-    5,
-    1,
-    4,
-    6,
-    7,
-    8,
-    9,
-    10,
-    12,
-    23,
-    50,
-    64,
-    101,
-    1009,
-    100_003,
-    2_000_003,
-]  # n, m, k, N: by custom natural numbers
-REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 301, -467, 1999, -2503, 5, -7, 8009, -9001, 64_007, -70_001)]
-REAL += [Fraction(640_000_007, 64), Fraction(-640_000_009, 64)]  # far out: |x - 10^6| is not 10^6 - x
+WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n, m, k, N: by custom natural numbers
+REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, 0, -2503, 5, 64, -7, 64_007, -64, -70_001)]
 MANY_POINTS: int = 10  # of several unknowns
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
 
 
-def choose_value(name: str, position: int, index: int) -> Fraction:
+def choose_value(name: str, position: int, index: int, far: int) -> Fraction:
     r"""The value at a point of comparison of the unknown that is at this position in the list of all unknowns.
 
     n, m, k, N are natural numbers, small and far out; x and most small letters are real numbers of both signs and of
-    several sizes; other letters (r, R, G, M, \rho: lengths, masses, ...) are positive.
+    several sizes; other letters (r, R, G, M, \rho: lengths, masses, ...) are positive. The last points are far out:
+    beyond all numbers in the answers.
 
-    >>> [str(choose_value(name, 0, 2)) for name in ("n", "x", "R")]
+    >>> [str(choose_value(name, 0, 2, 10**6)) for name in ("n", "x", "R")]
     ['5', '-45/64', '45/64']
     """
     base = name.split("_")[0].rstrip("'")
     if base in WHOLE_NAMES:
-        return Fraction(WHOLE[(index + 4 * position * (index + 1)) % len(WHOLE)] if position else WHOLE[index])
-    step = index if not position else index * (2 * position + 1) + 3 * position
-    value = REAL[step % len(REAL)] + Fraction(position, 128)
+        values = [*WHOLE, far]
+        return Fraction(values[(index + 4 * position * (index + 1)) % len(WHOLE) if position else index])
+    values = [*REAL, far + REAL[0], -far - REAL[1]]
+    step = index % len(values) if not position else (index * (2 * position + 1) + 3 * position) % len(REAL)
+    value = values[step] + Fraction(position, 128)
     return value if base in SIGNED_NAMES else abs(value)
+
+
+def choose_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
+    """The points at which two expressions are compared."""
+    unknowns = tree.find_unknowns(a, b)
+    numbers = [part.args[0] for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
+    far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK // 3) + 1
+    whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
+    count = len(WHOLE) + 1 if whole else len(REAL) + 2 if len(unknowns) == 1 else MANY_POINTS
+    return [
+        {unknown: choose_value(unknown.args[0], at, index, far) for at, unknown in enumerate(unknowns)}
+        for index in range(count if unknowns else 1)
+    ]
 
 
 def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool | None:
@@ -270,8 +266,8 @@ def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budge
     except TooLarge:
         return None
     if left is None or right is None:
-        if left is right or (len(values) > 1 and min(values.values()) < 0):
-            return None  # ln ab is defined where ln a + ln b is not: of several unknowns only positive ones must agree
+        if left is right or 0 in values.values() or (len(values) > 1 and min(values.values()) < 0):
+            return None  # x^2/x is x; ln ab is defined where ln a + ln b is not: of several only positive ones must agree
         return False
     return not add_up([left, -right])
 
@@ -284,11 +280,7 @@ def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
     unknowns = tree.find_unknowns(a, b)
     parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
     domains = (True, False) if unknowns and tree.IMAGINARY not in parts else (False,)
-    points: list[dict[Node, Fraction]] = [{}]
-    if unknowns:
-        whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
-        count = len(WHOLE) if whole else len(REAL) if len(unknowns) == 1 else MANY_POINTS
-        points = [{u: choose_value(u.args[0], at, index) for at, u in enumerate(unknowns)} for index in range(count)]
+    points = choose_points(a, b)
     with LOCK:
         for real in domains:
             agreed = 0
@@ -325,6 +317,11 @@ def are_within(a: Node, b: Node, tolerance: float, budget: Budget) -> bool:
         return left is not None and right is not None and bool(abs(left - right) <= MP.mpf(tolerance))
 
 
+def count_places(value: Fraction) -> int:
+    """How many decimals a number has; 0 for one that has very many."""
+    return next((places for places in range(MAX_PLACES) if (value * 10**places).denominator == 1), 0)
+
+
 def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
     """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits,
     or, up to 17 of them, as a double.
@@ -337,12 +334,17 @@ def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
         return False
     if exact.kind == "num" and 10**MAX_PLACES % exact.args[0].denominator == 0:
         return False
-    value = abs(decimal.args[0])
-    places = next((places for places in range(MAX_PLACES) if (value * 10**places).denominator == 1), 0)
-    digits = len(str(int(value * 10**places)))
+    places = count_places(decimal.args[0])
+    digits = len(str(int(abs(decimal.args[0]) * 10**places)))
     if not places or digits < 12:
         return False
-    return are_within(decimal, exact, max(0.5 / 10**places, float(value) / 2**53 if digits <= 17 else 0), budget)
+    double = abs(float(decimal.args[0])) / 2**53 if digits <= 17 else 0
+    return are_within(decimal, exact, max(0.5 / 10**places, double), budget)
+
+
+def is_close(decimal: Node, exact: Node, budget: Budget) -> bool:
+    r"""Whether a number may follow a value and \approx: it differs by less than 1 in its last decimal."""
+    return decimal.kind == "num" and are_within(decimal, exact, 0.99 / 10 ** count_places(decimal.args[0]), budget)
 
 
 # Sets of real numbers -------------------------------------------------------------------------------------------------

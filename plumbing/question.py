@@ -50,11 +50,12 @@ def list_pieces(text: str) -> list[tuple[str, ...]]:
         if token.value in RELATION_SIGNS:
             pieces.append([])
         elif token.kind != "word" and token.value not in FREE_SIGNS:
-            value = token.value
+            value, mark, period = token.value.partition("…")  # 0.\overline{3} is a formula, too
             if token.kind == "num" and "." in value and "e" not in value.lower():
                 value = value.rstrip("0").rstrip(".")
-            pieces[0].append(value)
-            pieces[-1].append(value)
+            value = value.replace("^", r"\sqrt")  # (8 * 27)^{1/3}
+            for piece in (pieces[0], pieces[-1]):
+                piece += [value, mark + period] if period else [value]
     return [tuple(sorted(piece)) for piece in pieces]
 
 
@@ -111,10 +112,12 @@ class Question:
             return True
         whole, *sides = list_pieces(answer)
         gold_pieces = [list_pieces(gold)[0], list_pieces(gold.rpartition("=")[2])[0]]
-        if any(repeats(piece, gold_pieces) for piece in (whole, list_pieces(answer.rpartition("=")[2])[0])):
+        if any(repeats(piece, gold_pieces, True) for piece in (whole, list_pieces(answer.rpartition("=")[2])[0])):
             return False
+        if len(sides) == 1:
+            return repeats(whole, self.pieces)
         sides = [side for side in sides if len(side) > 1 or (side and side[0][0].isdigit())]
-        return repeats(whole, self.pieces) or (bool(sides) and all(repeats(side, self.pieces) for side in sides))
+        return whole in self.pieces or (bool(sides) and all(repeats(side, self.pieces) for side in sides))
 
 
 def is_scale(unit: Unit) -> bool:
@@ -122,11 +125,11 @@ def is_scale(unit: Unit) -> bool:
     return unit.powers[0][0] in SCALES
 
 
-def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]]) -> bool:
-    """Whether a piece is one of the others, but for one 0 or 1 more."""
+def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]], named: bool = False) -> bool:
+    """Whether a piece is one of the others, but for one 0 or 1 more, or a letter: 0 < x < 1 for (0, 1)."""
     for other in others:
         more = list((Counter(piece) - Counter(other)).elements())
-        if len(piece) == len(other) + len(more) and more in ([], ["0"], ["1"]):
+        if len(piece) == len(other) + len(more) and (more in ([], ["0"], ["1"]) or (named and len(more) == 1 and more[0].isalpha())):
             return True
     return False
 

@@ -180,6 +180,8 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
         raise Unreadable("brackets around nothing")
     if opening in BARS:
         return call(BARS[opening], items[0])
+    if opening == r"\langle":  # a vector
+        return matrix([item] for item in items)
     if len(items) > 1 or opening + closing in ("(]", "[)"):
         return Node("tuple", (opening, closing, *items))
     return items[0]
@@ -187,10 +189,6 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
 
 def make_relation(signs: list[str], terms: list[Node]) -> Node:
     r"""A chain of relations whose signs all point one way: b > a is a < b; x \in M is M, x \notin M the rest."""
-    if r"\approx" in signs:  # x = 1/3 \approx 0.33 is x = 1/3, but x \approx 3 is x = 3
-        end = signs.index(r"\approx")
-        exact = end > 0 or terms[0].kind not in ("sym", "opaque")
-        signs, terms = (signs[:end], terms[: end + 1]) if exact else (["="], terms[:2])
     if signs == [r"\in"]:
         is_range = terms[0].kind in ("sym", "list") and terms[1].kind == "sym"
         return Node("clause", tuple(terms)) if is_range or terms[1] == REALS else terms[1]
@@ -256,9 +254,16 @@ def is_name(node: Node) -> bool:
 
 
 def is_long_name(node: Node) -> bool:
-    """What an answer may have before "=", besides: sums and products of different letters, m + n, abc, x - y."""
-    parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul") and part != MINUS_ONE]
-    return is_name(node) or (len(set(parts)) == len(parts) and all(part.kind == "sym" for part in parts))
+    """What an answer may have before "=", besides: different letters, added, multiplied or divided (m + n, x/y), and
+    whole multiples of letters that are not x, y, z, the unknowns of equations: 100m + n."""
+    parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul", "pow") and part != MINUS_ONE]
+    letters = [part for part in parts if part.kind == "sym"]
+    numbers = [part for part in parts if part.kind == "num"]
+    if len(set(letters)) < len(letters) or len(letters) + len(numbers) < len(parts):
+        return False
+    multiples = len(letters) > 1 and not {letter.args[0] for letter in letters} & {"x", "y", "z"}
+    powers = [part.args[1] for part in iterate_parts(node) if part.kind == "pow"]
+    return not is_name(node) and (multiples or not numbers) and all(power == MINUS_ONE for power in powers)
 
 
 def list_elements(node: Node) -> list[Node]:
