@@ -288,7 +288,7 @@ def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
                 verdict = compare_at(values, a, b, real, budget)
                 if verdict is False:
                     return False
-                agreed += verdict is True
+                agreed += verdict is True and 0 not in values.values()
             if agreed:
                 return True
     return False

@@ -180,7 +180,7 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
         raise Unreadable("brackets around nothing")
     if opening in BARS:
         return call(BARS[opening], items[0])
-    if opening == r"\langle":  # a vector
+    if opening == r"\langle" and len(items) > 1:  # a vector
         return matrix([item] for item in items)
     if len(items) > 1 or opening + closing in ("(]", "[)"):
         return Node("tuple", (opening, closing, *items))
@@ -261,7 +261,7 @@ def is_long_name(node: Node) -> bool:
     numbers = [part for part in parts if part.kind == "num"]
     if len(set(letters)) < len(letters) or len(letters) + len(numbers) < len(parts):
         return False
-    multiples = len(letters) > 1 and not {letter.args[0] for letter in letters} & {"x", "y", "z"}
+    multiples = node.kind == "add" and not {letter.args[0] for letter in letters} & {"x", "y", "z"}
     powers = [part.args[1] for part in iterate_parts(node) if part.kind == "pow"]
     return not is_name(node) and (multiples or not numbers) and all(power == MINUS_ONE for power in powers)
 
