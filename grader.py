@@ -52,7 +52,7 @@ from plumbing.constants import Count
 from plumbing.latex import MAX_ITEMS, read_tree
 from plumbing.question import BASES, Question, list_pieces, read_question
 from plumbing.sandbox import ProgramTests
-from plumbing.tokens import BEFORE, COUNTED, UNICODE_TABLE, Unit, read_unit, singular, tokenize
+from plumbing.tokens import BEFORE, COUNTED, NO_UNIT, UNICODE_TABLE, Unit, read_unit, singular, tokenize
 from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
@@ -269,7 +269,7 @@ class Judge:
     # Units and words
     def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
         """(value, unit), or None if there are words that cannot be ignored."""
-        unit: Unit | None = Unit()
+        unit: Unit | None = NO_UNIT
         if node.kind == "mixed":  # 2 hours 30 minutes
             left, right = map(self.split_quantity, node.args)
             if not left or not right or left[1].powers != right[1].powers:
@@ -280,51 +280,49 @@ class Judge:
             unit = read_unit(after)
             if unit is None and self.counts(after.split()):
                 unit = Unit(powers=((singular(after.split()[-1]), 0),))
-            if unit and not unit.powers and read_unit(before.removesuffix(" of")):  # \$5, "units of cm"
+            if unit == NO_UNIT and read_unit(before.removesuffix(" of")):  # \$5, "units of cm"
                 before, unit = "", read_unit(before)
-            if unit is None or any(word not in BEFORE for word in before.split()):
+            if unit is None or any(word not in BEFORE | self.question.nouns for word in before.split()):
                 return None
         if node.kind == "unit":
-            return (node.args[0], Unit(powers=((node.args[1], 1),))) if not unit.powers else None
+            return (node.args[0], Unit(powers=((node.args[1], 1),))) if unit == NO_UNIT else None
+        if unit.powers and unit.powers[0][0].startswith("mod ") and node.kind == "num":
+            return (node, unit) if 0 <= node.args[0] < int(unit.powers[0][0][4:]) else None  # 42 mod 5 is no residue
         return node, unit
 
     def counts(self, words: list[str]) -> bool:
         """Whether words after a number only say what is counted: known nouns, or the plural that the question has."""
         known = all({word, singular(word)} & COUNTED for word in words)
-        is_asked = singular(words[-1]) in self.question.plurals
+        is_asked = singular(words[-1]) in self.question.counted
         return known or (is_asked and " ".join(words) in self.question.text.casefold())
 
     def is_same_quantity(self, a: Node, b: Node) -> bool:
-        """Values with units, in any units of the same quantity; what unit a bare value has, the question says."""
+        """Values with units. A value without one has the unit that the question asks for or names, if any, else the
+        other's; only degrees, radians, percent and mixed units (2 hours 30 minutes) are converted."""
         left, right = self.split_quantity(a), self.split_quantity(b)
-        if left and right and left[1].powers and not right[1].powers:
+        if left and right and left[1] != NO_UNIT == right[1]:
             right = read_product(b) or right
-        if left and right and right[1].powers and not left[1].powers:
+        if left and right and right[1] != NO_UNIT == left[1]:
             left = read_product(a) or left
         if not left or not right:
             return False
         (value_a, unit_a), (value_b, unit_b) = left, right
+        units = {unit_a, unit_b}
         if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
             return False
-        if not unit_a.powers and not unit_b.powers:
+        if len(units) == 1:
             return self.is_same(value_a, value_b)
-        units_a = [unit_a] if unit_a.powers else self.question.guess_units(unit_b)
-        units_b = [unit_b] if unit_b.powers else self.question.guess_units(unit_a)
-        return any(self.is_same_in(value_a, u, value_b, v) for u in units_a for v in units_b)
-
-    def is_same_in(self, a: Node, unit_a: Unit, b: Node, unit_b: Unit) -> bool:
-        """Whether two values in these units are the same quantity."""
-        if unit_a == unit_b:
-            return self.is_same(a, b)
-        scales = []
-        for unit in (unit_a, unit_b):
-            scale = numeric.SCALES.get(unit.powers[0][0] if unit.powers else "")
-            if scale is None and unit_a.powers != unit_b.powers:
-                return False
-            scales.append(scale or tree.number(unit.size))
-        if {a.kind, b.kind} & NO_SCALAR:
+        if "mixed" in (a.kind, b.kind) and unit_a.powers == unit_b.powers:
+            return self.is_same(tree.multiply(value_a, tree.number(unit_a.size / unit_b.size)), value_b)
+        if not all(map(self.question.allows, units - {NO_UNIT})):
             return False
-        return numeric.have_same_value(tree.multiply(a, scales[0]), tree.multiply(b, scales[1]), self.budget)
+        if NO_UNIT in units and self.is_same(value_a, value_b):
+            return True
+        scales = [numeric.SCALES.get(unit.powers[0][0] if unit.powers else "") for unit in (unit_a, unit_b)]
+        if not all(scales) or {value_a.kind, value_b.kind} & NO_SCALAR:
+            return False
+        scaled = [tree.multiply(value, scale) for value, scale in zip((value_a, value_b), scales, strict=True) if scale]
+        return numeric.have_same_value(*scaled, self.budget)
 
     # Names and lists
     def split_definition(self, node: Node) -> tuple[Node, Node] | None:
@@ -417,8 +415,9 @@ def read_product(node: Node) -> tuple[Node, Unit] | None:
         else:
             values.append(part)
     unit = read_unit(" ".join(words))
-    is_quantity = unit and unit.powers and values and not tree.find_unknowns(*values)
-    return (tree.multiply(*values), unit) if unit and is_quantity else None
+    if not unit or unit == NO_UNIT or not values or tree.find_unknowns(*values):
+        return None
+    return tree.multiply(*values), unit
 
 
 def have_same_names(a: Node, b: Node) -> bool:

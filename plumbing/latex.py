@@ -126,7 +126,7 @@ class Reader:
                 break
             depth += NESTING.get(self.take().value, 0)
         after = " ".join(UNIT_COMMANDS.get(token.value, token.value) for token in self.tokens[start : self.at])
-        return Node("said", (value, " ".join(before), after.casefold())) if before or after else value
+        return Node("said", (value, " ".join(before), after)) if before or after else value
 
     def relation(self, first: Node | None = None) -> Node:
         if not first:

@@ -182,6 +182,8 @@ class Evaluation:
             return {"pi": +MP.pi, "e": +MP.e, "i": MP.j}[args[0]]
         if kind == "unit":
             return self.compute(tree.multiply(args[0], SCALES[args[1]]))
+        if kind == "pow" and args[1] == tree.MINUS_ONE and self.has_pole(args[0]):
+            return MP.zero
         parts = [self.compute(arg) for arg in args if isinstance(arg, Node)]
         value = combine_values(node, parts)
         if not MP.isfinite(value):
@@ -193,6 +195,13 @@ class Evaluation:
             raise TooLarge
         self.peak = max(self.peak, size)
         return value
+
+
+    def has_pole(self, node: Node) -> bool:
+        """Whether a factor is the factorial of a negative whole number, 1 over which is 0 by custom: n!/(n - 3)!"""
+        factorials = [part for part in (node, *node.args) if isinstance(part, Node) and part.args[:1] == ("factorial",)]
+        values = [self.compute(part.args[1]) for part in factorials if node.kind in ("call", "mul")]
+        return any(MP.isint(value) and MP.re(value) < 0 for value in values)
 
 
 def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget: Budget) -> list[Any]:
@@ -220,8 +229,9 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
 WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n, m, k, N: by custom natural numbers
-REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, 0, -2503, 5, 64, -7, 64_007, -64, -70_001)]
+REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, 64, -7, 64_007, -64, -70_001)]
 MANY_POINTS: int = 10  # of several unknowns
+MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
 
@@ -259,6 +269,16 @@ def choose_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
     ]
 
 
+def choose_special_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
+    """The points at which expressions of one real unknown must not differ, besides: 0 and the numbers that they name."""
+    unknowns = tree.find_unknowns(a, b)
+    if len(unknowns) != 1 or unknowns[0].args[0][0] in WHOLE_NAMES:
+        return []
+    numbers = {abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"}
+    values = [sign * value for value in sorted(numbers)[:MAX_NAMED] for sign in (1, -1)]
+    return [{unknowns[0]: value} for value in (Fraction(0), *values)]
+
+
 def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool | None:
     """Whether two expressions agree at a point, or None if neither has a value there."""
     try:
@@ -266,10 +286,19 @@ def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budge
     except TooLarge:
         return None
     if left is None or right is None:
-        if left is right or 0 in values.values() or (len(values) > 1 and min(values.values()) < 0):
-            return None  # x^2/x is x; ln ab is defined where ln a + ln b is not: of several only positive ones must agree
+        if left is right or (len(values) > 1 and min(values.values()) < 0):
+            return None  # ln ab is defined where ln a + ln b is not: of several unknowns only positive ones must agree
         return False
     return not add_up([left, -right])
+
+
+def are_equal_or_undefined(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool:
+    """Whether two expressions agree at a point if both have a value there: x^2/x is x at 0, too."""
+    try:
+        left, right = evaluate([a, b], values, real, budget)
+    except TooLarge:
+        return True
+    return left is None or right is None or not add_up([left, -right])
 
 
 def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
@@ -288,9 +317,9 @@ def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
                 verdict = compare_at(values, a, b, real, budget)
                 if verdict is False:
                     return False
-                agreed += verdict is True and 0 not in values.values()
+                agreed += verdict is True
             if agreed:
-                return True
+                return all(are_equal_or_undefined(values, a, b, real, budget) for values in choose_special_points(a, b))
     return False
 
 

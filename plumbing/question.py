@@ -22,7 +22,7 @@ POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", 
 BASES = dict(zip(tree.words("two three four five six seven eight nine"), "23456789", strict=True)) | {"binary": "2"}
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
 ASKED_UNIT = re.compile(  # in meters, how many square feet, (in $\mathrm{km/s}$), degree measure
-    r"\b(?:in(?! how\b)|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
+    r"\b(?:in(?! how\b)|to|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
     r"(\\AA\b|(?:square |cubic |sq\.? )?[a-z]{2,}\b(?:(?:\s*/\s*|\s+per\s+)[a-z]+\b(?: squared)?)?"
     r"|[mgsJKVWN](?=[}$]*[?.,)]))"
     r"|\b(degree)(?= measure)",
@@ -71,7 +71,8 @@ class Question:
         self.is_decreasing = bool(DECREASING.search(text))
         self.wants_point = bool(POINT.search(text)) and "interval" not in text
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
-        self.plurals = {singular(word) for word in re.findall(r"[a-z]+s\b", text.casefold())}
+        self.counted = {singular(word) for word in re.findall(r"[a-z]+s\b|(?<=how many )\w+", text.casefold())}
+        self.nouns = set(re.findall(r"\b(?:which|what) (\w+)", text.casefold()))
         words = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
         self.asked_units = [unit for word in words if word not in NO_UNITS and (unit := read_unit(word)) and unit.powers]
         words = ["".join(match) for match in NAMED_UNIT.findall(text)]
@@ -92,14 +93,14 @@ class Question:
                 calls |= {part for part in tree.iterate_parts(read_tree(formula)) if part.kind == "call"}
         return calls
 
-    def guess_units(self, other: Unit) -> list[Unit]:
-        """The units that a bare value may have beside one with a unit: those that the question asks for, else those of
-        the same quantity that it names, else the other's. A bare angle or share may also be a plain number."""
-        if is_scale(other):
-            return [unit for unit in self.asked_units if is_scale(unit)] or [other, Unit()]
-        named = [unit for unit in self.named_units if [name for name, _ in other.powers] == [unit.powers[0][0]]]
-        raised = [Unit(unit.size ** other.powers[0][1], other.powers) for unit in named]
-        return [unit for unit in self.asked_units if not is_scale(unit)] or raised or [other]
+    def allows(self, unit: Unit) -> bool:
+        """Whether an answer may have this unit: one that the question asks for, if it asks for any, else one that it
+        names, if it names any of the same quantity."""
+        asked = [other for other in self.asked_units if is_scale(other) == is_scale(unit)]
+        names = [name for name, _ in unit.powers]
+        named = [other for other in self.named_units if [other.powers[0][0]] == names and not is_scale(other)]
+        raised = [Unit(other.size ** unit.powers[0][1], unit.powers) for other in named]
+        return unit in (asked or raised or [unit])
 
     def is_repeated_by(self, answer: str, gold: str, node: Node | None, gold_node: Node | None) -> bool:
         """Whether the answer is a formula of the question, and the gold answer is not.
@@ -121,7 +122,7 @@ class Question:
 
 
 def is_scale(unit: Unit) -> bool:
-    """Whether this is no unit of anything: degrees, radians, percent."""
+    """Whether this is an angle or a share: degrees, radians, percent."""
     return unit.powers[0][0] in SCALES
 
 

@@ -69,6 +69,7 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
         (rf"(?<![\w}}])(?:\{{\s*\}})?_{SCRIPT}\s*P_{SCRIPT}", r"\\frac{\1!}{(\1-\2)!}"),  # {}_5P_2
         (r"-\s*(?=\\\{)", r"\\setminus "),  # \mathbb{R} - \{0\}
         (r"\b(?:np|math|sympy)\.", ""),
+        (r"\{:\}", ":"),
         (rf"\bC_{SCRIPT}\^{SCRIPT}", r"\\binom{\1}{\2}"),  # C_{10}^3
         (r"\\(d?)dot\s*\{?\s*" + LETTER + r"\}?", lambda m: f"{m[2]}'{'d' and len(m[1]) * chr(39)}"),  # \ddot{x}
         (
@@ -211,7 +212,7 @@ METRIC = {"m": "meter", "g": "gram", "s": "second", "l": "liter", "hz": "hertz",
 METRIC |= {"v": "volt", "n": "newton", "pa": "pascal", "ev": "electronvolt", "mol": "mole", "k": "kelvin"}
 METRIC |= {"a": "ampere", "t": "tesla", "c": "coulomb"}
 PREFIXES = {("", ""): 0, ("k", "kilo"): 3, ("c", "centi"): -2, ("m", "milli"): -3, ("d", "deci"): -1, ("n", "nano"): -9}
-PREFIXES |= {("u", "micro"): -6, ("micro", "micro"): -6}
+PREFIXES |= {("u", "micro"): -6, ("micro", "micro"): -6, ("mega", "mega"): 6}
 OTHER_UNITS = """
 1 meter metre; 0.0254 meter inch in inche; 12 inch foot ft feet; 3 foot yard yd; 1760 yard mile mi; 1e-6 meter micron
 1e-10 meter angstrom; 3.0857e16 meter parsec pc; 1 gram gm; 453.59237 gram pound lb; 1/16 pound ounce oz
@@ -242,6 +243,7 @@ def list_units() -> dict[str, Unit]:
     return units
 
 
+NO_UNIT = Unit()
 UNITS = list_units()
 POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 UNIT_PART = re.compile(r"\^ ?(-? ?\d+)|[a-z]+|/")
@@ -259,7 +261,7 @@ def read_unit(text: str) -> Unit | None:
     >>> read_unit(r"\frac { km } { min }"), read_unit("thousand")
     (Unit(size=Fraction(50, 3), powers=(('meter', 1), ('second', -1))), None)
     """
-    text = re.sub(r"\\frac \{ (.*) \} \{ (.*) \}", r"\1 / \2", text.casefold())
+    text = re.sub(r"\\frac \{ (.*) \} \{ (.*) \}", r"\1 / \2", re.sub(r"\bM(?=W|Hz|J|V|N|Pa)", "mega", text).casefold())
     text = re.sub(r"[(){}*]", "", text.replace(r"\mu ", "micro").replace("mph", "mile / hour").replace("kph", "km / h"))
     text = re.sub(r"degrees? +(?:c|f|celsius|fahrenheit)\b", "degree", re.sub(r"  +", " ", text)).strip()
     if modulus := re.fullmatch(r"\\?p?mod (\d+)", text):
@@ -275,7 +277,7 @@ def read_unit(text: str) -> Unit | None:
         elif part in ("square", "sq", "cubic"):
             side = POWERS[part]
         else:
-            unit = Unit() if part in ("unit", "units") else UNITS.get(part) or UNITS.get(singular(part))
+            unit = NO_UNIT if part in ("unit", "units") else UNITS.get(part) or UNITS.get(singular(part))
             if not unit:
                 return None
             parts.append((unit, sign * side))
