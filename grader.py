@@ -164,7 +164,9 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
 def split_name(text: str) -> tuple[str, str]:
     """What stands before the first "=" that is outside brackets, and what follows it: P(X = 2), 1/2."""
     depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
-    at = next((at for at, (sign, depth) in enumerate(zip(text, depths, strict=True)) if sign == "=" and not depth), None)
+    at = next(
+        (at for at, (sign, depth) in enumerate(zip(text, depths, strict=True)) if sign == "=" and not depth), None
+    )
     return (text[:at].strip(), text[at + 1 :].strip()) if at else ("", "")
 
 

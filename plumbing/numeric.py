@@ -196,7 +196,6 @@ class Evaluation:
         self.peak = max(self.peak, size)
         return value
 
-
     def has_pole(self, node: Node) -> bool:
         """Whether a factor is the factorial of a negative whole number, 1 over which is 0 by custom: n!/(n - 3)!"""
         factorials = [part for part in (node, *node.args) if isinstance(part, Node) and part.args[:1] == ("factorial",)]

@@ -74,7 +74,9 @@ class Question:
         self.counted = {singular(word) for word in re.findall(r"[a-z]+s\b|(?<=how many )\w+", text.casefold())}
         self.nouns = set(re.findall(r"\b(?:which|what) (\w+)", text.casefold()))
         words = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
-        self.asked_units = [unit for word in words if word not in NO_UNITS and (unit := read_unit(word)) and unit.powers]
+        self.asked_units = [
+            unit for word in words if word not in NO_UNITS and (unit := read_unit(word)) and unit.powers
+        ]
         words = ["".join(match) for match in NAMED_UNIT.findall(text)]
         self.named_units = [unit for word in words if (unit := read_unit(word)) and unit.powers]
         names = ASKED_NAMES.search(text)
@@ -130,7 +132,9 @@ def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]], named: bo
     """Whether a piece is one of the others, but for one 0 or 1 more, or a letter: 0 < x < 1 for (0, 1)."""
     for other in others:
         more = list((Counter(piece) - Counter(other)).elements())
-        if len(piece) == len(other) + len(more) and (more in ([], ["0"], ["1"]) or (named and len(more) == 1 and more[0].isalpha())):
+        if len(piece) == len(other) + len(more) and (
+            more in ([], ["0"], ["1"]) or (named and len(more) == 1 and more[0].isalpha())
+        ):
             return True
     return False
 

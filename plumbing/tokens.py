@@ -52,7 +52,7 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
         (r"\\[hv]?phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}", ""),  # not seen
         (r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1 "),  # \\[2mm]
         (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|\\,)\s*\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}234
-        (r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", r"\1…\2"),  # 0.\overline{3}
+        (r"(\d+\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", r"\1…\2"),  # 0.\overline{3}
         (f"[{RAISED}]+", lambda m: f"^{{{m[0].translate(ON_THE_LINE)}}}"),  # x²
         (f"[{LOWERED}]+", lambda m: f"_{{{m[0].translate(ON_THE_LINE)}}}"),  # x₁
         (r"\b([apAP])\. ?([mM])\b\.?", r"\1\2"),  # p.m.
@@ -102,7 +102,7 @@ def clean(text: str) -> str:
 
 TEXT_COMMANDS = r"text(?!color)[a-z]*|[mh]box|math(?:rm|bf|it|sf|cal|scr)|operatorname\*?|bm|boldsymbol|emph"
 TOKEN = re.compile(
-    r"""(?P<num>(?:\d*\.\d*…\d+|\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
+    r"""(?P<num>(?:\d+\.\d*…\d+|\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,5}(?![A-Za-z\d.]))?)
     |(?P<font>\\(?:COMMANDS))\s*\{(?P<text>(?:[^{}]|\{[^{}]*\})*)\}
     |(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)
     |(?P<char>\*\*|<=|>=|(?<![\d)}])!=|&&|\.{2,}|\S)""".replace("COMMANDS", TEXT_COMMANDS),
@@ -151,7 +151,12 @@ def split_run(run: str, in_text: bool, in_braces: bool, before: Token) -> Iterat
         yield Token("char", ",")
     elif run in tree.FUNCTIONS or run in NAMES:
         yield Token("cmd", "\\" + NAMES.get(run, run))
-    elif is_unit or len(run) > 4 or (in_text and not is_name and len(run) > 1) or (in_text and is_unit_letter(run, before)):
+    elif (
+        is_unit
+        or len(run) > 4
+        or (in_text and not is_name and len(run) > 1)
+        or (in_text and is_unit_letter(run, before))
+    ):
         yield Token("word", run)
     else:
         yield from (Token("name", letter) for letter in run)
