@@ -69,9 +69,7 @@ class Verdict:
     correct: bool
     status: str
     failed: str = field(default="", repr=False)  # of a program: the test that failed first, and the error
-    told: str = field(
-        default="", repr=False
-    )  # the same where it may be told: the test is public, or the program failed before any
+    told: str = field(default="", repr=False)  # the same where it may be told: a public test, or none was reached
 
 
 # Response -> answer ---------------------------------------------------------------------------------------------------
@@ -134,12 +132,6 @@ CALL = re.compile(  # a function with its argument: \sin x, P(X = 2), \text{Var}
 DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
 
 
-def find_closing_brace(text: str) -> int:
-    """Where the brace that the text starts with is closed, or -1."""
-    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
-    return next((at for at, depth in enumerate(depths) if not depth), -1)
-
-
 @functools.lru_cache(maxsize=8192)
 def tidy_answer(answer: str, thousands: bool = True) -> str:
     r"""The answer without what stands around it; with `thousands`, 1,234 is one number.
@@ -151,8 +143,6 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
     while match := FENCES.fullmatch(text):
         text = next(part for part in match.groups() if part is not None).strip()
     text = re.sub(r"^\\(?:boxed|fbox)(?=\{)", "", text).lstrip(" ,;:").rstrip(" .,;:\\")
-    while text[:1] == "{" and not re.search(r"\\(?:over|choose)\b", text) and find_closing_brace(text) == len(text) - 1:
-        text = text[1:-1].lstrip().rstrip(" .,;")
     if clause := CLAUSE.search(text):
         before, after = text[: clause.start()].rstrip(" ,;"), text[clause.end() :].strip(" ,;}$")
         text = after if "real numbers" in before else before.removesuffix(r"\text{").rstrip(" ,;$\\") or text
@@ -195,22 +185,12 @@ def read_answer(text: str) -> Node | None:
 
 
 # Two trees -> the same answer or not ----------------------------------------------------------------------------------
-
-
 class Judge:
     """The comparison of one answer with one gold answer: what the question says, and the work that is left."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
         self.budget = numeric.Budget()
-
-    def is_right(self, answer: Node, gold: Node, tolerance: float | None) -> bool:
-        """Whether an answer is the gold answer, or within the tolerance that a problem states."""
-        if tolerance is not None:
-            a, b = (split[0] if (split := self.split_quantity(node)) else node for node in (answer, gold))
-            if numeric.are_within(a, b, tolerance, self.budget):
-                return True
-        return self.is_same(answer, gold)
 
     def drop_rounded(self, node: Node) -> Node | None:
         r"""x = 1/3 \approx 0.33 as x = 1/3, and x \approx 5 as x = 5; None where a value does not round the one before
@@ -237,8 +217,12 @@ class Judge:
         if kinds & {"said", "unit", "mixed"}:
             return self.is_same_quantity(a, b)
         left, right = self.split_definition(a), self.split_definition(b)
-        if left and right and have_same_names(left[0], right[0]) and self.is_same(left[1], right[1]):
-            return True
+        if (
+            left and right and self.is_same(left[1], right[1])
+        ):  # f(x) and y can stand for each other, f(x) and g(x) cannot
+            (name, _), (other, _) = left, right
+            if name == other or {name.kind, other.kind} == {"opaque", "sym"}:
+                return True
         if bool(left) != bool(right) and kinds != {"rel"}:
             return self.is_same(left[1] if left else a, right[1] if right else b)
         if "list" in kinds:
@@ -262,8 +246,6 @@ class Judge:
             return base in self.question.bases and str(number.args[0]) == based.args[0]
         if kinds & NO_SCALAR:
             return False
-        if choice_letter(a) and choice_letter(b):
-            return choice_letter(a) == choice_letter(b)
         if numeric.have_same_value(a, b, self.budget):
             return True
         return numeric.is_rounded(a, b, self.budget) or numeric.is_rounded(b, a, self.budget)
@@ -271,7 +253,7 @@ class Judge:
     # Units and words
     def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
         """(value, unit), or None if there are words that cannot be ignored."""
-        unit: Unit | None = NO_UNIT
+        unit = NO_UNIT
         if node.kind == "mixed":  # 2 hours 30 minutes
             left, right = map(self.split_quantity, node.args)
             if not left or not right or left[1].powers != right[1].powers:
@@ -279,12 +261,15 @@ class Judge:
             return tree.add(left[0], tree.multiply(right[0], tree.number(right[1].size / left[1].size))), left[1]
         if node.kind == "said":
             node, before, after = node.args
-            unit = read_unit(after)
-            if unit is None and self.counts(after.split()):
+            if not after and (found := read_unit(before)):  # \$5
+                before, unit = "", found
+            elif found := read_unit(after):
+                unit = found
+            elif self.counts(after.split()):
                 unit = Unit(powers=((singular(after.split()[-1]), 0),))
-            if unit == NO_UNIT and read_unit(before.removesuffix(" of")):  # \$5, "units of cm"
-                before, unit = "", read_unit(before)
-            if unit is None or any(word not in BEFORE | self.question.nouns for word in before.split()):
+            else:
+                return None
+            if any(word not in BEFORE | self.question.nouns for word in before.split()):
                 return None
         if node.kind == "unit":
             return (node.args[0], Unit(powers=((node.args[1], 1),))) if unit == NO_UNIT else None
@@ -320,11 +305,10 @@ class Judge:
             return False
         if NO_UNIT in units and self.is_same(value_a, value_b):
             return True
-        scales = [numeric.SCALES.get(unit.powers[0][0] if unit.powers else "") for unit in (unit_a, unit_b)]
-        if not all(scales) or {value_a.kind, value_b.kind} & NO_SCALAR:
+        scale_a, scale_b = (numeric.SCALES.get(unit.powers[0][0] if unit.powers else "") for unit in (unit_a, unit_b))
+        if not scale_a or not scale_b or {value_a.kind, value_b.kind} & NO_SCALAR:
             return False
-        scaled = [tree.multiply(value, scale) for value, scale in zip((value_a, value_b), scales, strict=True) if scale]
-        return numeric.have_same_value(*scaled, self.budget)
+        return numeric.have_same_value(tree.multiply(value_a, scale_a), tree.multiply(value_b, scale_b), self.budget)
 
     # Names and lists
     def split_definition(self, node: Node) -> tuple[Node, Node] | None:
@@ -422,17 +406,6 @@ def read_product(node: Node) -> tuple[Node, Unit] | None:
     return tree.multiply(*values), unit
 
 
-def have_same_names(a: Node, b: Node) -> bool:
-    """Names before "=": f(x) and y can stand for each other, f(x) and g(x) cannot."""
-    return a == b or {a.kind, b.kind} == {"opaque", "sym"}
-
-
-def choice_letter(node: Node) -> str:
-    """The letter of a choice, A to H in either case, or nothing."""
-    name = node.args[0] if node.kind == "sym" or node == tree.EULER else ""
-    return name.upper() if len(name) == 1 and name in "ABCDEFGHabcdefgh" else ""
-
-
 # Two answers -> right or wrong ----------------------------------------------------------------------------------------
 PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
 LABEL = re.compile(  # (B) 27, \textbf{(B)} 27, B. 27, Option B
@@ -485,7 +458,7 @@ def drop_name(text: str, other: str, question: Question | None = None) -> str:
     return value if is_asked or CALL.match(name) or (node and is_long_name(node)) else text
 
 
-def judge(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> bool:
+def is_right(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> bool:
     """Whether an answer is right; OutOfWork where that takes too much to find out."""
     number_a, number_b = split_number(answer), split_number(gold)
     if number_a and number_b and tolerance is None:
@@ -509,16 +482,18 @@ def judge(answer: str, gold: str, tolerance: float | None = None, question: str 
         a, b = (read_answer(tidy_answer(text, thousands=False)) or node for text, node in ((answer, a), (gold, b)))
         if DECIMAL_COMMA.fullmatch(answer) and split_number(answer.replace(",", ".")) == split_number(gold):
             return True
-    if not Judge(about).is_right(a, b, tolerance):
-        return False
-    return not question or not about.is_repeated_by(text_a, text_b, a, b)
+    judge = Judge(about)
+    values = [split[0] if (split := judge.split_quantity(node)) else node for node in (a, b)]
+    is_near = tolerance is not None and numeric.are_within(*values, tolerance, judge.budget)
+    return (is_near or judge.is_same(a, b)) and not about.is_repeated_by(text_a, text_b, a, b)
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
 def grade_answer(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> Verdict:
     """The verdict on a bare answer."""
     try:
-        correct = judge(answer, gold, tolerance, question)
+        with numeric.LOCK:
+            correct = is_right(answer, gold, tolerance, question)
     except numeric.OutOfWork:
         return Verdict(answer, False, "timeout")
     except Exception:  # a fault of ours must cost one verdict, not the run that waits for it

@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -28,8 +28,8 @@ BASE_BITS: int = 300  # added to the bits that a node is charged for: what a nod
 MAX_PEAK: int = 300  # at points where values are larger than 2^{300} or smaller than 2^{-300} nothing is compared
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
 MAX_PLACES: int = 40  # of a decimal that may be a rounded value
-MP = mpmath.MPContext()  # its precision changes from one evaluation to the next,
-LOCK = threading.RLock()  # hence one at a time
+MP = mpmath.MPContext()  # its precision changes from one evaluation to the next, hence
+LOCK = threading.Lock()  # one verdict at a time
 DEGREE = tree.divide(tree.PI, tree.number(180))
 SCALES = {"percent": tree.number(Fraction(1, 100)), "degree": DEGREE, "radian": tree.ONE, "": tree.ONE}
 
@@ -77,16 +77,10 @@ def round_with(name: str) -> Callable[[Any], Any]:
 
 
 def raise_to(base: Any, exponent: Any) -> Any:
-    """A power; of a negative number the real one, if the exponent is a fraction over 3, 5 or 7."""
     if not base and MP.re(exponent) <= 0:
         raise Undefined("0 to a power that is not positive")
     if base and abs(base) != 1 and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
         raise TooLarge
-    if not MP.im(base) and not MP.im(exponent) and base < 0 and not MP.isint(exponent):
-        for index in (3, 5, 7):
-            times = MP.nint(exponent * index)
-            if abs(exponent * index - times) < MP.ldexp(1, -MP.prec // 2):
-                return MP.power(-base, exponent) * (-1) ** int(times)
     return MP.power(base, exponent)
 
 
@@ -97,15 +91,15 @@ def take_root(value: Any, index: Any) -> Any:
     return MP.power(value, 1 / index)
 
 
-def count_with(exact: Callable[..., int], general: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is exact for small whole numbers; for others mpmath's, which is slow with many digits."""
+def count_with(exact: Callable[..., int]) -> Callable[..., Any]:
+    """A function of small whole numbers; of others nothing is known, of negative ones there is none."""
 
     def apply(*values: Any) -> Any:
-        if all(MP.isint(value) and 0 <= MP.re(value) <= MAX_FACTORIAL for value in values):
-            return MP.mpf(exact(*(int(MP.re(value)) for value in values)))
-        if max(map(abs, values)) > MAX_FACTORIAL or MP.prec > 1000:
+        if any(MP.isint(value) and MP.re(value) < 0 for value in values):
+            raise Undefined("negative")
+        if not all(MP.isint(value) and MP.re(value) <= MAX_FACTORIAL for value in values):
             raise TooLarge
-        return general(*values)
+        return MP.mpf(exact(*(int(MP.re(value)) for value in values)))
 
     return apply
 
@@ -134,9 +128,6 @@ RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the valu
     "abs": abs,
     "floor": round_with("floor"),
     "ceil": round_with("ceil"),
-    "factorial": count_with(tree.factorial, lambda value: MP.gamma(value + 1)),
-    "double_factorial": count_with(tree.double_factorial, lambda value: MP.fac2(value)),
-    "binom": count_with(math.comb, lambda n, k: MP.binomial(n, k)),
     "min": min,
     "max": max,
     "Re": lambda value: MP.re(value),
@@ -144,6 +135,8 @@ RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the valu
 }
 for _name in ["sinh", "cosh", "sech", "csch", "ln", "exp", "arg", "sign"] + ["a" + n for n in tree.TRIGONOMETRIC]:
     RULES[_name] = functools.partial(lambda name, value: getattr(MP, name)(value), _name)
+for _name in tree.EXACT:
+    RULES[_name] = count_with(tree.EXACT[_name])
 for _name in ["sin", "cos", "tan", "cot", "sec", "csc"]:
     RULES[_name] = circular(_name)
 
@@ -247,29 +240,27 @@ def choose_value(name: str, position: int, index: int, far: int) -> Fraction:
     """
     base = name.split("_")[0].rstrip("'")
     if base in WHOLE_NAMES:
-        values = [*WHOLE, far]
-        return Fraction(values[(index + 4 * position * (index + 1)) % len(WHOLE) if position else index])
+        whole = [*WHOLE, far]
+        return Fraction(whole[(index + 4 * position * (index + 1)) % len(WHOLE) if position else index])
     values = [*REAL, far + REAL[0], -far - REAL[1]]
     step = index % len(values) if not position else (index * (2 * position + 1) + 3 * position) % len(REAL)
     value = values[step] + Fraction(position, 128)
     return value if base in SIGNED_NAMES else abs(value)
 
 
-def choose_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
+def choose_points(a: Node, b: Node) -> Iterator[dict[Node, Fraction]]:
     """The points at which two expressions are compared."""
     unknowns = tree.find_unknowns(a, b)
     numbers = [part.args[0] for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
     far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK // 3) + 1
     whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
     count = len(WHOLE) + 1 if whole else len(REAL) + 2 if len(unknowns) == 1 else MANY_POINTS
-    return [
-        {unknown: choose_value(unknown.args[0], at, index, far) for at, unknown in enumerate(unknowns)}
-        for index in range(count if unknowns else 1)
-    ]
+    for index in range(count if unknowns else 1):
+        yield {unknown: choose_value(unknown.args[0], at, index, far) for at, unknown in enumerate(unknowns)}
 
 
 def choose_special_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
-    """The points at which expressions of one real unknown must not differ, besides: 0 and the numbers that they name."""
+    """0 and the numbers that expressions of one real unknown name: values at which they must not differ, either."""
     unknowns = tree.find_unknowns(a, b)
     if len(unknowns) != 1 or unknowns[0].args[0][0] in WHOLE_NAMES:
         return []
@@ -278,47 +269,40 @@ def choose_special_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
     return [{unknowns[0]: value} for value in (Fraction(0), *values)]
 
 
-def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool | None:
-    """Whether two expressions agree at a point, or None if neither has a value there."""
+def compare_at(
+    values: dict[Node, Fraction], a: Node, b: Node, real: bool, is_special: bool, budget: Budget
+) -> bool | None:
+    """Whether two expressions agree at a point, or None if that is unknown: values are too large, or there are none.
+
+    Where one side alone has a value, they differ, but not at special points (x^2/x is x at 0, too), and of several
+    unknowns only where all are positive: ln ab has a value where ln a + ln b has none.
+    """
     try:
         left, right = evaluate([a, b], values, real, budget)
     except TooLarge:
         return None
-    if left is None or right is None:
-        if left is right or (len(values) > 1 and min(values.values()) < 0):
-            return None  # ln ab is defined where ln a + ln b is not: of several unknowns only positive ones must agree
-        return False
-    return not add_up([left, -right])
-
-
-def are_equal_or_undefined(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool:
-    """Whether two expressions agree at a point if both have a value there: x^2/x is x at 0, too."""
-    try:
-        left, right = evaluate([a, b], values, real, budget)
-    except TooLarge:
-        return True
-    return left is None or right is None or not add_up([left, -right])
+    if left is not None and right is not None:
+        return not add_up([left, -right])
+    return None if left is right or is_special or (len(values) > 1 and min(values.values()) < 0) else False
 
 
 def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
     """Whether two expressions agree at every point, of which there must be one where they have values; among the real
-    numbers if they have values there, else among the complex ones. One that alone has no value at a point differs."""
+    numbers if they have values there, else among the complex ones. One that alone has no value at a point differs,
+    but for special points."""
     if a == b or a.kind == b.kind == "num":
         return a == b
     unknowns = tree.find_unknowns(a, b)
     parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
-    domains = (True, False) if unknowns and tree.IMAGINARY not in parts else (False,)
-    points = choose_points(a, b)
-    with LOCK:
-        for real in domains:
-            agreed = 0
-            for values in points:
-                verdict = compare_at(values, a, b, real, budget)
-                if verdict is False:
-                    return False
-                agreed += verdict is True
-            if agreed:
-                return all(are_equal_or_undefined(values, a, b, real, budget) for values in choose_special_points(a, b))
+    for real in (True, False) if unknowns and tree.IMAGINARY not in parts else (False,):
+        verdicts = set()
+        for values in choose_points(a, b):
+            verdicts.add(compare_at(values, a, b, real, False, budget))
+            if False in verdicts:
+                return False
+        if True in verdicts:
+            special = choose_special_points(a, b)
+            return all(compare_at(values, a, b, real, True, budget) is not False for values in special)
     return False
 
 
@@ -337,12 +321,11 @@ def are_proportional(a: Node, b: Node, positive: bool, budget: Budget) -> bool:
 
 def are_within(a: Node, b: Node, tolerance: float, budget: Budget) -> bool:
     """Whether two constants differ by at most the tolerance that a problem states."""
-    with LOCK:
-        try:
-            left, right = evaluate([a, b], {}, False, budget)
-        except TooLarge:
-            return False
-        return left is not None and right is not None and bool(abs(left - right) <= MP.mpf(tolerance))
+    try:
+        left, right = evaluate([a, b], {}, False, budget)
+    except TooLarge:
+        return False
+    return left is not None and right is not None and bool(abs(left - right) <= MP.mpf(tolerance))
 
 
 def count_places(value: Fraction) -> int:
@@ -430,15 +413,14 @@ def list_end_points(region: Node) -> list[Node]:
 def have_same_members(a: Node, b: Node, budget: Budget) -> bool:
     r"""Whether two sets of real numbers have the same members among: the end points that both name, points just beside
     them, between them and far out. (-2, 2) and x^2 < 4 agree at -2, 2, -2 - d, -2 + d, ... and so are the same set."""
-    with LOCK:
-        points, values = [], set(SPREAD)
-        for end in dict.fromkeys(list_end_points(a) + list_end_points(b)):
-            value = evaluate([end], {}, True, budget)[0]
-            if value is not None:
-                points.append(end)
-                value = Fraction(int(MP.nint(value * 2**30)), 2**30)
-                values |= {value - BESIDE, value + BESIDE}
-        ordered = sorted(values)
-        values |= {(low + high) / 2 for low, high in itertools.pairwise(ordered)}
-        points += map(tree.number, values)
-        return list_members(a, points, budget) == list_members(b, points, budget)
+    points, values = [], set(SPREAD)
+    for end in dict.fromkeys(list_end_points(a) + list_end_points(b)):
+        value = evaluate([end], {}, True, budget)[0]
+        if value is not None:
+            points.append(end)
+            value = Fraction(int(MP.nint(value * 2**30)), 2**30)
+            values |= {value - BESIDE, value + BESIDE}
+    ordered = sorted(values)
+    values |= {(low + high) / 2 for low, high in itertools.pairwise(ordered)}
+    points += map(tree.number, values)
+    return list_members(a, points, budget) == list_members(b, points, budget)

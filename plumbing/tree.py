@@ -62,10 +62,6 @@ def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
 
 
 def add(*terms: Node) -> Node:
-    """A sum; of matrices of one shape cell by cell."""
-    if shape(terms[0]) and len(set(map(shape, terms))) == 1:
-        rows = zip(*(term.args for term in terms), strict=True)
-        return matrix(map(add, *(row.args for row in summands)) for summands in rows)
     return combine("add", terms, 0)
 
 
@@ -87,6 +83,9 @@ def negative(value: Node) -> Node:
 def power(base: Node, exponent: Node) -> Node:
     if exponent == ONE:
         return base
+    if exponent.kind == "num" and exponent.args[0].denominator % 2 and exponent.args[0].denominator > 1:
+        top, bottom = exponent.args[0].as_integer_ratio()
+        return call("root", power(base, number(top)), number(bottom))  # of negative numbers the real one
     if base.kind == exponent.kind == "num" and exponent.args[0].denominator == 1:
         value, times = base.args[0], exponent.args[0].numerator
         if (abs(times) == 1 or abs(times) * count_bits(value) <= MAX_BITS) and (value or times > 0):
@@ -118,17 +117,13 @@ FUNCTIONS |= set(words("ln log lg exp sqrt abs floor ceil max min arg Re Im sgn 
 SPELLINGS = {f"arc{name}": f"a{name}" for name in TRIGONOMETRIC} | {"log": "ln", "sgn": "sign"}
 
 
-def factorial(value: int) -> int:
-    return math.factorial(value)
-
-
 def double_factorial(value: int) -> int:
     """8!! = 8 * 6 * 4 * 2"""
     return math.prod(range(value, 0, -2))
 
 
 EXACT: dict[str, Callable[..., int]] = {
-    "factorial": factorial,
+    "factorial": math.factorial,
     "double_factorial": double_factorial,
     "binom": math.comb,
 }
