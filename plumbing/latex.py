@@ -4,17 +4,20 @@ read_tree() reads an answer by recursive descent: each method of Reader reads on
 answers down to a number or a letter, and returns its tree.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing import tree
-from plumbing.tokens import END, Token, read_unit, read_words, tokenize
+from plumbing.tokens import BASES, END, Token, read_unit, read_words, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix
+MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
+MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 
 
 # Tokens -> tree -------------------------------------------------------------------------------------------------------
@@ -30,6 +33,8 @@ NESTING = {"{": 1, "(": 1, "}": -1, ")": -1}
 ENDS = {",", ";", ":", "&", r"\\", r"\end", r"\over", r"\choose", *CLOSING.values()}  # of an item
 NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values()) | set(UNIT_COMMANDS)  # what no factor starts with
 NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose"))
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
 REAL_NUMBERS = re.compile(r"(?:x is )?(?:all |any |the )*reals?(?: numbers?)?(?: (except|excluding|besides|\w+ than))?")
 BOUNDS = {"greater than": "<", "larger than": "<", "less than": ">", "smaller than": ">"}
 
@@ -40,6 +45,11 @@ def is_mixed(first: Node, second: Node) -> bool:
         return False
     larger, smaller = read_unit(first.args[2]), read_unit(second.args[2])
     return bool(larger and smaller and larger.powers == smaller.powers and larger.size > smaller.size)
+
+
+def read_based(digits: str, base: str) -> Node:
+    base = BASES.get(base, base)
+    return tree.number(int(digits)) if base == "10" and digits.isdigit() else Node("based", (digits, base))
 
 
 class Reader:
@@ -277,8 +287,8 @@ class Reader:
             return tree.add(value, tree.number(Fraction(int(period), 10**places * (10 ** len(period) - 1))))
         if is_argument:
             return value
-        if self.peek().value == "_":
-            raise Unreadable("digits with a base, beside others")
+        if self.accept("_"):
+            return read_based(text, self.plain_group())
         start, part = self.at, tree.ONE
         if text.isdigit() and self.accept(r"\frac"):
             part = tree.divide(self.argument(), self.argument())
@@ -395,8 +405,31 @@ class Reader:
 
 def read_tree(text: str) -> Node:
     """The tree of a text; raises Unreadable where the reader does not know what it means."""
+    if based := DIGITS_WITH_BASE.fullmatch(re.sub(r"\\(?:text|mathrm)(?=\{)|[{} $]", "", text)):
+        return read_based(*based.groups())
     reader = Reader(text)
     items = reader.items("")
     if reader.peek().kind != "end" or not items:
         raise Unreadable(f"unexpected {reader.peek().value!r}")
     return tree.make_list(items)
+
+
+def choose_signs(text: str) -> list[str]:
+    r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
+    signs, parts = PLUS_MINUS.findall(text), PLUS_MINUS.split(text)
+    upper = ["+ " if sign == r"\pm" else "- " for sign in signs]
+    lower = ["- " if sign == r"\pm" else "+ " for sign in signs]
+    choices = [upper, lower] if r"\mp" in signs else itertools.product("+-", repeat=len(signs))
+    return ["".join(itertools.chain(*zip(["", *choice], parts, strict=True))) for choice in choices]
+
+
+@functools.lru_cache(maxsize=8192)
+def read_answer(text: str) -> Node | None:
+    r"""The tree of a tidied answer with all its \pm signs, or None where it cannot be read."""
+    if len(text) > MAX_CHARS or len(PLUS_MINUS.findall(text)) > MAX_SIGNS:
+        return None
+    try:
+        trees = [read_tree(choice) for choice in choose_signs(text)]
+    except (Unreadable, RecursionError):
+        return None
+    return trees[0] if len(trees) == 1 else Node("list", tuple(trees))

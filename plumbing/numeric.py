@@ -11,7 +11,6 @@ OutOfWork, on every machine and under any load at the same place.
 
 import functools
 import itertools
-import math
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from plumbing import tree
 from plumbing.latex import read_tree
 from plumbing.numeric import SCALES
-from plumbing.tokens import Unit, read_unit, singular, tokenize
+from plumbing.tokens import BASES, Unit, read_unit, singular, tokenize
 from plumbing.tree import Node, Unreadable
 
 FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -19,7 +19,6 @@ ORDERED = re.compile(
 )
 DECREASING = re.compile(r"decreasing|descending|from (?:the )?(?:great|larg|high)", re.I)
 POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", re.I)
-BASES = dict(zip(tree.words("two three four five six seven eight nine"), "23456789", strict=True)) | {"binary": "2"}
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
 ASKED_UNIT = re.compile(  # in meters, how many square feet, (in $\mathrm{km/s}$), degree measure
     r"\b(?:in(?! how\b)|to|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"

@@ -73,7 +73,7 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
         (rf"\bC_{SCRIPT}\^{SCRIPT}", r"\\binom{\1}{\2}"),  # C_{10}^3
         (r"\\(d?)dot\s*\{?\s*" + LETTER + r"\}?", lambda m: f"{m[2]}'{'d' and len(m[1]) * chr(39)}"),  # \ddot{x}
         (
-            r"\\frac\s*\{\s*d\s*(?:\^\s*\{?(\d)\}?)?\s*"
+            r"\\d?frac\s*\{\s*d\s*(?:\^\s*\{?(\d)\}?)?\s*"
             + LETTER
             + r"(_\{?\w+\}?)?\s*\}\s*\{\s*d[^{}]*(?:\{\d\})?\s*\}",
             lambda m: f"{m[2]}{m[3] or ''}{chr(39) * int(m[1] or 1)} ",  # \frac{d^2 x}{dt^2}
@@ -299,6 +299,7 @@ def read_unit(text: str) -> Unit | None:
 
 NUMERALS = tree.words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")
 NUMERALS += tree.words("sixteen seventeen eighteen nineteen")
+BASES = {name: str(at) for at, name in enumerate(NUMERALS[2:10], 2)} | {"binary": "2"}
 TENS = tree.words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
 
 
