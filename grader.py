@@ -50,9 +50,9 @@ from typing import Any
 from plumbing import numeric, sandbox, tree
 from plumbing.constants import Count
 from plumbing.latex import MAX_CHARS, MAX_ITEMS, read_answer
-from plumbing.question import Question, list_pieces, read_question
+from plumbing.question import Question, list_pieces, read_product, read_question
 from plumbing.sandbox import ProgramTests
-from plumbing.tokens import BEFORE, COUNTED, NO_UNIT, UNICODE_TABLE, Unit, read_unit, singular, tokenize
+from plumbing.tokens import NO_UNIT, UNICODE_TABLE, singular, tokenize
 from plumbing.tree import NO_SCALAR, Node, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
 RUN_SECONDS: Count = 5  # by the clock on the wall; for a program with all of its tests
@@ -221,43 +221,11 @@ class Judge:
             return True
         return numeric.is_rounded(a, b, self.budget) or numeric.is_rounded(b, a, self.budget)
 
-    # Units and words
-    def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
-        """(value, unit), or None if there are words that cannot be ignored."""
-        unit = NO_UNIT
-        if node.kind == "mixed":  # 2 hours 30 minutes
-            left, right = map(self.split_quantity, node.args)
-            if not left or not right or left[1].powers != right[1].powers:
-                return None
-            return tree.add(left[0], tree.multiply(right[0], tree.number(right[1].size / left[1].size))), left[1]
-        if node.kind == "said":
-            node, before, after = node.args
-            if not after and (found := read_unit(before)):  # \$5
-                before, unit = "", found
-            elif found := read_unit(after):
-                unit = found
-            elif self.counts(after.split()):
-                unit = Unit(powers=((singular(after.split()[-1]), 0),))
-            else:
-                return None
-            if any(word not in BEFORE | self.question.nouns for word in before.split()):
-                return None
-        if node.kind == "unit":
-            return (node.args[0], Unit(powers=((node.args[1], 1),))) if unit == NO_UNIT else None
-        if unit.powers and unit.powers[0][0].startswith("mod ") and node.kind == "num":
-            return (node, unit) if 0 <= node.args[0] < int(unit.powers[0][0][4:]) else None  # 42 mod 5 is no residue
-        return node, unit
-
-    def counts(self, words: list[str]) -> bool:
-        """Whether words after a number only say what is counted: known nouns, or the plural that the question has."""
-        known = all({word, singular(word)} & COUNTED for word in words)
-        is_asked = singular(words[-1]) in self.question.counted
-        return known or (is_asked and " ".join(words) in self.question.text.casefold())
-
+    # Units, names and lists
     def is_same_quantity(self, a: Node, b: Node) -> bool:
         """Values with units. A value without one has the unit that the question asks for or names, if any, else the
         other's; only degrees, radians, percent and mixed units (2 hours 30 minutes) are converted."""
-        left, right = self.split_quantity(a), self.split_quantity(b)
+        left, right = self.question.split_quantity(a), self.question.split_quantity(b)
         if left and right and left[1] != NO_UNIT == right[1]:
             right = read_product(b) or right
         if left and right and right[1] != NO_UNIT == left[1]:
@@ -281,7 +249,6 @@ class Judge:
             return False
         return numeric.have_same_value(tree.multiply(value_a, scale_a), tree.multiply(value_b, scale_b), self.budget)
 
-    # Names and lists
     def split_definition(self, node: Node) -> tuple[Node, Node] | None:
         """(name, value) of x = 5, 5 = x and x = 2 + 3 = 5; of 2 + 3 = 5, too. All values must be the same."""
         if node.kind != "rel" or set(node.args[0]) != {"="}:
@@ -360,28 +327,11 @@ class Judge:
         return numeric.have_same_members(a, b, self.budget)
 
 
-def read_product(node: Node) -> tuple[Node, Unit] | None:
-    """5 m/s, which is read as a product of a number and letters, as a quantity."""
-    if node.kind != "mul":
-        return None
-    words, values = [], []
-    for part in node.args:
-        base, power = part.args if part.kind == "pow" else (part, tree.ONE)
-        if base.kind == "sym" and power.kind == "num":
-            words.append(f"{base.args[0]} ^{power.args[0]}" if power != tree.ONE else base.args[0])
-        else:
-            values.append(part)
-    unit = read_unit(" ".join(words))
-    if not unit or unit == NO_UNIT or not values or tree.find_unknowns(*values):
-        return None
-    return tree.multiply(*values), unit
-
-
 # Two answers -> right or wrong ----------------------------------------------------------------------------------------
 PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
 LABEL = re.compile(  # (B) 27, \textbf{(B)} 27, B. 27, Option B
     r"(?:\\(?:text|textbf|mathrm|mathbf) ?\{)? ?(?:(?:option|choice) )?(?:\(([A-H])\)|([A-H])[).:]|([A-H])(?=\}?$))"
-    r"(?:[\s~}:]|\\[ ,;:!]|\\q?quad)*(?:(?<=[\s~}:,;!d])(.+))?",
+    r"(?:[\s~}:$]|\\[ ,;:!]|\\q?quad)*(?:(?<=[\s~}:,;!d$])(-?(?:[A-Za-z\d({|]|\\(?:[dt]?frac|sqrt|pi|text|[$({])).*))?",
     re.S | re.I,
 )
 OTHER_LABEL = re.compile(r"\([A-H]\)|\b(?:or|and|not|is|incorrect|wrong)\b")
@@ -442,9 +392,11 @@ def is_right(answer: str, gold: str, tolerance: float | None = None, question: s
     if text_a == text_b or is_same_text(text_a, text_b):
         return True
     (letter_a, rest_a), (letter_b, _) = split_label(text_a), split_label(text_b)
-    if letter_a and letter_b:
-        return letter_a == letter_b
     about = read_question(question)
+    if letter_a and letter_b:
+        value = read_answer(tidy_answer(rest_a))
+        is_value = not rest_a or (value is not None and value.kind not in NO_SCALAR)
+        return letter_a == letter_b and (is_value or rest_a.strip(" $.}") in question or not question)
     text_a, text_b = drop_name(tidy_answer(rest_a or text_a), text_b, about), drop_name(text_b, text_a)
     a, b = read_answer(text_a), read_answer(text_b)
     if a is None or b is None:
@@ -454,8 +406,8 @@ def is_right(answer: str, gold: str, tolerance: float | None = None, question: s
         if DECIMAL_COMMA.fullmatch(answer) and split_number(answer.replace(",", ".")) == split_number(gold):
             return True
     judge = Judge(about)
-    values = [split[0] if (split := judge.split_quantity(node)) else node for node in (a, b)]
-    is_near = tolerance is not None and numeric.are_within(*values, tolerance, judge.budget)
+    near, exact = (split[0] if (split := about.split_quantity(node)) else node for node in (a, b))
+    is_near = tolerance is not None and numeric.are_within(near, exact, tolerance, judge.budget)
     return (is_near or judge.is_same(a, b)) and not about.is_repeated_by(text_a, text_b, a, b)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing import tree
-from plumbing.tokens import BASES, END, Token, read_unit, read_words, tokenize
+from plumbing.tokens import BASES, END, GREEK, Token, read_unit, read_words, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
@@ -26,6 +26,8 @@ SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\tilde", r"\widehat"}
+SYMBOLS = {*GREEK, *map(str.title, GREEK)}
+SYMBOLS |= set(tree.words("hbar mho odot oplus partial nabla sum prod int oint lim ldots aleph"))
 CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set")}
 MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "cases"}
 UNIT_COMMANDS = {r"\AA": "angstrom", r"\Omega": "ohm", r"\$": "dollar"}
@@ -85,7 +87,7 @@ class Reader:
         """What stands between commas up to a closing sign, which is left, or the end."""
         items: list[Node] = []
         while True:
-            while self.accept(",", ";"):
+            while items and self.accept(",", ";"):
                 pass
             if self.peek().kind == "end" or self.peek().value == closing:
                 return items
@@ -355,7 +357,7 @@ class Reader:
             return tree.REALS if letter == "R" else Node("sym", (name + letter,))
         if name in ACCENTS:
             return self.symbol(name + self.plain_group(), is_argument)
-        if name[1:].isalpha() and name not in NO_FACTOR:
+        if name[1:] in SYMBOLS:
             return self.symbol(name, is_argument)
         raise Unreadable(f"unexpected {name!r}")
 

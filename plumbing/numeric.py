@@ -223,45 +223,52 @@ WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n
 REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, 64, -7, 64_007, -64, -70_001)]
 MANY_POINTS: int = 10  # of several unknowns
 MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
+MIN_POINTS: int = 3  # at which two expressions must have values
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
 
 
-def choose_value(name: str, position: int, index: int, far: int) -> Fraction:
+def find_whole(*nodes: Node) -> set[Node]:
+    """The unknowns that are natural numbers: n, m, k, N by custom, and those in factorials and binomials."""
+    parts = [part for node in nodes for part in tree.iterate_parts(node)]
+    counted = [part for part in parts if part.kind == "call" and part.args[0] in tree.EXACT]
+    named = {unknown for unknown in tree.find_unknowns(*nodes) if unknown.args[0][0] in WHOLE_NAMES}
+    return named | set(tree.find_unknowns(*counted))
+
+
+def choose_value(name: str, position: int, index: int, far: int, is_whole: bool) -> Fraction:
     r"""The value at a point of comparison of the unknown that is at this position in the list of all unknowns.
 
-    n, m, k, N are natural numbers, small and far out; x and most small letters are real numbers of both signs and of
-    several sizes; other letters (r, R, G, M, \rho: lengths, masses, ...) are positive. The last points are far out:
-    beyond all numbers in the answers.
+    Natural numbers are small and far out; x and most small letters are real numbers of both signs and of several sizes;
+    other letters (r, R, G, M, \rho: lengths, masses, ...) are positive. The last points are far out: beyond all numbers
+    in the answers.
 
-    >>> [str(choose_value(name, 0, 2, 10**6)) for name in ("n", "x", "R")]
+    >>> [str(choose_value(name, 0, 2, 10**6, name == "n")) for name in ("n", "x", "R")]
     ['5', '-45/64', '45/64']
     """
-    base = name.split("_")[0].rstrip("'")
-    if base in WHOLE_NAMES:
+    if is_whole:
         whole = [*WHOLE, far]
         return Fraction(whole[(index + 4 * position * (index + 1)) % len(WHOLE) if position else index])
     values = [*REAL, far + REAL[0], -far - REAL[1]]
     step = index % len(values) if not position else (index * (2 * position + 1) + 3 * position) % len(REAL)
     value = values[step] + Fraction(position, 128)
-    return value if base in SIGNED_NAMES else abs(value)
+    return value if name.split("_")[0].rstrip("'") in SIGNED_NAMES else abs(value)
 
 
 def choose_points(a: Node, b: Node) -> Iterator[dict[Node, Fraction]]:
     """The points at which two expressions are compared."""
-    unknowns = tree.find_unknowns(a, b)
+    unknowns, whole = tree.find_unknowns(a, b), find_whole(a, b)
     numbers = [part.args[0] for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
     far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK // 3) + 1
-    whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
     count = len(WHOLE) + 1 if whole else len(REAL) + 2 if len(unknowns) == 1 else MANY_POINTS
     for index in range(count if unknowns else 1):
-        yield {unknown: choose_value(unknown.args[0], at, index, far) for at, unknown in enumerate(unknowns)}
+        yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}
 
 
 def choose_special_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
     """0 and the numbers that expressions of one real unknown name: values at which they must not differ, either."""
     unknowns = tree.find_unknowns(a, b)
-    if len(unknowns) != 1 or unknowns[0].args[0][0] in WHOLE_NAMES:
+    if len(unknowns) != 1 or find_whole(a, b):
         return []
     numbers = {abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"}
     values = [sign * value for value in sorted(numbers)[:MAX_NAMED] for sign in (1, -1)]
@@ -286,20 +293,20 @@ def compare_at(
 
 
 def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
-    """Whether two expressions agree at every point, of which there must be one where they have values; among the real
-    numbers if they have values there, else among the complex ones. One that alone has no value at a point differs,
-    but for special points."""
+    """Whether two expressions agree at every point, of which there must be MIN_POINTS where they have values: among the
+    real numbers if they have values there, else among the complex ones."""
     if a == b or a.kind == b.kind == "num":
         return a == b
     unknowns = tree.find_unknowns(a, b)
     parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
     for real in (True, False) if unknowns and tree.IMAGINARY not in parts else (False,):
-        verdicts = set()
+        agreed = 0
         for values in choose_points(a, b):
-            verdicts.add(compare_at(values, a, b, real, False, budget))
-            if False in verdicts:
+            verdict = compare_at(values, a, b, real, False, budget)
+            if verdict is False:
                 return False
-        if True in verdicts:
+            agreed += verdict is True
+        if agreed >= (MIN_POINTS if unknowns else 1):
             special = choose_special_points(a, b)
             return all(compare_at(values, a, b, real, True, budget) is not False for values in special)
     return False

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from plumbing import tree
 from plumbing.latex import read_tree
 from plumbing.numeric import SCALES
-from plumbing.tokens import BASES, Unit, read_unit, singular, tokenize
+from plumbing.tokens import BASES, BEFORE, COUNTED, NO_UNIT, Unit, read_unit, singular, tokenize
 from plumbing.tree import Node, Unreadable
 
 FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -103,6 +103,40 @@ class Question:
         raised = [Unit(other.size ** unit.powers[0][1], unit.powers) for other in named]
         return unit in (asked or raised or [unit])
 
+    def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
+        """(value, unit), or None if there are words that cannot be ignored."""
+        unit = NO_UNIT
+        if node.kind == "mixed":  # 2 hours 30 minutes
+            left, right = map(self.split_quantity, node.args)
+            if not left or not right or left[1].powers != right[1].powers:
+                return None
+            return tree.add(left[0], tree.multiply(right[0], tree.number(right[1].size / left[1].size))), left[1]
+        if node.kind == "said":
+            node, before, after = node.args
+            if not after and (found := read_unit(before)):  # \$5
+                before, unit = "", found
+            elif found := read_unit(after):
+                unit = found
+            elif self.counts(after.split()):
+                unit = Unit(powers=((singular(after.split()[-1]), 0),))
+            else:
+                return None
+            if any(word not in BEFORE | self.nouns for word in before.split()):
+                return None
+        if node.kind == "unit":
+            return (node.args[0], Unit(powers=((node.args[1], 1),))) if unit == NO_UNIT else None
+        if unit.powers and unit.powers[0][0].startswith("mod "):  # 42 mod 5 is no residue
+            values = list(node.args[1:] if node.kind == "rel" else [node])
+            if values[-1].kind != "num" or values[-1].args[0] not in range(int(unit.powers[0][0][4:])):
+                return None
+        return node, unit
+
+    def counts(self, words: list[str]) -> bool:
+        """Whether words after a number only say what is counted: known nouns, or the plural that the question has."""
+        known = all({word, singular(word)} & COUNTED for word in words)
+        is_asked = singular(words[-1]) in self.counted
+        return known or (is_asked and " ".join(words) in self.text.casefold())
+
     def is_repeated_by(self, answer: str, gold: str, node: Node | None, gold_node: Node | None) -> bool:
         """Whether the answer is a formula of the question, and the gold answer is not.
 
@@ -120,6 +154,23 @@ class Question:
             return repeats(whole, self.pieces)
         sides = [side for side in sides if len(side) > 1 or (side and side[0][0].isdigit())]
         return whole in self.pieces or (bool(sides) and all(repeats(side, self.pieces) for side in sides))
+
+
+def read_product(node: Node) -> tuple[Node, Unit] | None:
+    """5 m/s, which is read as a product of a number and letters, as a quantity."""
+    if node.kind != "mul":
+        return None
+    words, values = [], []
+    for part in node.args:
+        base, power = part.args if part.kind == "pow" else (part, tree.ONE)
+        if base.kind == "sym" and power.kind == "num":
+            words.append(f"{base.args[0]} ^{power.args[0]}" if power != tree.ONE else base.args[0])
+        else:
+            values.append(part)
+    unit = read_unit(" ".join(words))
+    if not unit or unit == NO_UNIT or not values or tree.find_unknowns(*values):
+        return None
+    return tree.multiply(*values), unit
 
 
 def is_scale(unit: Unit) -> bool:

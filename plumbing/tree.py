@@ -185,6 +185,8 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
 def make_relation(signs: list[str], terms: list[Node]) -> Node:
     r"""A chain of relations whose signs all point one way: b > a is a < b; x \in M is M, x \notin M the rest."""
     if signs == [r"\in"]:
+        if terms[0].kind not in ("sym", "opaque", "list", "tuple"):
+            raise Unreadable("no name of a member")
         is_range = terms[0].kind in ("sym", "list") and terms[1].kind == "sym"
         return Node("clause", tuple(terms)) if is_range or terms[1] == REALS else terms[1]
     if signs == [r"\notin"]:
