@@ -9,7 +9,6 @@ Work is counted, not timed: each evaluation costs tree nodes x bits^2. A verdict
 OutOfWork, on every machine and under any load at the same place.
 """
 
-import functools
 import itertools
 import threading
 import zlib
@@ -131,13 +130,9 @@ RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the valu
     "max": max,
     "Re": lambda value: MP.re(value),
     "Im": lambda value: MP.im(value),
+    **{name: count_with(rule) for name, rule in tree.EXACT.items()},
+    **{name: circular(name) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
 }
-for _name in ["sinh", "cosh", "sech", "csch", "ln", "exp", "arg", "sign"] + ["a" + n for n in tree.TRIGONOMETRIC]:
-    RULES[_name] = functools.partial(lambda name, value: getattr(MP, name)(value), _name)
-for _name in tree.EXACT:
-    RULES[_name] = count_with(tree.EXACT[_name])
-for _name in ["sin", "cos", "tan", "cot", "sec", "csc"]:
-    RULES[_name] = circular(_name)
 
 
 def combine_values(node: Node, parts: list[Any]) -> Any:
@@ -146,10 +141,11 @@ def combine_values(node: Node, parts: list[Any]) -> Any:
     if node.kind == "opaque":  # an unknown function: any fixed one that has no symmetries
         seed = MP.mpf(zlib.crc32(node.args[0].encode())) / 2**24
         return seed + MP.fsum(MP.cos(seed * part + at) for at, part in enumerate(parts, 1))
-    if name not in RULES:
+    rule = RULES.get(name) or (node.kind == "call" and getattr(MP, name, None))
+    if not rule:
         raise Undefined(name)
     try:
-        return RULES[name](*parts)
+        return rule(*parts)
     except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:  # all are of mpmath
         raise Undefined(name) from error
 
@@ -223,7 +219,7 @@ WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n
 REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, 64, -7, 64_007, -64, -70_001)]
 MANY_POINTS: int = 10  # of several unknowns
 MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
-MIN_POINTS: int = 3  # at which two expressions must have values
+MIN_POINTS: int = 2  # at which two expressions must have values
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
 

@@ -6,7 +6,6 @@ UNITS; what is not in a list is not ignored.
 """
 
 import functools
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -250,8 +249,12 @@ def list_units() -> dict[str, Unit]:
 
 NO_UNIT = Unit()
 UNITS = list_units()
-POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
-UNIT_PART = re.compile(r"\^ ?(-? ?\d+)|[a-z]+|/")
+UNIT_PART = re.compile(r" *(?:(/|\bper\b) *)?([a-z]+)(?: *\^ *(-? *\d+))?")
+UNIT_SPELLINGS = {  # other ways to write a unit
+    r"\\frac \{ (.*) \} \{ (.*) \}": r"\1 / \2", r"[(){}*]": "", r"\bsq(?:uare)? (\w+)": r"\1 ^2",
+    r"\bcubic (\w+)": r"\1 ^3", r" squared": " ^2", r" cubed": " ^3", r"\\mu ": "micro", r"\bM(?=W|Hz|J|V|N|Pa)": "mega",
+    r"\bmph\b": "mile / hour", r"\bkph\b": "km / h", r"degrees? +(?:[CF]|celsius|fahrenheit)\b": "degree",
+}  # fmt: skip
 
 
 def singular(word: str) -> str:
@@ -266,35 +269,20 @@ def read_unit(text: str) -> Unit | None:
     >>> read_unit(r"\frac { km } { min }"), read_unit("thousand")
     (Unit(size=Fraction(50, 3), powers=(('meter', 1), ('second', -1))), None)
     """
-    text = re.sub(r"\\frac \{ (.*) \} \{ (.*) \}", r"\1 / \2", re.sub(r"\bM(?=W|Hz|J|V|N|Pa)", "mega", text).casefold())
-    text = re.sub(r"[(){}*]", "", text.replace(r"\mu ", "micro").replace("mph", "mile / hour").replace("kph", "km / h"))
-    text = re.sub(r"degrees? +(?:c|f|celsius|fahrenheit)\b", "degree", re.sub(r"  +", " ", text)).strip()
-    if modulus := re.fullmatch(r"\\?p?mod (\d+)", text):
+    for pattern, replacement in UNIT_SPELLINGS.items():
+        text = re.sub(pattern, replacement, text)
+    text = text.casefold().strip()
+    if modulus := re.fullmatch(r"\\?p?mod +(\d+)", text):
         return Unit(powers=((f"mod {modulus[1]}", 1),))
-    parts: list[tuple[Unit, int]] = []
-    sign, side = 1, 1
-    for match in UNIT_PART.finditer(text):
-        part = match[0]
-        if part in ("/", "per"):
-            sign = -1
-        elif parts and (match[1] or part in ("squared", "cubed")):
-            parts[-1] = parts[-1][0], parts[-1][1] * (int(match[1].replace(" ", "")) if match[1] else POWERS[part])
-        elif part in ("square", "sq", "cubic"):
-            side = POWERS[part]
-        else:
-            unit = NO_UNIT if part in ("unit", "units") else UNITS.get(part) or UNITS.get(singular(part))
-            if not unit:
-                return None
-            parts.append((unit, sign * side))
-            sign, side = 1, 1
-    if UNIT_PART.sub("", text).strip() or side != 1:
-        return None
-    powers: Counter[str] = Counter()
-    for unit, times in parts:
-        for name, power in unit.powers:
-            powers[name] += power * times
-    size = math.prod((unit.size**times for unit, times in parts), start=Fraction(1))
-    return Unit(size, tuple(sorted(powers.items())))
+    size, powers = Fraction(1), Counter[str]()
+    for slash, name, power in UNIT_PART.findall(text):
+        unit = NO_UNIT if name in ("unit", "units") else UNITS.get(name) or UNITS.get(singular(name))
+        if not unit:
+            return None
+        times = int(power.replace(" ", "") or 1) * (-1 if slash else 1)
+        size *= unit.size**times
+        powers.update({base: exponent * times for base, exponent in unit.powers})
+    return None if UNIT_PART.sub("", text) else Unit(size, tuple(sorted(powers.items())))
 
 
 NUMERALS = tree.words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")

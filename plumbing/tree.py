@@ -229,7 +229,6 @@ def find_unknowns(*nodes: Node) -> list[Node]:
 # What kind of answer a tree is ----------------------------------------------------------------------------------------
 NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
 NO_SCALAR |= {"clause", "said", "mixed"}
-NAMING = {*TRIGONOMETRIC, "ln", "abs", "Re", "Im"}  # functions of a name that are a name
 
 
 def is_length(node: Node) -> bool:
@@ -240,12 +239,10 @@ def is_length(node: Node) -> bool:
 
 
 def is_name(node: Node) -> bool:
-    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \sin x, \tan^2 x."""
-    if node.kind == "pow" and node.args[0].kind == "call":
-        return node.args[1].kind == "num" and is_name(node.args[0])
+    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B."""
     if node.kind in ("mul", "pow"):
         return is_length(node)
-    if node.kind in ("tuple", "ratio") or (node.kind == "call" and node.args[0] in NAMING):
+    if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
     return node.kind in ("sym", "opaque", "text")
 
