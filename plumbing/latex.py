@@ -7,7 +7,6 @@ answers down to a number or a letter, and returns its tree.
 import functools
 import itertools
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing import tree
@@ -200,7 +199,7 @@ class Reader:
         return tree.negative(self.powered()) if is_negative else self.powered()
 
     def powered(self) -> Node:
-        r"""A base with what follows it: x^2, n!, 50%, 30\circ, 30\circ 15'."""
+        r"""A base with what follows it: x^2, n!, 50%, 30\circ."""
         value = self.atom()
         for _ in range(MAX_DEPTH):
             sign = self.accept("^", r"\circ", "!", "%")
@@ -213,19 +212,12 @@ class Reader:
             elif sign == "%" and value.kind != "unit":
                 value = Node("unit", (value, "percent"))
             elif sign == r"\circ":
-                value = Node("unit", (tree.add(value, *self.minutes()), "degree"))
+                value = Node("unit", (value, "degree"))
             elif not sign:
                 return value
             else:
                 break
         raise Unreadable("too many signs")
-
-    def minutes(self) -> Iterator[Node]:
-        """15' and 20'' after degrees, as degrees."""
-        for per_degree, marks in ((60, 1), (3600, 2)):
-            if self.peek().kind == "num" and all(self.peek(1 + mark).value == "'" for mark in range(marks)):
-                yield tree.number(Fraction(self.take().value) / per_degree)
-                self.at += marks
 
     def exponent(self) -> Node:
         sign = self.accept("+", "-")

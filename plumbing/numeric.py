@@ -10,6 +10,7 @@ OutOfWork, on every machine and under any load at the same place.
 """
 
 import itertools
+import operator
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -90,12 +91,12 @@ def take_root(value: Any, index: Any) -> Any:
 
 
 def count_with(exact: Callable[..., int]) -> Callable[..., Any]:
-    """A function of small whole numbers; of others nothing is known, of negative ones there is none."""
+    """A function of natural numbers; of large ones nothing is known."""
 
     def apply(*values: Any) -> Any:
-        if any(MP.isint(value) and MP.re(value) < 0 for value in values):
-            raise Undefined("negative")
-        if not all(MP.isint(value) and MP.re(value) <= MAX_FACTORIAL for value in values):
+        if not all(MP.isint(value) and MP.re(value) >= 0 for value in values):
+            raise Undefined("no natural number")
+        if any(MP.re(value) > MAX_FACTORIAL for value in values):
             raise TooLarge
         return MP.mpf(exact(*(int(MP.re(value)) for value in values)))
 
@@ -215,11 +216,12 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
 
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
-WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 64, 101, 1009, 100_003]  # n, m, k, N: by custom natural numbers
-REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, 64, -7, 64_007, -64, -70_001)]
+WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 101, 1009, 100_003]
+REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, 64, -7, 301, 64_007, -64, 8009, -70_001)]
+POINTS: int = 17  # the numbers above and those far out; a prime number, so that steps of any size reach all of them
 MANY_POINTS: int = 10  # of several unknowns
 MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
-MIN_POINTS: int = 2  # at which two expressions must have values
+MIN_POINTS: int = 3  # at which two expressions must have values
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
 
@@ -242,12 +244,11 @@ def choose_value(name: str, position: int, index: int, far: int, is_whole: bool)
     >>> [str(choose_value(name, 0, 2, 10**6, name == "n")) for name in ("n", "x", "R")]
     ['5', '-45/64', '45/64']
     """
+    values = [*WHOLE, far] if is_whole else [*REAL, far + REAL[0], -far - REAL[1]]
+    value = Fraction(values[(index * (2 * position + 1) + 3 * position) % POINTS])
     if is_whole:
-        whole = [*WHOLE, far]
-        return Fraction(whole[(index + 4 * position * (index + 1)) % len(WHOLE) if position else index])
-    values = [*REAL, far + REAL[0], -far - REAL[1]]
-    step = index % len(values) if not position else (index * (2 * position + 1) + 3 * position) % len(REAL)
-    value = values[step] + Fraction(position, 128)
+        return value
+    value += Fraction(position, 128)
     return value if name.split("_")[0].rstrip("'") in SIGNED_NAMES else abs(value)
 
 
@@ -256,7 +257,7 @@ def choose_points(a: Node, b: Node) -> Iterator[dict[Node, Fraction]]:
     unknowns, whole = tree.find_unknowns(a, b), find_whole(a, b)
     numbers = [part.args[0] for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
     far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK // 3) + 1
-    count = len(WHOLE) + 1 if whole else len(REAL) + 2 if len(unknowns) == 1 else MANY_POINTS
+    count = POINTS if whole or len(unknowns) == 1 else MANY_POINTS
     for index in range(count if unknowns else 1):
         yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}
 
@@ -363,12 +364,7 @@ def is_close(decimal: Node, exact: Node, budget: Budget) -> bool:
 # Sets of real numbers -------------------------------------------------------------------------------------------------
 BESIDE = Fraction(1, 2**20)  # how far beside an end point
 SPREAD = [Fraction(top, 7) for top in (-7_000_003, -701, -22, -3, 1, 10, 99, 7_000_003)]  # points of no one's choosing
-SIGNS: dict[str, Callable[[Any], bool]] = {  # what a relation says of the difference of its sides
-    "<": lambda difference: difference < 0,
-    r"\le": lambda difference: difference <= 0,
-    "=": lambda difference: difference == 0,
-    r"\ne": lambda difference: difference != 0,
-}
+SIGNS = {"<": operator.lt, r"\le": operator.le, "=": operator.eq, r"\ne": operator.ne}
 
 
 def holds(sign: str, left: Node, right: Node, budget: Budget) -> bool:
@@ -376,7 +372,7 @@ def holds(sign: str, left: Node, right: Node, budget: Budget) -> bool:
     if tree.INFINITY in (*tree.iterate_parts(left), *tree.iterate_parts(right)):
         return sign != "=" and (left == tree.negative(tree.INFINITY) or right == tree.INFINITY)
     difference = evaluate([tree.add(left, tree.negative(right))], {}, True, budget)[0]
-    return difference is not None and SIGNS[sign](difference)
+    return difference is not None and SIGNS[sign](difference, 0)
 
 
 def is_member(region: Node, point: Node, budget: Budget) -> bool:

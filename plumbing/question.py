@@ -189,6 +189,4 @@ def repeats(piece: tuple[str, ...], others: Iterable[tuple[str, ...]], named: bo
     return False
 
 
-@functools.lru_cache(maxsize=1024)
-def read_question(text: str) -> Question:
-    return Question(text)
+read_question = functools.lru_cache(maxsize=1024)(Question)

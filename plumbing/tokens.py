@@ -82,6 +82,10 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
             r"\^\s*(?:\{\s*((?:\\prime\s*|')+)\}|\\prime|')",
             lambda m: "'" * max(1, len(re.findall("prime|'", m[0]))),
         ),  # x^{\prime}
+        (
+            r"(\d+) ?\\circ\s*(\d+)\s*'(?:\s*(\d+)\s*'')?",
+            r"(\1+\\frac{\2}{60}+\\frac{0\3}{3600})\\circ ",  # 30\circ 15' 20''
+        ),
     )
 ]
 
@@ -252,7 +256,7 @@ UNITS = list_units()
 UNIT_PART = re.compile(r" *(?:(/|\bper\b) *)?([a-z]+)(?: *\^ *(-? *\d+))?")
 UNIT_SPELLINGS = {  # other ways to write a unit
     r"\\frac \{ (.*) \} \{ (.*) \}": r"\1 / \2", r"[(){}*]": "", r"\bsq(?:uare)? (\w+)": r"\1 ^2",
-    r"\bcubic (\w+)": r"\1 ^3", r" squared": " ^2", r" cubed": " ^3", r"\\mu ": "micro", r"\bM(?=W|Hz|J|V|N|Pa)": "mega",
+    r"\bcubic (\w+)": r"\1 ^3", " squared": " ^2", " cubed": " ^3", r"\\mu ": "micro", r"\bM(?=W|Hz|J|V|N|Pa)": "mega",
     r"\bmph\b": "mile / hour", r"\bkph\b": "km / h", r"degrees? +(?:[CF]|celsius|fahrenheit)\b": "degree",
 }  # fmt: skip
 

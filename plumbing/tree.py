@@ -117,14 +117,9 @@ FUNCTIONS |= set(words("ln log lg exp sqrt abs floor ceil max min arg Re Im sgn 
 SPELLINGS = {f"arc{name}": f"a{name}" for name in TRIGONOMETRIC} | {"log": "ln", "sgn": "sign"}
 
 
-def double_factorial(value: int) -> int:
-    """8!! = 8 * 6 * 4 * 2"""
-    return math.prod(range(value, 0, -2))
-
-
 EXACT: dict[str, Callable[..., int]] = {
     "factorial": math.factorial,
-    "double_factorial": double_factorial,
+    "double_factorial": lambda value: math.prod(range(value, 0, -2)),  # 8!! = 8 * 6 * 4 * 2
     "binom": math.comb,
 }
 
