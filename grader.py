@@ -9,21 +9,26 @@ What "correct" means here:
 - Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001, 0.5 is not 50. Two exceptions: a
   tolerance that a problem's own data states, and a decimal of 12 digits or more that rounds an exact value.
 - 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
-- A unit, currency sign, degree mark, percent sign or "mod 7" on one side only is ignored, unless the question names
-  its unit and it is another one; different units on the two sides differ. So 50\% agrees with 50 and with 0.5.
+- A value without a unit has any; but where the question asks for a unit, or names one of the same quantity, only that.
+  Two units must be the same; degrees, radians, percent and 2 hours 30 minutes are converted, so 50\% is 50 and 0.5 (but
+  no length, for that would pay the question's 3 feet for 36 inches). "mod 7" is ignored beside 0 to 6.
 - Words beside a value are ignored only if they are known to be harmless: the list BEFORE, units, what is counted
-  (COUNTED, plurals of the question). Any other word makes the answer wrong: not, thousand, half of, at least, over.
-- "x = 5" agrees with 5, also with more than a letter before "=" in the answer (m + n = 5, \sin x = 5). Letters of
-  choices agree in any dress and case, words agree in any case, "(B) 27" agrees with B and with 27.
+  (COUNTED, and what the question counts), "quadrant" where the question says "which quadrant". Any other word makes the
+  answer wrong: not, thousand, half of, at least, over. After the letter of a choice, words must be the question's.
+- "x = 5" agrees with 5, and what stands before "=" may be a function of anything (P(X = 2), \lim, \sin x), a sum of
+  different letters (m + n, 100m + n), or what the question has, but not 2x or x^2. "x \approx 5" is x = 5; otherwise
+  what follows \approx must round what stands before it, which is the answer.
+- Letters of choices agree in any dress and case, words agree in any case, "(B) 27" agrees with B and with 27.
 - A comma list is a set and \pm is two values, hence the hedge "42 or 43" is not 42; where the question asks for an
   order, it counts. Tuples, intervals and matrices are ordered, and the brackets of the first two count. Bases are kept:
   204_5 is neither 204_6 nor 204, unless the question asks for base 5.
 - Equations are equal up to a non-zero factor, inequalities up to a positive one. An inequality of one unknown is the
   set that it describes: x < 1 is (-\infty, 1). Several hold together, unless nothing satisfies them all: then x < 1,
   x > 2 are the parts of a union.
-- Expressions are equal when they have the same value at each of a list of points (plumbing/numeric.py says which).
+- Expressions are equal when they have the same value at each of a list of points (plumbing/numeric.py): small ones, 0
+  and those that the answers name, and some beyond all numbers in the answers. Letters in factorials are whole numbers.
   Sums and integrals are not computed; they agree when bounds and terms do.
-- The question is no answer (is_echo): what consists of the same numbers, letters and signs as a formula of the question
+- The question is no answer (Question.is_repeated_by): what consists of the same numbers, letters and signs as a formula of the question
   is wrong, unless the gold answer does, too. So is a function value of the question (\sin 20^\circ) for a plain number.
 
 How: cheap checks first. Most verdicts need only a comparison of texts or of exact rational numbers. The other answers

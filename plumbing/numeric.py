@@ -217,7 +217,9 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
 WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 101, 1009, 100_003]
-REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, 64, -7, 301, 64_007, -64, 8009, -70_001)]
+REAL = [
+    Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, -7, 301, 64_007, -1201, 8009, -9001, -70_001)
+]
 POINTS: int = 17  # the numbers above and those far out; a prime number, so that steps of any size reach all of them
 MANY_POINTS: int = 10  # of several unknowns
 MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
@@ -256,20 +258,20 @@ def choose_points(a: Node, b: Node) -> Iterator[dict[Node, Fraction]]:
     """The points at which two expressions are compared."""
     unknowns, whole = tree.find_unknowns(a, b), find_whole(a, b)
     numbers = [part.args[0] for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
-    far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK // 3) + 1
+    far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK - 100) + 1
     count = POINTS if whole or len(unknowns) == 1 else MANY_POINTS
     for index in range(count if unknowns else 1):
         yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}
 
 
 def choose_special_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
-    """0 and the numbers that expressions of one real unknown name: values at which they must not differ, either."""
+    """0, 1, -1 and the numbers that expressions of one real unknown name: there, too, they must not differ."""
     unknowns = tree.find_unknowns(a, b)
     if len(unknowns) != 1 or find_whole(a, b):
         return []
     numbers = {abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"}
-    values = [sign * value for value in sorted(numbers)[:MAX_NAMED] for sign in (1, -1)]
-    return [{unknowns[0]: value} for value in (Fraction(0), *values)]
+    values = [Fraction(0), Fraction(1), *sorted(numbers - {0, 1})[:MAX_NAMED]]
+    return [{unknowns[0]: sign * value} for value in values for sign in (1, -1)]
 
 
 def compare_at(

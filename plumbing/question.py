@@ -113,9 +113,9 @@ class Question:
             return tree.add(left[0], tree.multiply(right[0], tree.number(right[1].size / left[1].size))), left[1]
         if node.kind == "said":
             node, before, after = node.args
-            if not after and (found := read_unit(before)):  # \$5
-                before, unit = "", found
-            elif found := read_unit(after):
+            if read_unit(before) not in (None, NO_UNIT):  # \$5 per hour
+                before, after = "", f"{before} {after}"
+            if found := read_unit(after):
                 unit = found
             elif self.counts(after.split()):
                 unit = Unit(powers=((singular(after.split()[-1]), 0),))

@@ -118,9 +118,9 @@ COMMANDS = {  # other names of one command, or of a sign
     r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\dots": r"\ldots", r"\cdots": r"\ldots",
     r"\colon": ":", r"\backslash": r"\setminus", r"\varphi": r"\phi", r"\varepsilon": r"\epsilon",
     r"\degree": r"\circ", r"\land": ",", r"\lor": ",", r"\wedge": ",", r"\vee": ",", r"\equiv": "=",
-    r"\overrightarrow": r"\vec", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|", r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\cr": r"\\",
-    r"\bmod": r"\pmod", r"\mod": r"\pmod", r"\%": "%", r"\simeq": r"\approx", r"\prime": "'", r"\&": "&",
+    r"\overrightarrow": r"\vec", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\|": "|", r"\mid": "|",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom",
+    r"\cr": r"\\", r"\bmod": r"\pmod", r"\mod": r"\pmod", r"\%": "%", r"\simeq": r"\approx", r"\prime": "'", r"\&": "&",
     "**": "^", "<=": r"\le", ">=": r"\ge", "!=": r"\ne", "&&": ",", "..": r"\ldots", "...": r"\ldots",
     r"\tg": r"\tan", r"\ctg": r"\cot", r"\arctg": r"\arctan", r"\ell": "l",
 }  # fmt: skip
@@ -200,7 +200,7 @@ def tokenize(text: str) -> tuple[Token, ...]:
 BEFORE = set(  # harmless before a value
     tree.words(
         "a an the option choice answer final result is are be equals equal to so thus hence therefore it its we "
-        "get have there of total value exactly approximately about solution solutions only area perimeter volume"
+        "get have there of total value exactly approximately about solution solutions only area perimeter volume set"
     )
 )
 COUNTED = set(
@@ -209,7 +209,7 @@ COUNTED = set(
         "different digit distinct divisor edge element employee face factor function game girl handshake hat "
         "homework integer interval line lines man marble match matches meal member men move multiple number odd "
         "ordered orange outcome page pair path people pencil pen permutation person piece player point possible "
-        "positive possibility prime problem question real region right root row score side single solution sock "
+        "positive possibility prime problem question real region right root row side single solution sock "
         "sphere square step student subset term ticket toy triangle triple truck value vertex vertices way women "
         "word votes votes cat dog car chair tree house song sequence arrangement diagonal polygon rectangle circle "
         "intersection committee team table seat stamp flower bead color colour choice candy candies tile cube "
@@ -257,7 +257,8 @@ UNIT_PART = re.compile(r" *(?:(/|\bper\b) *)?([a-z]+)(?: *\^ *(-? *\d+))?")
 UNIT_SPELLINGS = {  # other ways to write a unit
     r"\\frac \{ (.*) \} \{ (.*) \}": r"\1 / \2", r"[(){}*]": "", r"\bsq(?:uare)? (\w+)": r"\1 ^2",
     r"\bcubic (\w+)": r"\1 ^3", " squared": " ^2", " cubed": " ^3", r"\\mu ": "micro", r"\bM(?=W|Hz|J|V|N|Pa)": "mega",
-    r"\bmph\b": "mile / hour", r"\bkph\b": "km / h", r"degrees? +(?:[CF]|celsius|fahrenheit)\b": "degree",
+    r"\bmph\b": "mile / hour", r"\bkph\b": "km / h", r"\bk\b": "?",  # 42 k is no 42
+    r"degrees? +(?:[CF]|celsius|fahrenheit)\b": "degree",
 }  # fmt: skip
 
 
