@@ -31,9 +31,9 @@ CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set"
 MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "cases"}
 UNIT_COMMANDS = {r"\AA": "angstrom", r"\Omega": "ohm", r"\$": "dollar"}
 NESTING = {"{": 1, "(": 1, "}": -1, ")": -1}
-ENDS = {",", ";", ":", "&", r"\\", r"\end", r"\over", r"\choose", *CLOSING.values()}  # of an item
+ENDS = {",", ";", ":", "&", r"\\", r"\end", *CLOSING.values()}  # of an item
 NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values()) | set(UNIT_COMMANDS)  # what no factor starts with
-NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose"))
+NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod"))
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
 REAL_NUMBERS = re.compile(r"(?:x is )?(?:all |any |the )*reals?(?: numbers?)?(?: (except|excluding|besides|\w+ than))?")
@@ -203,18 +203,16 @@ class Reader:
         value = self.atom()
         for _ in range(MAX_DEPTH):
             sign = self.accept("^", r"\circ", "!", "%")
+            if not sign:
+                return value
             if sign == "^":
                 value = tree.power(value, self.exponent())
             elif sign == "!":
                 value = tree.call("double_factorial" if self.accept("!") else "factorial", value)
                 if self.peek().value == "!":
                     raise Unreadable("three factorials")
-            elif sign == "%" and value.kind != "unit":
-                value = Node("unit", (value, "percent"))
-            elif sign == r"\circ":
-                value = Node("unit", (value, "degree"))
-            elif not sign:
-                return value
+            elif value.kind != "unit":
+                value = Node("unit", (value, "percent" if sign == "%" else "degree"))
             else:
                 break
         raise Unreadable("too many signs")
@@ -261,9 +259,6 @@ class Reader:
             items = [tree.make_list(conditions)] if is_free else items
             self.expect(r"\}")
             return items[0] if is_free else tree.make_bracket(opening, r"\}", items)
-        if opening == "{" and (sign := self.accept(r"\over", r"\choose")):
-            second = self.group(opening)
-            items = [tree.divide(items[0], second[0]) if sign == r"\over" else tree.call("binom", items[0], second[0])]
         closing = self.take().value
         half_open = opening in ("(", "[") and closing in (")", "]")
         if closing != CLOSING[opening] and not half_open:

@@ -56,6 +56,8 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
         (f"[{LOWERED}]+", lambda m: f"_{{{m[0].translate(ON_THE_LINE)}}}"),  # x₁
         (r"\b([apAP])\. ?([mM])\b\.?", r"\1\2"),  # p.m.
         (r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d)(?:\s*(\d)|(?=\{))", r"\1{\2}\3 "),  # \frac12
+        (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),  # {1 \over 2}
+        (r"\{([^{}]*)\\choose\b([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"-\s*\\\$", r"\\$-"),  # -\$5
         (r"\\mathring\s*\{(?:\\mathrm\s*\{)?A\}?\}", r"\\AA "),  # the angstrom
         (

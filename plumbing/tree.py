@@ -2,10 +2,10 @@ r"""The tree that an answer is read into, and exact arithmetic on it.
 
 A node has a kind and arguments, which are nodes or texts:
 - "num", a rational number; "const", one of i, e, pi and oo; "sym", an unknown; "opaque", an unknown function: f(x).
-- "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", degrees or percent.
+- "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", degrees or percent; "based".
 - "rel", a chain of relations, its signs first; "list", values between commas; "set"; "matrix" of "row"s.
 - "tuple", opening and closing bracket first: a point, or an interval; "union", "intersection", "minus" of sets.
-- "text", words only; "said", a value, the words before it and those after it; "based", digits and their base.
+- "text", words only; "said", a value, the words before it and those after it; "mixed": 2 hours 30 minutes.
 - "piece", a value and its condition in a function by cases; "clause", what an unknown ranges over: k \in \mathbb{Z}.
 
 The functions below build nodes. They compute rational numbers exactly and leave everything else as it is.
@@ -67,10 +67,10 @@ def add(*terms: Node) -> Node:
 
 def multiply(*factors: Node) -> Node:
     """A product; a matrix is scaled cell by cell. Products of matrices are left as they are."""
-    matrices = [factor for factor in factors if shape(factor)]
+    matrices = [factor for factor in factors if factor.kind == "matrix"]
     if len(matrices) != 1 or len(factors) == 1:
         return combine("mul", factors, 1)
-    scalar = multiply(*(factor for factor in factors if not shape(factor)))
+    scalar = multiply(*(factor for factor in factors if factor.kind != "matrix"))
     return matrix((multiply(scalar, cell) for cell in row.args) for row in matrices[0].args)
 
 
@@ -103,10 +103,6 @@ def matrix(rows: Iterable[Iterable[Node]]) -> Node:
     if len({len(row.args) for row in nodes}) != 1:
         raise Unreadable("no rows, or of different lengths")
     return Node("matrix", nodes)
-
-
-def shape(node: Node) -> tuple[int, int] | None:
-    return (len(node.args), len(node.args[0].args)) if node.kind == "matrix" else None
 
 
 # Functions ------------------------------------------------------------------------------------------------------------
@@ -155,7 +151,6 @@ def apply_function(name: str, args: Sequence[Node], base: Node | None, exponent:
 BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 FLIPPED = {">": "<", r"\ge": r"\le"}
 REALS = Node("tuple", ("(", ")", negative(INFINITY), INFINITY))
-NUMBER_SETS = {"Z", "N", "R", "Q"}
 
 
 def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
