@@ -297,12 +297,11 @@ class Judge:
             return all(map(self.is_same, left, right))
         if len(left) == len(right) == 1:
             return self.is_same(left[0], right[0])
-        pairs = ((left, right), (right, left))
-        return all(x in others or any(self.is_element(x, y) for y in others) for some, others in pairs for x in some)
 
-    def is_element(self, a: Node, b: Node) -> bool:
-        """{1} is 1, but not within {{1}, {2}}."""
-        return (a.kind == "set") == (b.kind == "set") and self.is_same(a, b)
+        def is_among(x: Node, others: list[Node]) -> bool:  # {1} is 1, but not within {{1}, {2}}
+            return any(x == y or ((x.kind == "set") == (y.kind == "set") and self.is_same(x, y)) for y in others)
+
+        return all(is_among(x, right) for x in left) and all(is_among(y, left) for y in right)
 
     # Relations and sets of numbers
     def is_same_relation(self, a: Node, b: Node) -> bool:

@@ -254,24 +254,18 @@ def choose_value(name: str, position: int, index: int, far: int, is_whole: bool)
     return value if name.split("_")[0].rstrip("'") in SIGNED_NAMES else abs(value)
 
 
-def choose_points(a: Node, b: Node) -> Iterator[dict[Node, Fraction]]:
-    """The points at which two expressions are compared."""
+def choose_points(a: Node, b: Node) -> Iterator[tuple[dict[Node, Fraction], bool]]:
+    """The points at which two expressions are compared, and whether they are special: 0, 1, -1 and the numbers that
+    expressions of one real unknown name."""
     unknowns, whole = tree.find_unknowns(a, b), find_whole(a, b)
-    numbers = [part.args[0] for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
+    numbers = [abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
     far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK - 100) + 1
     count = POINTS if whole or len(unknowns) == 1 else MANY_POINTS
     for index in range(count if unknowns else 1):
-        yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}
-
-
-def choose_special_points(a: Node, b: Node) -> list[dict[Node, Fraction]]:
-    """0, 1, -1 and the numbers that expressions of one real unknown name: there, too, they must not differ."""
-    unknowns = tree.find_unknowns(a, b)
-    if len(unknowns) != 1 or find_whole(a, b):
-        return []
-    numbers = {abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"}
-    values = [Fraction(0), Fraction(1), *sorted(numbers - {0, 1})[:MAX_NAMED]]
-    return [{unknowns[0]: sign * value} for value in values for sign in (1, -1)]
+        yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}, False
+    if len(unknowns) == 1 and not whole:
+        for value in (Fraction(0), Fraction(1), *sorted({*numbers} - {0, 1})[:MAX_NAMED]):
+            yield from (({unknowns[0]: sign * value}, True) for sign in (1, -1))
 
 
 def compare_at(
@@ -300,14 +294,13 @@ def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
     parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
     for real in (True, False) if unknowns and tree.IMAGINARY not in parts else (False,):
         agreed = 0
-        for values in choose_points(a, b):
-            verdict = compare_at(values, a, b, real, False, budget)
+        for values, is_special in choose_points(a, b):
+            verdict = compare_at(values, a, b, real, is_special, budget)
             if verdict is False:
                 return False
-            agreed += verdict is True
+            agreed += verdict is True and not is_special
         if agreed >= (MIN_POINTS if unknowns else 1):
-            special = choose_special_points(a, b)
-            return all(compare_at(values, a, b, real, True, budget) is not False for values in special)
+            return True
     return False
 
 

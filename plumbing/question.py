@@ -117,10 +117,12 @@ class Question:
                 before, after = "", f"{before} {after}"
             if found := read_unit(after):
                 unit = found
-            elif self.counts(after.split()):
-                unit = Unit(powers=((singular(after.split()[-1]), 0),))
-            else:
-                return None
+            else:  # only what is counted: known nouns, or those that the question counts
+                words = after.split()
+                is_asked = singular(words[-1]) in self.counted and after in self.text.casefold()
+                if not is_asked and not all({word, singular(word)} & COUNTED for word in words):
+                    return None
+                unit = Unit(powers=((singular(words[-1]), 0),))
             if any(word not in BEFORE | self.nouns for word in before.split()):
                 return None
         if node.kind == "unit":
@@ -130,12 +132,6 @@ class Question:
             if values[-1].kind != "num" or values[-1].args[0] not in range(int(unit.powers[0][0][4:])):
                 return None
         return node, unit
-
-    def counts(self, words: list[str]) -> bool:
-        """Whether words after a number only say what is counted: known nouns, or the plural that the question has."""
-        known = all({word, singular(word)} & COUNTED for word in words)
-        is_asked = singular(words[-1]) in self.counted
-        return known or (is_asked and " ".join(words) in self.text.casefold())
 
     def is_repeated_by(self, answer: str, gold: str, node: Node | None, gold_node: Node | None) -> bool:
         """Whether the answer is a formula of the question, and the gold answer is not.
