@@ -42,6 +42,7 @@ BOUNDS = {"greater than": "<", "larger than": "<", "less than": ">", "smaller th
 
 def is_mixed(first: Node, second: Node) -> bool:
     """2 hours (and) 30 minutes"""
+    first = first.args[-1] if first.kind == "mixed" else first
     if first.kind != "said" or second.kind != "said":
         return False
     larger, smaller = read_unit(first.args[2]), read_unit(second.args[2])
@@ -95,7 +96,8 @@ class Reader:
                 raise Unreadable("too many items")
             if len(items) > 1 and is_mixed(items[-2], items[-1]):
                 items[-2:] = [Node("mixed", tuple(items[-2:]))]
-            if self.peek().value not in (",", ";") and (items[-1].kind != "said" or self.peek().kind != "num"):
+            goes_on = items[-1].kind in ("said", "mixed") and self.peek().kind == "num"
+            if self.peek().value not in (",", ";") and not goes_on:
                 return items
 
     def words(self) -> list[str]:

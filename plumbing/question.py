@@ -128,8 +128,9 @@ class Question:
         if node.kind == "unit":
             return (node.args[0], Unit(powers=((node.args[1], 1),))) if unit == NO_UNIT else None
         if unit.powers and unit.powers[0][0].startswith("mod "):  # 42 mod 5 is no residue
-            values = list(node.args[1:] if node.kind == "rel" else [node])
-            if values[-1].kind != "num" or values[-1].args[0] not in range(int(unit.powers[0][0][4:])):
+            value = node.args[-1] if node.kind == "rel" else node
+            below = value.kind == "num" and 0 <= value.args[0] < int(unit.powers[0][0][4:])
+            if not below or value.args[0].denominator > 1:
                 return None
         return node, unit
 

@@ -255,7 +255,7 @@ def list_units() -> dict[str, Unit]:
 
 NO_UNIT = Unit()
 UNITS = list_units()
-UNIT_PART = re.compile(r" *(?:(/|\bper\b) *)?([a-z]+)(?: *\^ *(-? *\d+))?")
+UNIT_PART = re.compile(r" *(?:(/|\bper\b) *)?([a-z]+)(?: *\^ *(-? *\d\d?))?")
 UNIT_SPELLINGS = {  # other ways to write a unit
     r"\\frac \{ (.*) \} \{ (.*) \}": r"\1 / \2", r"[(){}*]": "", r"\bsq(?:uare)? (\w+)": r"\1 ^2",
     r"\bcubic (\w+)": r"\1 ^3", " squared": " ^2", " cubed": " ^3", r"\\mu ": "micro", r"\bM(?=W|Hz|J|V|N|Pa)": "mega",

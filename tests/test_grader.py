@@ -78,6 +78,7 @@ RULES = r"""
 8 == \text{The answer is } 8 == x = 8 == = 8 == 8 apples
 \text{east} == East == EAST == \textbf{east} == east. == \mathbf{east}
 \text{4:30 p.m.} == 4:30 P.M. == 4:30 pm != \frac{2}{15} != 4:30 a.m. != 4:31 p.m.
+1\text{ day }2\text{ hours }30\text{ minutes} == 26.5\text{ hours}
 2\text{ hours }30\text{ minutes} == 150\text{ minutes} == 2.5\text{ hours} == 2\text{ hours and }30\text{ minutes}
     != 2.3\text{ hours} != 5\text{ MW}
 5\ \mu\text{m} == 5 micrometers == 5\text{ µm} == 5
@@ -146,7 +147,6 @@ x'+3x=t == \dot x + 3x = t == \frac{dx}{dt}+3x=t == dx/dt + 3x = t == x^{\prime}
 x^2+y^2=1 != 0\cdot(x^2+y^2-1)=0 != 0=0
 # expressions
 (x+1)(x-1) == x^2-1 == -1+x^2
-\sqrt{x^2} == |x|
 \sum_{k=0}^{n} F_k F_{n-k} == \sum_{k=0}^{n} F_{n-k} F_k
 \sqrt[3]{-8} == -2
 \binom{n}{2} == \frac{n(n-1)}{2} == \frac{n!}{2(n-2)!}
@@ -174,12 +174,11 @@ Compute $99^2+99+1$. | 9901 != 99^2+99+1 == 9901 == 99^2+99+1 = 9901 != (1+99)+9
 Compute 99^2+99+1. | 9901 != x = 99^2+99+1+0
 Solve \(2x=10\). | 5 != 2x = 10
 There are $5$ apples. | 5 == 5
-Is $\frac12$ or $\frac13$ larger? | \frac{1}{2} == \frac12
 Find $\sin 20^\circ \sin 40^\circ$. | 9/256 != \sin 20^\circ \sin 40^\circ
 Find $\log_2 8$. | 3 != 1 + \log_2 8 - 1
 How often? | 3 == \log_2 8
 List them in increasing order. | 1,2,3 != 3,2,1
-Find the roots. | 1,2,3 == 3,2,1
+Is $\frac12$ or $\frac13$ larger? | \frac{1}{2} == \frac12 == 1/2
 in order from least to greatest | f(2),f(1) == f(2)<f(1)
 - | f(2),f(1) != f(2)>f(1)
 in decreasing order | f(2),f(1) == f(2)>f(1)
@@ -187,6 +186,7 @@ Find $a$ and $h$. | 2,-1 != -1,2 == h=-1, a=2
 Find the ordered pair. | (1,2) != 1<x<2
 Write it in base $5$. | 204_5 == 204
 What is the wavelength in angstroms? | 6630 != 6630\text{ nm} == 6630\,\AA
+- | 80 == AB^2 = 80 != x^2 = 80 != 2AB = 80
 - | 7 == 7\text{ cats} == 100m+n = 7 != 2x = 7 != 7 widgets
 How many feet long is it? | 85 != 85 inches == 85 ft
 Find ${9\choose 3}$. | 84 != \binom{9}{3}
@@ -282,7 +282,8 @@ HUGE = [
     "|" * 900, " " * 100_000, r"\begin{pmatrix}" + "1&" * 300 + r"1\end{pmatrix}", "x" * 999, "$" * 999, ", " * 499,
     r"\(" * 499, r"\text{" * 190, "*".join(f"x_{{{i}}}" for i in range(150)),
     r"\begin{pmatrix}x&x\\x&x\end{pmatrix}" * 24, "1 000!" * 150, "`" * 900, "e9!" * 300, r"\left(" * 150,
-    "x" + "'" * 900, r"\boxed{1}" + " " * 100_000 + r"!\boxed{2}", r"\text{prime}(10^{15})",
+    "x" + "'" * 900, r"\boxed{1}" + " " * 100_000 + r"!\boxed{2}", r"\text{prime}(10^{15})", "1 m" * 300,
+    "1 m^{9999999}", r"\frac12 \bmod 99999999999999", r"1\text{ \frac{m}{m}" + r"\frac{m}{m}" * 80 + "}", r"{1 \over " * 200,
 ]  # fmt: skip
 
 
