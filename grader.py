@@ -123,7 +123,11 @@ def extract_answer(response: str) -> str | None:
 
 
 # Answer -> text -> tree -----------------------------------------------------------------------------------------------
-FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
+FENCES = re.compile(  # around all
+    r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`"
+    r"|(?:\\boxed|\\fbox)?\{((?!.*\\(?:over|choose)\b)(?:[^{}]|\{[^{}]*\})*)\}",
+    re.S,
+)
 CLAUSE = re.compile(  # and (n \in \mathbb{Z})
     r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b|(?<![A-Za-z])\([a-z] ?\\in\b"
 )
@@ -142,9 +146,9 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
     '1234'
     """
     text = answer.translate(UNICODE_TABLE).strip().rstrip("\\")
-    while match := FENCES.fullmatch(text):
+    while match := FENCES.fullmatch(text.rstrip(" .,;")):
         text = next(part for part in match.groups() if part is not None).strip()
-    text = re.sub(r"^\\(?:boxed|fbox)(?=\{)", "", text).lstrip(" ,;:").rstrip(" .,;:\\")
+    text = text.lstrip(" ,;:").rstrip(" .,;:\\")
     if clause := CLAUSE.search(text):
         before, after = text[: clause.start()].rstrip(" ,;"), text[clause.end() :].strip(" ,;}$")
         text = after if "real numbers" in before else before.removesuffix(r"\text{").rstrip(" ,;$\\") or text
