@@ -28,7 +28,7 @@ What "correct" means here:
 - Expressions are equal when they have the same value at each of a list of points (plumbing/numeric.py): small ones, 0
   and those that the answers name, and some beyond all numbers in the answers. Letters in factorials are whole numbers.
   Sums and integrals are not computed; they agree when bounds and terms do.
-- The question is no answer (Question.is_repeated_by): what has the same numbers, letters and signs as a formula of it is
+- The question is no answer (Question.is_repeated_by): what has the numbers, letters and signs of a formula of it is
   wrong, unless the gold answer has them, too. So is a function value of it (\sin 20^\circ) for a plain number.
 
 How: cheap checks first. Most verdicts need only a comparison of texts or of exact rational numbers. The other answers
