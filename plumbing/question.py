@@ -21,14 +21,15 @@ DECREASING = re.compile(r"decreasing|descending|from (?:the )?(?:great|larg|high
 POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", re.I)
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
 ASKED_UNIT = re.compile(  # in meters, how many square feet, (in $\mathrm{km/s}$), degree measure
-    r"\b(?:in(?! how\b)|to|how many|number of|nearest|units? of)\s+(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
+    r"\b(?:in(?! how\b)|to(?= [a-z]+s\b)|how many|number of|nearest|units? of)\s+"
+    r"(?:units of\s+)?(?:\$?\\?(?:mathrm|text|mbox)?\{?)?"
     r"(\\AA\b|(?:square |cubic |sq\.? )?[a-z]{2,}\b(?:(?:\s*/\s*|\s+per\s+)[a-z]+\b(?: squared)?)?"
-    r"|[mgsJKVWN](?=[}$]*[?.,)]))"
+    r"|(?<!\$)(?-i:[mgsJKVWN])(?=[}?.,)]))"
     r"|\b(degree)(?= measure)",
     re.I,
 )
 NAMED_UNIT = re.compile(r"\d(?:[\s$~-]|\\[ ,;]|\\(?:text|mathrm|mbox)\{)*([A-Za-z]+)|\b([a-z]{4,})")  # 5 m, a meter
-NO_UNITS = {"in", "am", "pm", "us", "at"}  # words that are also abbreviations
+NO_UNITS = {"in", "am", "pm", "us", "at", "Ms"}  # words that are also abbreviations
 ASKED_NAMES = re.compile(
     r"(?:find|determine|what|values? of|compute|solve)[^.?]*?"
     r"((?:\$[a-zA-Z]\$(?:,? and |, ))+\$[a-zA-Z]\$|\$\((?:[a-zA-Z], ?)+[a-zA-Z]\)\$)",
@@ -71,6 +72,7 @@ class Question:
         self.wants_point = bool(POINT.search(text)) and "interval" not in text
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
         self.counted = {singular(word) for word in re.findall(r"[a-z]+s\b|(?<=how many )\w+", text.casefold())}
+        self.counted -= set(tree.words("hundred thousand million billion dozen half third quarter tenth time"))
         self.nouns = set(re.findall(r"\b(?:which|what) (\w+)", text.casefold()))
         words = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
         self.asked_units = [
@@ -96,12 +98,12 @@ class Question:
 
     def allows(self, unit: Unit) -> bool:
         """Whether an answer may have this unit: one that the question asks for, if it asks for any, else one that it
-        names, if it names any of the same quantity."""
+        names, if it names any of the same quantity; what is counted always."""
         asked = [other for other in self.asked_units if is_scale(other) == is_scale(unit)]
         names = [name for name, _ in unit.powers]
         named = [other for other in self.named_units if [other.powers[0][0]] == names and not is_scale(other)]
         raised = [Unit(other.size ** unit.powers[0][1], unit.powers) for other in named]
-        return unit in (asked or raised or [unit])
+        return unit.powers[0][1] == 0 or unit in (asked or raised or [unit])
 
     def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
         """(value, unit), or None if there are words that cannot be ignored."""

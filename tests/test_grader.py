@@ -205,7 +205,7 @@ In which quadrant? | II == Quadrant II
 How many red and how many blue balls? | 3,4 == 3\text{ red}, 4\text{ blue}
 (C) east | C == \text{(C) east} != \text{(C) million}
 - | C != \text{(C), 12}
-How many widgets are there? | 7 == 7 widgets
+How many widgets are made, in millions? | 7 == 7 widgets != 7 million
 """
 
 
