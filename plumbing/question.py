@@ -71,8 +71,9 @@ class Question:
         self.is_decreasing = bool(DECREASING.search(text))
         self.wants_point = bool(POINT.search(text)) and "interval" not in text
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
-        self.counted = {singular(word) for word in re.findall(r"[a-z]+s\b|(?<=how many )\w+", text.casefold())}
-        self.counted -= set(tree.words("hundred thousand million billion dozen half third quarter tenth time"))
+        plurals = set(map(singular, re.findall(r"[a-z]+s\b", text.casefold())))
+        asked = set(map(singular, re.findall(r"(?<=how many )\w+", text.casefold())))
+        self.counted = plurals - {"hundred", "thousand", "million", "billion", "dozen", "half", "third", "time"} | asked
         self.nouns = set(re.findall(r"\b(?:which|what) (\w+)", text.casefold()))
         words = ["angstrom" if "AA" in unit else unit or "degree" for unit, _ in ASKED_UNIT.findall(text)]
         self.asked_units = [
