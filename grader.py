@@ -9,22 +9,27 @@ What "correct" means here:
 - Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001, 0.5 is not 50. Two exceptions: a
   tolerance that a problem's own data states, and a decimal of 12 digits or more that rounds an exact value.
 - 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
-- A unit, currency sign, degree mark, percent sign or "mod 7" on one side only is ignored, unless the question names
-  its unit and it is another one; different units on the two sides differ. So 50\% agrees with 50 and with 0.5.
-- Words beside a value are ignored only if they are known to be harmless: the list HARMLESS, units, what is counted
-  (COUNTED, plurals of the question). Any other word makes the answer wrong: not, thousand, half of, at least, over.
-- "x = 5" agrees with 5, also with more than a letter before "=" in the answer (m + n = 5, \sin x = 5). Letters of
-  choices agree in any dress and case, words agree in any case, "(B) 27" agrees with B and with 27.
+- A value without a unit has any; but where the question asks for a unit, or names one of the same quantity, only that.
+  Two units must be the same; degrees, radians, percent and 2 hours 30 minutes are converted, so 50\% is 50 and 0.5 (but
+  no length, for that would pay the question's 3 feet for 36 inches). "mod 7" is ignored beside 0 to 6.
+- Words beside a value are ignored only if they are known to be harmless: the list BEFORE, units, what is counted
+  (COUNTED, and what the question counts), "quadrant" where the question says "which quadrant". Any other word makes the
+  answer wrong: not, thousand, half of, at least, over. After the letter of a choice, words must be the question's.
+- "x = 5" agrees with 5, and what stands before "=" may be a function of anything (P(X = 2), \lim, \sin x), a sum of
+  different letters (m + n, 100m + n), or what the question has, but not 2x or x^2. "x \approx 5" is x = 5; otherwise
+  what follows \approx must round what stands before it, which is the answer.
+- Letters of choices agree in any dress and case, words agree in any case, "(B) 27" agrees with B and with 27.
 - A comma list is a set and \pm is two values, hence the hedge "42 or 43" is not 42; where the question asks for an
   order, it counts. Tuples, intervals and matrices are ordered, and the brackets of the first two count. Bases are kept:
   204_5 is neither 204_6 nor 204, unless the question asks for base 5.
 - Equations are equal up to a non-zero factor, inequalities up to a positive one. An inequality of one unknown is the
   set that it describes: x < 1 is (-\infty, 1). Several hold together, unless nothing satisfies them all: then x < 1,
   x > 2 are the parts of a union.
-- Expressions are equal when they have the same value at each of a list of points (plumbing/numeric.py says which).
+- Expressions are equal when they have the same value at each of a list of points (plumbing/numeric.py): small ones, 0
+  and those that the answers name, and some beyond all numbers in the answers. Letters in factorials are whole numbers.
   Sums and integrals are not computed; they agree when bounds and terms do.
-- The question is no answer (is_echo): what consists of the same numbers, letters and signs as a formula of the question
-  is wrong, unless the gold answer does, too. So is a function value of the question (\sin 20^\circ) for a plain number.
+- The question is no answer (Question.is_repeated_by): what has the numbers, letters and signs of a formula of it is
+  wrong, unless the gold answer has them, too. So is a function value of it (\sin 20^\circ) for a plain number.
 
 How: cheap checks first. Most verdicts need only a comparison of texts or of exact rational numbers. The other answers
 are read into small trees (plumbing/latex.py; nothing is ever executed) and evaluated at a few points with many more
@@ -49,14 +54,12 @@ from typing import Any
 
 from plumbing import numeric, sandbox, tree
 from plumbing.constants import Count
-from plumbing.latex import MAX_ITEMS, read_tree
-from plumbing.question import BASES, Question, list_pieces, read_question
+from plumbing.latex import MAX_CHARS, MAX_ITEMS, read_answer
+from plumbing.question import Question, list_pieces, read_product, read_question
 from plumbing.sandbox import ProgramTests
-from plumbing.tokens import COUNTED, HARMLESS, UNICODE_TABLE, UNITS, read_unit, singular, tokenize
-from plumbing.tree import NO_SCALAR, Node, Unreadable, is_long_name, is_name, is_region, is_set_of_reals, list_elements
+from plumbing.tokens import NO_UNIT, UNICODE_TABLE, singular, tokenize
+from plumbing.tree import NO_SCALAR, Node, is_long_name, is_name, is_region, is_set_of_reals, list_elements
 
-MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
-MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 RUN_SECONDS: Count = 5  # by the clock on the wall; for a program with all of its tests
 RUN_MEMORY: Count = 1024  # MiB; of a program
 
@@ -69,9 +72,7 @@ class Verdict:
     correct: bool
     status: str
     failed: str = field(default="", repr=False)  # of a program: the test that failed first, and the error
-    told: str = field(
-        default="", repr=False
-    )  # the same where it may be told: the test is public, or the program failed before any
+    told: str = field(default="", repr=False)  # the same where it may be told: a public test, or none was reached
 
 
 # Response -> answer ---------------------------------------------------------------------------------------------------
@@ -121,17 +122,19 @@ def extract_answer(response: str) -> str | None:
 
 
 # Answer -> text -> tree -----------------------------------------------------------------------------------------------
-FENCES = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`", re.S)  # around all
-CLAUSE = re.compile(r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b")
+FENCES = re.compile(  # around all
+    r"\${1,2}([^$]+)\${1,2}|\\\((.*)\\\)|\\\[(.*)\\\]|\*\*(.*)\*\*|`([^`]*)`"
+    r"|(?:\\boxed|\\fbox)?\{((?!.*\\(?:over|choose)\b)(?:[^{}]|\{[^{}]*\})*)\}",
+    re.S,
+)
+CLAUSE = re.compile(  # and (n \in \mathbb{Z})
+    r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b|(?<![A-Za-z])\([a-z] ?\\in\b"
+)
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
-PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
-DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
-
-
-def find_closing_brace(text: str) -> int:
-    """Where the brace that the text starts with is closed, or -1."""
-    depths = itertools.accumulate((character == "{") - (character == "}") for character in text)
-    return next((at for at, depth in enumerate(depths) if not depth), -1)
+CALL = re.compile(  # a function with its argument: \sin x, P(X = 2), \text{Var}(X), f^{-1}(3)
+    r"\\(?:lim|log|ln|gcd|lcm|max|min|det|Pr|arg|deg|(?:arc)?(?:sin|cos|tan|cot|sec|csc))(?![a-z])"
+    r"|(?:\\(?:text|math[a-z]+|operatorname)\{\w+\}|[A-Z]\w*|[fgh]|[a-z]{3,})['_^{}\w-]*\s*(?:\\left)?[(\[]"
+)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -142,46 +145,27 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
     '1234'
     """
     text = answer.translate(UNICODE_TABLE).strip().rstrip("\\")
-    while match := FENCES.fullmatch(text):
+    while match := FENCES.fullmatch(text.rstrip(" .,;")):
         text = next(part for part in match.groups() if part is not None).strip()
-    text = re.sub(r"^\\(?:boxed|fbox)(?=\{)", "", text).lstrip(" ,;:").rstrip(" .,;:\\")
-    while text[:1] == "{" and not re.search(r"\\(?:over|choose)\b", text) and find_closing_brace(text) == len(text) - 1:
-        text = text[1:-1].lstrip().rstrip(" .,;")
+    text = text.lstrip(" ,;:").rstrip(" .,;:\\")
     if clause := CLAUSE.search(text):
-        text = text[: clause.start()].rstrip(" ,;").removesuffix(r"\text{").rstrip(" ,;$") or text
+        before, after = text[: clause.start()].rstrip(" ,;"), text[clause.end() :].strip(" ,;}$")
+        text = after if "real numbers" in before else before.removesuffix(r"\text{").rstrip(" ,;$\\") or text
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
     return re.sub(r"^\](?=.*,)|(?<=\w)\[$", lambda m: ")" if m.start() else "(", text)  # ]0,1[ is (0,1)
 
 
-def choose_signs(text: str) -> list[str]:
-    r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
-    signs, parts = PLUS_MINUS.findall(text), PLUS_MINUS.split(text)
-    upper = ["+ " if sign == r"\pm" else "- " for sign in signs]
-    lower = ["- " if sign == r"\pm" else "+ " for sign in signs]
-    choices = [upper, lower] if r"\mp" in signs else itertools.product("+-", repeat=len(signs))
-    return ["".join(itertools.chain(*zip(["", *choice], parts, strict=True))) for choice in choices]
-
-
-@functools.lru_cache(maxsize=8192)
-def read_answer(text: str) -> Node | None:
-    """The tree of a tidied answer, or None where it cannot be read."""
-    if len(text) > MAX_CHARS or len(PLUS_MINUS.findall(text)) > MAX_SIGNS:
-        return None
-    if based := DIGITS_WITH_BASE.fullmatch(re.sub(r"\\(?:text|mathrm)(?=\{)|[{} $]", "", text)):
-        digits, base = based[1], BASES.get(based[2], based[2])
-        return tree.number(int(digits)) if base == "10" and digits.isdigit() else Node("based", (digits, base))
-    try:
-        trees = [read_tree(choice) for choice in choose_signs(text)]
-    except (Unreadable, RecursionError):
-        return None
-    return trees[0] if len(trees) == 1 else Node("list", tuple(trees))
+def split_name(text: str) -> tuple[str, str]:
+    """What stands before the first "=" that is outside brackets, and what follows it: P(X = 2), 1/2."""
+    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
+    at = next(
+        (at for at, (sign, depth) in enumerate(zip(text, depths, strict=True)) if sign == "=" and not depth), None
+    )
+    return (text[:at].strip(), text[at + 1 :].strip()) if at else ("", "")
 
 
 # Two trees -> the same answer or not ----------------------------------------------------------------------------------
-Unit = str | tuple  # "percent", "degree", "mod 7", what read_unit() returns, the noun that is counted, or nothing
-
-
 class Judge:
     """The comparison of one answer with one gold answer: what the question says, and the work that is left."""
 
@@ -189,17 +173,17 @@ class Judge:
         self.question = question
         self.budget = numeric.Budget()
 
-    def is_right(self, answer: Node, gold: Node, tolerance: float | None, is_asked: bool) -> bool:
-        """Whether an answer is the gold answer, or within the tolerance that a problem states. `is_asked`: the question
-        has what stands before the answer's "="."""
-        if tolerance is not None:
-            a, b = (split[0] if (split := self.split_quantity(node)) else node for node in (answer, gold))
-            if numeric.are_within(a, b, tolerance, self.budget):
-                return True
-        named = answer.kind == "rel" and answer.args[0] == ("=",) and (is_asked or is_long_name(answer.args[1]))
-        if named and gold.kind != "rel" and self.is_same(answer.args[2], gold):
-            return True
-        return self.is_same(answer, gold)
+    def drop_rounded(self, node: Node) -> Node | None:
+        r"""x = 1/3 \approx 0.33 as x = 1/3, and x \approx 5 as x = 5; None where a value does not round the one before
+        it: 42 \approx 43."""
+        signs, terms = list(node.args[0]), list(node.args[1:])
+        if is_name(terms[0]):
+            signs[0] = "="
+        steps = zip(signs, terms, terms[1:], strict=False)
+        if not all(numeric.is_close(y, x, self.budget) for sign, x, y in steps if sign == r"\approx"):
+            return None
+        end = signs.index(r"\approx") if r"\approx" in signs else len(signs)
+        return tree.make_relation(signs[:end], terms[: end + 1])
 
     def is_same(self, a: Node, b: Node) -> bool:
         """Whether two trees are the same answer."""
@@ -207,11 +191,19 @@ class Judge:
         if a == b:
             return True
         self.budget.spend(10, 0)
-        if kinds & {"said", "unit"}:
+        for one, other in ((a, b), (b, a)):
+            if one.kind == "rel" and r"\approx" in one.args[0]:
+                exact = self.drop_rounded(one)
+                return exact is not None and self.is_same(exact, other)
+        if kinds & {"said", "unit", "mixed"}:
             return self.is_same_quantity(a, b)
         left, right = self.split_definition(a), self.split_definition(b)
-        if left and right and have_same_names(left[0], right[0]) and self.is_same(left[1], right[1]):
-            return True
+        if (
+            left and right and self.is_same(left[1], right[1])
+        ):  # f(x) and y can stand for each other, f(x) and g(x) cannot
+            (name, _), (other, _) = left, right
+            if name == other or {name.kind, other.kind} == {"opaque", "sym"}:
+                return True
         if bool(left) != bool(right) and kinds != {"rel"}:
             return self.is_same(left[1] if left else a, right[1] if right else b)
         if "list" in kinds:
@@ -231,65 +223,41 @@ class Judge:
             )
         if "based" in kinds and "num" in kinds:  # 204 for 204_5, where the question asks for base 5
             based, number = (a, b) if a.kind == "based" else (b, a)
-            base = based.args[1] if isinstance(based.args[1], str) else str(based.args[1].args[0])
-            return base in self.question.bases and str(number.args[0]) == based.args[0]
+            return based.args[1] in self.question.bases and str(number.args[0]) == based.args[0]
         if kinds & NO_SCALAR:
             return False
-        if choice_letter(a) and choice_letter(b):
-            return choice_letter(a) == choice_letter(b)
         if numeric.have_same_value(a, b, self.budget):
             return True
         return numeric.is_rounded(a, b, self.budget) or numeric.is_rounded(b, a, self.budget)
 
-    # Units and words
-    def split_quantity(self, node: Node) -> tuple[Node, Unit] | None:
-        """(value, unit or what is counted or ""), or None if there are words that cannot be ignored."""
-        if node.kind == "unit":
-            return node.args
-        if node.kind != "said":
-            return node, ""
-        value, before, after = node.args
-        unit = read_unit(after)
-        if before == "dollar" or before in UNITS:
-            before, unit = "", read_unit(before)
-        if any(word not in HARMLESS for word in before.split()):
-            return None
-        if after.startswith("mod "):
-            return value, after
-        words = [word for word in after.split() if word not in HARMLESS]
-        asked = words and singular(words[-1]) in self.question.plurals and after in self.question.text.casefold()
-        if unit is None and (asked or all({word, singular(word)} & COUNTED for word in words)):
-            return value, tuple(words[-1:])
-        return (value, unit) if unit else None
-
+    # Units, names and lists
     def is_same_quantity(self, a: Node, b: Node) -> bool:
-        """A unit on one side only is ignored, or counts with its scale: 30 degrees is 30 and pi/6."""
-        left, right = self.split_quantity(a), self.split_quantity(b)
+        """Values with units. A value without one has the unit that the question asks for or names, if any, else the
+        other's; only degrees, radians, percent and mixed units (2 hours 30 minutes) are converted."""
+        left, right = self.question.split_quantity(a), self.question.split_quantity(b)
+        if left and right and left[1] != NO_UNIT == right[1]:
+            right = read_product(b) or right
+        if left and right and right[1] != NO_UNIT == left[1]:
+            left = read_product(a) or left
         if not left or not right:
             return False
         (value_a, unit_a), (value_b, unit_b) = left, right
+        units = {unit_a, unit_b}
         if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
             return False
-        if unit_a and unit_b and unit_a != unit_b:
-            scales = [numeric.SCALES.get(unit) if isinstance(unit, str) else None for unit in (unit_a, unit_b)]
-            return False if None in scales else numeric.have_same_value(a, b, self.budget)
-        if unit_a and unit_b:
+        if len(units) == 1:
             return self.is_same(value_a, value_b)
-        unit = unit_a or unit_b
-        names = {part[0] for part in unit if isinstance(part, tuple)}
-        if names and self.question.units and not names <= {"unit", *self.question.units}:
+        if "mixed" in (a.kind, b.kind) and unit_a.powers == unit_b.powers:
+            return self.is_same(tree.multiply(value_a, tree.number(unit_a.size / unit_b.size)), value_b)
+        if not all(map(self.question.allows, units - {NO_UNIT})):
             return False
-        if self.is_same(value_a, value_b):
+        if NO_UNIT in units and self.is_same(value_a, value_b):
             return True
-        for one, other, its_unit in ((value_a, b, unit_a), (value_b, a, unit_b)):
-            if its_unit and other.kind == "mul" and [part.kind for part in other.args] == ["sym", "num"]:
-                name = UNITS.get(other.args[0].args[0].casefold())  # 5 m, which is read as a product, too
-                return its_unit == ((name, 1),) and self.is_same(one, other.args[1])
-        if unit not in numeric.SCALES or {value_a.kind, value_b.kind} & NO_SCALAR:
+        scale_a, scale_b = (numeric.SCALES.get(unit.powers[0][0] if unit.powers else "") for unit in (unit_a, unit_b))
+        if not scale_a or not scale_b or {value_a.kind, value_b.kind} & NO_SCALAR:
             return False
-        return numeric.have_same_value(a if unit_a else value_a, b if unit_b else value_b, self.budget)
+        return numeric.have_same_value(tree.multiply(value_a, scale_a), tree.multiply(value_b, scale_b), self.budget)
 
-    # Names and lists
     def split_definition(self, node: Node) -> tuple[Node, Node] | None:
         """(name, value) of x = 5, 5 = x and x = 2 + 3 = 5; of 2 + 3 = 5, too. All values must be the same."""
         if node.kind != "rel" or set(node.args[0]) != {"="}:
@@ -332,12 +300,11 @@ class Judge:
             return all(map(self.is_same, left, right))
         if len(left) == len(right) == 1:
             return self.is_same(left[0], right[0])
-        pairs = ((left, right), (right, left))
-        return all(x in others or any(self.is_element(x, y) for y in others) for some, others in pairs for x in some)
 
-    def is_element(self, a: Node, b: Node) -> bool:
-        """{1} is 1, but not within {{1}, {2}}."""
-        return (a.kind == "set") == (b.kind == "set") and self.is_same(a, b)
+        def is_among(x: Node, others: list[Node]) -> bool:  # {1} is 1, but not within {{1}, {2}}
+            return any(x == y or ((x.kind == "set") == (y.kind == "set") and self.is_same(x, y)) for y in others)
+
+        return all(is_among(x, right) for x in left) and all(is_among(y, left) for y in right)
 
     # Relations and sets of numbers
     def is_same_relation(self, a: Node, b: Node) -> bool:
@@ -368,22 +335,11 @@ class Judge:
         return numeric.have_same_members(a, b, self.budget)
 
 
-def have_same_names(a: Node, b: Node) -> bool:
-    """Names before "=": f(x) and y can stand for each other, f(x) and g(x) cannot."""
-    return a == b or {a.kind, b.kind} == {"opaque", "sym"}
-
-
-def choice_letter(node: Node) -> str:
-    """The letter of a choice, A to H in either case, or nothing."""
-    name = node.args[0] if node.kind == "sym" or node == tree.EULER else ""
-    return name.upper() if len(name) == 1 and name in "ABCDEFGHabcdefgh" else ""
-
-
 # Two answers -> right or wrong ----------------------------------------------------------------------------------------
 PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
 LABEL = re.compile(  # (B) 27, \textbf{(B)} 27, B. 27, Option B
     r"(?:\\(?:text|textbf|mathrm|mathbf) ?\{)? ?(?:(?:option|choice) )?(?:\(([A-H])\)|([A-H])[).:]|([A-H])(?=\}?$))"
-    r"(?:[\s~}:]|\\[ ,;:!]|\\q?quad)*(?:(?<=[\s~}:,;!d])(.+))?",
+    r"(?:[\s~}:$]|\\[ ,;:!]|\\q?quad)*(?:(?<=[\s~}:,;!d$])(-?(?:[A-Za-z\d({|]|\\(?:[dt]?frac|sqrt|pi|text|[$({])).*))?",
     re.S | re.I,
 )
 OTHER_LABEL = re.compile(r"\([A-H]\)|\b(?:or|and|not|is|incorrect|wrong)\b")
@@ -420,7 +376,18 @@ def split_label(text: str) -> tuple[str, str]:
     return (match[1] or match[2] or match[3]).upper(), match[4] or ""
 
 
-def judge(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> bool:
+def drop_name(text: str, other: str, question: Question | None = None) -> str:
+    """The value of P(X = 2) = 1/2 where the other answer has no "="; with a question also that of m + n = 5, or of what
+    the question has before the "="."""
+    name, value = split_name(text)
+    if not value or split_name(other)[1] or ("=" in value and re.search(r",|\b(?:or|and)\b", value)):
+        return text
+    is_asked = question is not None and list_pieces(name)[0] in question.pieces
+    node = read_answer(name) if question is not None else None
+    return value if is_asked or CALL.match(name) or (node and is_long_name(node)) else text
+
+
+def is_right(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> bool:
     """Whether an answer is right; OutOfWork where that takes too much to find out."""
     number_a, number_b = split_number(answer), split_number(gold)
     if number_a and number_b and tolerance is None:
@@ -433,27 +400,31 @@ def judge(answer: str, gold: str, tolerance: float | None = None, question: str 
     if text_a == text_b or is_same_text(text_a, text_b):
         return True
     (letter_a, rest_a), (letter_b, _) = split_label(text_a), split_label(text_b)
+    about = read_question(question)
     if letter_a and letter_b:
-        return letter_a == letter_b
-    a, b = read_answer(tidy_answer(rest_a or text_a)), read_answer(text_b)
+        value = read_answer(tidy_answer(rest_a))
+        is_value = not rest_a or (value is not None and value.kind not in NO_SCALAR)
+        return letter_a == letter_b and (is_value or rest_a.strip(" $.}") in question or not question)
+    text_a, text_b = drop_name(tidy_answer(rest_a or text_a), text_b, about), drop_name(text_b, text_a)
+    a, b = read_answer(text_a), read_answer(text_b)
     if a is None or b is None:
         return False
     if {a.kind, b.kind} == {"list", "num"} and "," in answer + gold:  # 123,456 is also the list 123, 456
         a, b = (read_answer(tidy_answer(text, thousands=False)) or node for text, node in ((answer, a), (gold, b)))
         if DECIMAL_COMMA.fullmatch(answer) and split_number(answer.replace(",", ".")) == split_number(gold):
             return True
-    about = read_question(question)
-    is_asked = list_pieces(text_a.partition("=")[0])[0] in about.pieces
-    if not Judge(about).is_right(a, b, tolerance, is_asked):
-        return False
-    return not question or not about.is_repeated_by(text_a, text_b, a, b)
+    judge = Judge(about)
+    near, exact = (split[0] if (split := about.split_quantity(node)) else node for node in (a, b))
+    is_near = tolerance is not None and numeric.are_within(near, exact, tolerance, judge.budget)
+    return (is_near or judge.is_same(a, b)) and not about.is_repeated_by(text_a, text_b, a, b)
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
 def grade_answer(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> Verdict:
     """The verdict on a bare answer."""
     try:
-        correct = judge(answer, gold, tolerance, question)
+        with numeric.LOCK:
+            correct = is_right(answer, gold, tolerance, question)
     except numeric.OutOfWork:
         return Verdict(answer, False, "timeout")
     except Exception:  # a fault of ours must cost one verdict, not the run that waits for it

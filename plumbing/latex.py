@@ -4,17 +4,19 @@ read_tree() reads an answer by recursive descent: each method of Reader reads on
 answers down to a number or a letter, and returns its tree.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 
 from plumbing import tree
-from plumbing.tokens import GREEK, UNICODE_TABLE, Token, read_words, tokenize
+from plumbing.tokens import BASES, END, GREEK, Token, read_unit, read_words, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix
+MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
+MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
 
 
 # Tokens -> tree -------------------------------------------------------------------------------------------------------
@@ -23,13 +25,33 @@ SET_SIGNS = {r"\cup": "union", r"\cap": "intersection", r"\setminus": "minus"}
 CLOSING = {"(": ")", "[": "]", r"\{": r"\}", "{": "}", "|": "|", r"\langle": r"\rangle"}
 CLOSING |= {r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 ACCENTS = {r"\overline", r"\bar", r"\hat", r"\vec", r"\tilde", r"\widehat"}
-DERIVATIVES = {r"\dot": "'", r"\ddot": "''"}
+SYMBOLS = {*GREEK, *map(str.title, GREEK)}
+SYMBOLS |= set(tree.words("hbar mho odot oplus partial nabla sum prod int oint lim ldots aleph"))
 CONSTANTS = {r"\pi": tree.PI, r"\infty": tree.INFINITY, r"\emptyset": Node("set")}
 MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "cases"}
 UNIT_COMMANDS = {r"\AA": "angstrom", r"\Omega": "ohm", r"\$": "dollar"}
+NESTING = {"{": 1, "(": 1, "}": -1, ")": -1}
+ENDS = {",", ";", ":", "&", r"\\", r"\end", *CLOSING.values()}  # of an item
 NO_FACTOR = RELATIONS | set(SET_SIGNS) | set(CLOSING.values()) | set(UNIT_COMMANDS)  # what no factor starts with
-NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod \over \choose"))
-EXCEPT = {"except", "excluding", "besides", "without"}
+NO_FACTOR |= set(tree.words(r"\\ \end \circ \pm \mp \to \rightarrow \implies \Rightarrow \pmod"))
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+DIGITS_WITH_BASE = re.compile(rf"\(?([0-9A-F]+)\)?_(\d+|{'|'.join(BASES)})")
+REAL_NUMBERS = re.compile(r"(?:x is )?(?:all |any |the )*reals?(?: numbers?)?(?: (except|excluding|besides|\w+ than))?")
+BOUNDS = {"greater than": "<", "larger than": "<", "less than": ">", "smaller than": ">"}
+
+
+def is_mixed(first: Node, second: Node) -> bool:
+    """2 hours (and) 30 minutes"""
+    first = first.args[-1] if first.kind == "mixed" else first
+    if first.kind != "said" or second.kind != "said":
+        return False
+    larger, smaller = read_unit(first.args[2]), read_unit(second.args[2])
+    return bool(larger and smaller and larger.powers == smaller.powers and larger.size > smaller.size)
+
+
+def read_based(digits: str, base: str) -> Node:
+    base = BASES.get(base, base)
+    return tree.number(int(digits)) if base == "10" and digits.isdigit() else Node("based", (digits, base))
 
 
 class Reader:
@@ -38,13 +60,13 @@ class Reader:
     def __init__(self, text: str) -> None:
         if r"\begin" not in text:
             text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # \\frac, escaped once too often
-        self.tokens = list(tokenize(text.translate(UNICODE_TABLE)))
+        self.tokens = tokenize(text)
         self.at = 0
         self.depth = 0
         self.in_bars = False  # inside |...| or \{...|...\}, where a bar closes and does not open
 
     def peek(self, ahead: int = 0) -> Token:
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else Token("end", "")
+        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else END
 
     def take(self) -> Token:
         self.at += 1
@@ -65,14 +87,17 @@ class Reader:
         """What stands between commas up to a closing sign, which is left, or the end."""
         items: list[Node] = []
         while True:
-            while self.accept(",", ";"):
+            while items and self.accept(",", ";"):
                 pass
             if self.peek().kind == "end" or self.peek().value == closing:
                 return items
             items.append(self.item())
             if len(items) > MAX_ITEMS:
                 raise Unreadable("too many items")
-            if self.peek().value not in (",", ";"):
+            if len(items) > 1 and is_mixed(items[-2], items[-1]):
+                items[-2:] = [Node("mixed", tuple(items[-2:]))]
+            goes_on = items[-1].kind in ("said", "mixed") and self.peek().kind == "num"
+            if self.peek().value not in (",", ";") and not goes_on:
                 return items
 
     def words(self) -> list[str]:
@@ -84,74 +109,37 @@ class Reader:
 
     def item(self) -> Node:
         """Words, then mathematics, then a unit: The answer is 5 cm. Words alone are a number, a set or a text."""
-        start, words = self.at, self.words()
+        words = self.words()
         self.accept(":")  # Answer: 5
-        if words and (value := self.set_in_words(words)):
-            return value
+        if match := REAL_NUMBERS.fullmatch(" ".join(words)):
+            return self.real_numbers(match[1])
         if words and self.peek().value in ("=", r"\approx"):  # Area = 5
-            first = self.tokens[start].value
-            is_product = len(words) == 1 and first.isupper()  # MR = SRMC
-            name = self.letters(first) if is_product else Node("text", (" ".join(words),))
-            return self.said((), self.relation(name))
-        if words and (self.peek().kind == "end" or self.peek().value in (",", ";", ")", "]", "}", r"\}", "&", r"\\")):
+            return self.with_unit((), self.relation(Node("text", (" ".join(words),))))
+        if words and (self.peek().kind == "end" or self.peek().value in ENDS):
             return read_words(words)
-        currency = self.accept(r"\$")
-        value = self.relation()
-        if self.peek().value in EXCEPT:
-            self.take()
-            return Node("minus", (value, self.excluded()))
-        return self.said(tuple(words) + (("dollar",) if currency else ()), value)
+        if self.accept(r"\$"):
+            words.append("dollar")
+        return self.with_unit(tuple(words), self.relation())
 
-    def said(self, before: tuple[str, ...], value: Node) -> Node:
-        """A value with the words before it and those after it; degrees and percent are part of the value."""
-        after = f"mod {self.atom().args[-1]}" if self.accept(r"\pmod") else self.unit()
-        first, _, rest = after.partition(" ")
-        for name, unit in (("percent", "percent"), ("degree", "degree")):
-            if first.removesuffix("s") == name:
-                value, after = Node("unit", (value, unit)), rest
-        if value.kind == "unit" and after in ("c", "f", "celsius", "fahrenheit"):
-            after = ""
+    def real_numbers(self, limit: str | None) -> Node:
+        """All real numbers, perhaps except some, or greater than one."""
+        if limit in BOUNDS:
+            return tree.make_relation([BOUNDS[limit]], [self.sum(), Node("sym", ("x",))])
+        if not limit:
+            return tree.REALS
+        excluded = [item.args[-1] if item.kind == "rel" else item for item in self.items("")]  # 3, or x = 3
+        return Node("minus", (tree.REALS, Node("set", tuple(excluded))))
+
+    def with_unit(self, before: tuple[str, ...], value: Node) -> Node:
+        """A value with the words before it and what stands after it: a unit, or words, or what cannot be read."""
+        start, depth = self.at, 0
+        while self.peek().kind != "end" and (depth or self.peek().value not in ENDS):
+            last = self.peek(-1) if start < self.at else END
+            if self.peek().kind == "num" and last.kind == "word" and last.value != "mod":  # 2 hours 30 minutes
+                break
+            depth += NESTING.get(self.take().value, 0)
+        after = " ".join(UNIT_COMMANDS.get(token.value, token.value) for token in self.tokens[start : self.at])
         return Node("said", (value, " ".join(before), after)) if before or after else value
-
-    def set_in_words(self, words: list[str]) -> Node | None:
-        """All real numbers, perhaps except some."""
-        at = next((at for at, word in enumerate(words) if word in EXCEPT), len(words))
-        name = " ".join(
-            word for word in words[:at] if word not in ("all", "the", "x", "is", "numbers", "number", "any")
-        )
-        if name not in ("real", "reals") or (at == len(words) and self.peek().kind not in ("end", "char")):
-            return None
-        return tree.REALS if at == len(words) else Node("minus", (tree.REALS, self.excluded()))
-
-    def excluded(self) -> Node:
-        items = [item.args[-1] if item.kind == "rel" else item for item in self.items("")]
-        return Node("set", tuple(items))
-
-    def unit(self) -> str:
-        """The words of a unit, with / and ^: kg * m / s ^2."""
-        parts: list[str] = []
-        while True:
-            token, following = self.peek(), self.peek(1)
-            joined = parts and token.value in ("/", "*") and following.kind in ("word", "name")
-            if token.kind == "word" or joined or (parts and token.kind == "name"):
-                parts.append(self.take().value)
-            elif token.value in UNIT_COMMANDS:
-                parts.append(UNIT_COMMANDS[self.take().value])
-            elif token.value == r"\mu" and following.kind in ("word", "name"):
-                self.take()
-                parts.append("micro" + self.take().value)
-            elif token.value == r"\frac" and self.peek(2).kind in ("word", "name"):
-                self.take()
-                parts += [self.plain_group(), "/", self.plain_group()]
-            elif parts and self.accept("^"):
-                exponent = self.exponent()
-                parts.append(f"^{exponent.args[0]}" if exponent.kind == "num" else "^?")
-            elif self.peek(1).kind == "word" and token.value == "(" and self.peek(2).value == ")":
-                self.take()
-                parts.append(self.take().value)
-                self.take()
-            else:
-                return " ".join(parts).casefold()
 
     def relation(self, first: Node | None = None) -> Node:
         if not first:
@@ -199,59 +187,37 @@ class Reader:
 
     def starts_factor(self) -> bool:
         token = self.peek()
-        if token.kind == "cmd":
-            is_unit = self.peek(1 if token.value == r"\mu" else 2).kind == "word" and token.value in (r"\mu", r"\frac")
-            return token.value not in NO_FACTOR and not is_unit
+        ahead = [self.peek(at) for at in range(3)]
+        inner = next((other for other in ahead if other.value not in ("{", "(", r"\frac", r"\mu")), END)
+        if inner.kind == "word" or inner.value in UNIT_COMMANDS:  # a unit
+            return False
         opens = token.value in ("(", "[", "{") or (token.value == "|" and not self.in_bars)
-        opens = opens and not (token.value == "(" and self.peek(1).kind == "word" and self.peek(2).value == ")")
-        return token.kind in ("num", "name") or (token.kind == "char" and opens)
+        return token.kind in ("num", "name") or opens or (token.kind == "cmd" and token.value not in NO_FACTOR)
 
     def signed(self) -> Node:
         is_negative = False
         while sign := self.accept("+", "-"):
             is_negative ^= sign == "-"
-        if self.accept(r"\$"):  # -\$5
-            self.tokens.append(Token("word", "dollars"))
-            is_negative ^= bool(self.accept("-"))
         return tree.negative(self.powered()) if is_negative else self.powered()
 
     def powered(self) -> Node:
-        r"""A base with what follows it: x^2, n!, 50%, 30\circ, 30\circ 15'."""
+        r"""A base with what follows it: x^2, n!, 50%, 30\circ."""
         value = self.atom()
         for _ in range(MAX_DEPTH):
             sign = self.accept("^", r"\circ", "!", "%")
-            if sign == "^" and self.accepts_circle():
-                sign = r"\circ"
+            if not sign:
+                return value
             if sign == "^":
                 value = tree.power(value, self.exponent())
             elif sign == "!":
                 value = tree.call("double_factorial" if self.accept("!") else "factorial", value)
                 if self.peek().value == "!":
                     raise Unreadable("three factorials")
-            elif sign == "%" and value.kind != "unit":
-                value = Node("unit", (value, "percent"))
-            elif sign == r"\circ":
-                value = Node("unit", (tree.add(value, *self.minutes()), "degree"))
-                self.at += self.peek().value in ("C", "F")  # Celsius, Fahrenheit
-            elif not sign:
-                return value
+            elif value.kind != "unit":
+                value = Node("unit", (value, "percent" if sign == "%" else "degree"))
             else:
                 break
         raise Unreadable("too many signs")
-
-    def accepts_circle(self) -> bool:
-        r"""Take \circ or {\circ}, if it comes."""
-        if self.peek().value == "{" and self.peek(1).value == r"\circ" and self.peek(2).value == "}":
-            self.at += 3
-            return True
-        return bool(self.accept(r"\circ"))
-
-    def minutes(self) -> Iterator[Node]:
-        """15' and 20'' after degrees, as degrees."""
-        for per_degree, marks in ((60, 1), (3600, 2)):
-            if self.peek().kind == "num" and all(self.peek(1 + mark).value == "'" for mark in range(marks)):
-                yield tree.number(Fraction(self.take().value) / per_degree)
-                self.at += marks
 
     def exponent(self) -> Node:
         sign = self.accept("+", "-")
@@ -262,16 +228,6 @@ class Reader:
         """An argument as TeX takes it, a group or one token; but 10^23 means 10^{23}."""
         return self.atom(is_argument=True)
 
-    def fraction(self) -> Node:
-        top, bottom = self.argument(), self.argument()
-        d = Node("sym", ("d",))
-        if top.kind == bottom.kind == "mul" and len(top.args) == len(bottom.args) == 2 and bottom.args[0] == d:
-            order, name = top.args
-            times = 1 if order == d else int(order.args[1].args[0]) if order.args[:1] == (d,) else 0
-            if 0 < times < 4 and name.kind in ("sym", "opaque"):  # dx/dt is x'
-                return Node(name.kind, (name.args[0] + "'" * times, *name.args[1:]))
-        return tree.divide(top, bottom)
-
     def atom(self, is_argument: bool = False) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -281,8 +237,6 @@ class Reader:
             value = self.numeral(token.value, is_argument)
         elif token.kind == "name":
             value = self.symbol(token.value, is_argument)
-        elif token.kind == "word" and token.value.isupper():
-            value = self.letters(token.value)
         elif token.kind == "cmd" and token.value not in CLOSING:
             value = self.command(token.value, is_argument)
         elif token.value in CLOSING:
@@ -291,10 +245,6 @@ class Reader:
             raise Unreadable(f"unexpected {token.value!r}")
         self.depth -= 1
         return value
-
-    def letters(self, word: str) -> Node:
-        """MR as a product of its letters, as in formulas."""
-        return tree.multiply(*(Node("sym", (letter,)) for letter in word))
 
     def group(self, opening: str) -> list[Node]:
         """The items after an opening bracket, up to its closing sign, which is left."""
@@ -311,38 +261,28 @@ class Reader:
             items = [tree.make_list(conditions)] if is_free else items
             self.expect(r"\}")
             return items[0] if is_free else tree.make_bracket(opening, r"\}", items)
-        if opening == "{" and (sign := self.accept(r"\over", r"\choose")):
-            second = self.group(opening)
-            items = [tree.divide(items[0], second[0]) if sign == r"\over" else tree.call("binom", items[0], second[0])]
         closing = self.take().value
         half_open = opening in ("(", "[") and closing in (")", "]")
         if closing != CLOSING[opening] and not half_open:
             raise Unreadable("a bracket is open")
-        value = tree.make_bracket(opening, closing, items)
-        if opening != "{" and value.kind == "num" and self.peek().value == "_":
-            return self.with_base(str(value.args[0]))
-        return value
-
-    def with_base(self, digits: str) -> Node:
-        self.take()  # the _
-        base = self.argument()
-        return tree.number(int(digits)) if base == tree.number(10) else Node("based", (digits.lstrip("0"), base))
+        return tree.make_bracket(opening, closing, items)
 
     def numeral(self, text: str, is_argument: bool) -> Node:
-        r"""A number; a mixed number (3\frac{3}{4} is a sum); a repeating decimal; digits with a base."""
+        r"""A number; a mixed number: 3\frac{3}{4} is a sum."""
         if "e" in text.lower() and abs(int(re.split("[eE]", text)[1])) * 3 > tree.MAX_BITS:
             raise Unreadable("too large")
-        if "." in text and (period := self.period()):
-            fixed = len(text) - text.index(".") - 1
-            return tree.number(Fraction(text + "0") + Fraction(int(period), 10**fixed * (10 ** len(period) - 1)))
-        value = tree.number(Fraction(re.sub(r"\.(?=[eE]|$)", "", text)))
+        fixed, _, period = text.partition("…")
+        value = tree.number(Fraction(re.sub(r"\.(?=[eE]|$)", "", fixed)))
+        if period:  # 0.4…5 is 0.4555...
+            places = len(fixed) - fixed.index(".") - 1
+            return tree.add(value, tree.number(Fraction(int(period), 10**places * (10 ** len(period) - 1))))
         if is_argument:
             return value
-        if self.peek().value == "_" and text.isdigit():
-            return self.with_base(text)
+        if self.accept("_"):
+            return read_based(text, self.plain_group())
         start, part = self.at, tree.ONE
         if text.isdigit() and self.accept(r"\frac"):
-            part = self.fraction()
+            part = tree.divide(self.argument(), self.argument())
         elif text.isdigit() and self.peek().value.isdigit() and self.peek(1).value == "/":  # 3 3/4
             part = tree.divide(self.argument(), self.argument() if self.accept("/") else tree.ONE)
         if part.kind == "num" and 0 <= part.args[0] < 1:
@@ -350,64 +290,28 @@ class Reader:
         self.at = start
         return value
 
-    def period(self) -> str:
-        r"""The digits of \overline{36} after a decimal point."""
-        start = self.at
-        if self.accept(r"\overline", r"\bar", r"\dot"):
-            digits = self.plain_group()
-            if digits.isdigit():
-                return digits
-        self.at = start
-        return ""
-
     def symbol(self, name: str, is_argument: bool) -> Node:
-        """A letter with its primes and subscript; f(x) is one thing, n(n+1) a product; C_n^k is a binomial."""
+        """A letter with its subscript and primes; f(x), F(2) are one thing, n(n+1) is a product."""
         if name in ("i", "e") and self.peek().value not in ("_", "'"):
             return tree.IMAGINARY if name == "i" else tree.EULER
-        following = [self.peek(at) for at in range(4)]
-        if name == "d" and [token.value for token in following[1:3]] == ["/", "d"] and following[3].kind == "name":
-            self.at += 4
-            return Node("sym", (following[0].value + "'",))  # dx/dt
-        if name == "C" and self.peek().value == "_":
-            start = self.at
-            self.take()
-            lower = self.argument()
-            if self.accept("^"):
-                return tree.call("binom", lower, self.argument())
-            self.at = start
-        while mark := self.accept("'", "_") or self.accepts_prime():
-            name += "'" if mark == "'" else "_" + self.plain_group()
-        if not is_argument and self.peek().value == "(":
-            return self.application(name)
-        return Node("sym", (name,))
-
-    def accepts_prime(self) -> str:
-        r"""Take ^' or ^{\prime}, if it comes."""
-        if self.peek().value == "^" and self.peek(1).value == "'":
-            self.at += 1
-        elif [self.peek(at).value for at in range(3)] == ["^", "{", "'"]:
-            self.at += 2
-            end = next((at for at in range(self.at, len(self.tokens)) if self.tokens[at].value != "'"), self.at)
-            del self.tokens[end : end + 1]  # the brace
-        return self.accept("'") or ""
-
-    def application(self, name: str) -> Node:
-        r"""f(x), P(A \cap B) as one thing; n(n+1) is only n here."""
+        marks = subscripts = ""
+        while mark := self.accept("'", "_"):
+            if mark == "'":
+                marks += mark
+            else:
+                subscripts += "_" + self.plain_group()
+        name += subscripts + marks
+        if is_argument or self.peek().value != "(":
+            return Node("sym", (name,))
         inside = list(itertools.takewhile(lambda token: token.value != ")", self.tokens[self.at + 1 :]))
-        named = all(token.kind == "name" or token.value == "," or token.value[1:] in GREEK for token in inside)
-        event = {token.value for token in inside} & {*RELATIONS, *SET_SIGNS, "|"}
-        if name in ("P", "E") and event:
-            self.at += len(inside) + 1
-            self.expect(")")
-            return Node("opaque", (name + "".join(token.value for token in inside),))
-        if name[0] in "fgFG" and not event and (named or name[0] in "fg" or len(inside) == 1):
-            named = True
-        if (inside and named) or (name.isupper() and len(inside) == 1):
-            self.take()
-            arguments = self.group("(")
-            self.expect(")")
-            return Node("opaque", (name, *arguments))
-        return Node("sym", (name,))
+        if not inside or not (
+            name[0] in "fg" or (name[0].isupper() and all(token.value == "," for token in inside[1::2]))
+        ):
+            return Node("sym", (name,))
+        self.take()
+        arguments = self.group("(")
+        self.expect(")")
+        return Node("opaque", (name, *arguments))
 
     def plain_group(self) -> str:
         """A subscript, or a name in braces, as text."""
@@ -422,7 +326,7 @@ class Reader:
 
     def command(self, name: str, is_argument: bool) -> Node:
         if name == r"\frac":
-            return self.fraction()
+            return tree.divide(self.argument(), self.argument())
         if name == r"\binom":
             return tree.call("binom", self.argument(), self.argument())
         if name == r"\sqrt":
@@ -442,9 +346,7 @@ class Reader:
             return tree.REALS if letter == "R" else Node("sym", (name + letter,))
         if name in ACCENTS:
             return self.symbol(name + self.plain_group(), is_argument)
-        if name in DERIVATIVES:
-            return self.symbol(self.plain_group() + DERIVATIVES[name], is_argument)
-        if name[1:].isalpha() and name not in NO_FACTOR:
+        if name[1:] in SYMBOLS:
             return self.symbol(name, is_argument)
         raise Unreadable(f"unexpected {name!r}")
 
@@ -477,7 +379,9 @@ class Reader:
         while not self.accept(r"\end"):
             if self.accept(r"\\"):
                 rows.append([])
-            elif not self.accept("&"):
+            elif self.peek().value in ("if", "when", "for") or self.peek().value == "&":
+                self.take()
+            else:
                 rows[-1].extend(self.items("&"))
             if self.peek().kind == "end" or sum(map(len, rows)) > MAX_ITEMS:
                 raise Unreadable("a matrix without end")
@@ -492,8 +396,31 @@ class Reader:
 
 def read_tree(text: str) -> Node:
     """The tree of a text; raises Unreadable where the reader does not know what it means."""
+    if based := DIGITS_WITH_BASE.fullmatch(re.sub(r"\\(?:text|mathrm)(?=\{)|[{} $]", "", text)):
+        return read_based(*based.groups())
     reader = Reader(text)
     items = reader.items("")
     if reader.peek().kind != "end" or not items:
         raise Unreadable(f"unexpected {reader.peek().value!r}")
     return tree.make_list(items)
+
+
+def choose_signs(text: str) -> list[str]:
+    r"""1 \pm \sqrt{2} as two texts; each \pm has its own sign unless \mp ties them together."""
+    signs, parts = PLUS_MINUS.findall(text), PLUS_MINUS.split(text)
+    upper = ["+ " if sign == r"\pm" else "- " for sign in signs]
+    lower = ["- " if sign == r"\pm" else "+ " for sign in signs]
+    choices = [upper, lower] if r"\mp" in signs else itertools.product("+-", repeat=len(signs))
+    return ["".join(itertools.chain(*zip(["", *choice], parts, strict=True))) for choice in choices]
+
+
+@functools.lru_cache(maxsize=8192)
+def read_answer(text: str) -> Node | None:
+    r"""The tree of a tidied answer with all its \pm signs, or None where it cannot be read."""
+    if len(text) > MAX_CHARS or len(PLUS_MINUS.findall(text)) > MAX_SIGNS:
+        return None
+    try:
+        trees = [read_tree(choice) for choice in choose_signs(text)]
+    except (Unreadable, RecursionError):
+        return None
+    return trees[0] if len(trees) == 1 else Node("list", tuple(trees))

@@ -9,12 +9,11 @@ Work is counted, not timed: each evaluation costs tree nodes x bits^2. A verdict
 OutOfWork, on every machine and under any load at the same place.
 """
 
-import functools
 import itertools
-import math
+import operator
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -28,10 +27,10 @@ BASE_BITS: int = 300  # added to the bits that a node is charged for: what a nod
 MAX_PEAK: int = 300  # at points where values are larger than 2^{300} or smaller than 2^{-300} nothing is compared
 GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
 MAX_PLACES: int = 40  # of a decimal that may be a rounded value
-MP = mpmath.MPContext()  # its precision changes from one evaluation to the next,
-LOCK = threading.RLock()  # hence one at a time
+MP = mpmath.MPContext()  # its precision changes from one evaluation to the next, hence
+LOCK = threading.Lock()  # one verdict at a time
 DEGREE = tree.divide(tree.PI, tree.number(180))
-SCALES = {"percent": tree.number(Fraction(1, 100)), "degree": DEGREE}
+SCALES = {"percent": tree.number(Fraction(1, 100)), "degree": DEGREE, "radian": tree.ONE, "": tree.ONE}
 
 
 class Undefined(Exception):
@@ -77,16 +76,10 @@ def round_with(name: str) -> Callable[[Any], Any]:
 
 
 def raise_to(base: Any, exponent: Any) -> Any:
-    """A power; of a negative number the real one, if the exponent is a fraction over 3, 5 or 7."""
     if not base and MP.re(exponent) <= 0:
         raise Undefined("0 to a power that is not positive")
-    if base and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
+    if base and abs(base) != 1 and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
         raise TooLarge
-    if not MP.im(base) and not MP.im(exponent) and base < 0 and not MP.isint(exponent):
-        for index in (3, 5, 7):
-            times = MP.nint(exponent * index)
-            if abs(exponent * index - times) < MP.ldexp(1, -MP.prec // 2):
-                return MP.power(-base, exponent) * (-1) ** int(times)
     return MP.power(base, exponent)
 
 
@@ -97,15 +90,15 @@ def take_root(value: Any, index: Any) -> Any:
     return MP.power(value, 1 / index)
 
 
-def count_with(exact: Callable[..., int], general: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is exact for small whole numbers; for others mpmath's, which is slow with many digits."""
+def count_with(exact: Callable[..., int]) -> Callable[..., Any]:
+    """A function of natural numbers; of large ones nothing is known."""
 
     def apply(*values: Any) -> Any:
-        if all(MP.isint(value) and 0 <= MP.re(value) <= MAX_FACTORIAL for value in values):
-            return MP.mpf(exact(*(int(MP.re(value)) for value in values)))
-        if max(map(abs, values)) > MAX_FACTORIAL or MP.prec > 1000:
+        if not all(MP.isint(value) and MP.re(value) >= 0 for value in values):
+            raise Undefined("no natural number")
+        if any(MP.re(value) > MAX_FACTORIAL for value in values):
             raise TooLarge
-        return general(*values)
+        return MP.mpf(exact(*(int(MP.re(value)) for value in values)))
 
     return apply
 
@@ -134,18 +127,13 @@ RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the valu
     "abs": abs,
     "floor": round_with("floor"),
     "ceil": round_with("ceil"),
-    "factorial": count_with(tree.factorial, lambda value: MP.gamma(value + 1)),
-    "double_factorial": count_with(tree.double_factorial, lambda value: MP.fac2(value)),
-    "binom": count_with(math.comb, lambda n, k: MP.binomial(n, k)),
     "min": min,
     "max": max,
     "Re": lambda value: MP.re(value),
     "Im": lambda value: MP.im(value),
+    **{name: count_with(rule) for name, rule in tree.EXACT.items()},
+    **{name: circular(name) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
 }
-for _name in ["sinh", "cosh", "sech", "csch", "ln", "exp", "arg", "sign"] + ["a" + n for n in tree.TRIGONOMETRIC]:
-    RULES[_name] = functools.partial(lambda name, value: getattr(MP, name)(value), _name)
-for _name in ["sin", "cos", "tan", "cot", "sec", "csc"]:
-    RULES[_name] = circular(_name)
 
 
 def combine_values(node: Node, parts: list[Any]) -> Any:
@@ -154,10 +142,11 @@ def combine_values(node: Node, parts: list[Any]) -> Any:
     if node.kind == "opaque":  # an unknown function: any fixed one that has no symmetries
         seed = MP.mpf(zlib.crc32(node.args[0].encode())) / 2**24
         return seed + MP.fsum(MP.cos(seed * part + at) for at, part in enumerate(parts, 1))
-    if name not in RULES:
+    rule = RULES.get(name) or (node.kind == "call" and getattr(MP, name, None))
+    if not rule:
         raise Undefined(name)
     try:
-        return RULES[name](*parts)
+        return rule(*parts)
     except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:  # all are of mpmath
         raise Undefined(name) from error
 
@@ -182,6 +171,8 @@ class Evaluation:
             return {"pi": +MP.pi, "e": +MP.e, "i": MP.j}[args[0]]
         if kind == "unit":
             return self.compute(tree.multiply(args[0], SCALES[args[1]]))
+        if kind == "pow" and args[1] == tree.MINUS_ONE and self.has_pole(args[0]):
+            return MP.zero
         parts = [self.compute(arg) for arg in args if isinstance(arg, Node)]
         value = combine_values(node, parts)
         if not MP.isfinite(value):
@@ -193,6 +184,12 @@ class Evaluation:
             raise TooLarge
         self.peak = max(self.peak, size)
         return value
+
+    def has_pole(self, node: Node) -> bool:
+        """Whether a factor is the factorial of a negative whole number, 1 over which is 0 by custom: n!/(n - 3)!"""
+        factorials = [part for part in (node, *node.args) if isinstance(part, Node) and part.args[:1] == ("factorial",)]
+        values = [self.compute(part.args[1]) for part in factorials if node.kind in ("call", "mul")]
+        return any(MP.isint(value) and MP.re(value) < 0 for value in values)
 
 
 def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget: Budget) -> list[Any]:
@@ -219,86 +216,91 @@ def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget
 
 
 # Two trees -> whether their values agree ------------------------------------------------------------------------------
-WHOLE = [
-    2,
-    3,
-    5,
-    1,
-    4,
-    6,
-    7,
-    8,
-    9,
-    10,
-    12,
-    23,
-    50,
-    64,
-    101,
-    1009,
-    100_003,
-    2_000_003,
-]  # n, m, k, N: by custom natural numbers
-REAL = [Fraction(top, 64) for top in (83, 37, -45, 149, 301, -467, 1999, -2503, 5, -7, 8009, -9001, 64_007, -70_001)]
-REAL += [Fraction(640_000_007, 64), Fraction(-640_000_009, 64)]  # far out: |x - 10^6| is not 10^6 - x
+WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 101, 1009, 100_003]
+REAL = [
+    Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, -7, 301, 64_007, -1201, 8009, -9001, -70_001)
+]
+POINTS: int = 17  # the numbers above and those far out; a prime number, so that steps of any size reach all of them
 MANY_POINTS: int = 10  # of several unknowns
+MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
+MIN_POINTS: int = 3  # at which two expressions must have values
 WHOLE_NAMES = set("nmkN")
 SIGNED_NAMES = set("abcdfghpqstuvwxyz") | {r"\alpha", r"\beta", r"\theta", r"\phi", r"\gamma", "X", "Y", "Z"}
 
 
-def choose_value(name: str, position: int, index: int) -> Fraction:
+def find_whole(*nodes: Node) -> set[Node]:
+    """The unknowns that are natural numbers: n, m, k, N by custom, and those in factorials and binomials."""
+    parts = [part for node in nodes for part in tree.iterate_parts(node)]
+    counted = [part for part in parts if part.kind == "call" and part.args[0] in tree.EXACT]
+    named = {unknown for unknown in tree.find_unknowns(*nodes) if unknown.args[0][0] in WHOLE_NAMES}
+    return named | set(tree.find_unknowns(*counted))
+
+
+def choose_value(name: str, position: int, index: int, far: int, is_whole: bool) -> Fraction:
     r"""The value at a point of comparison of the unknown that is at this position in the list of all unknowns.
 
-    n, m, k, N are natural numbers, small and far out; x and most small letters are real numbers of both signs and of
-    several sizes; other letters (r, R, G, M, \rho: lengths, masses, ...) are positive.
+    Natural numbers are small and far out; x and most small letters are real numbers of both signs and of several sizes;
+    other letters (r, R, G, M, \rho: lengths, masses, ...) are positive. The last points are far out: beyond all numbers
+    in the answers.
 
-    >>> [str(choose_value(name, 0, 2)) for name in ("n", "x", "R")]
+    >>> [str(choose_value(name, 0, 2, 10**6, name == "n")) for name in ("n", "x", "R")]
     ['5', '-45/64', '45/64']
     """
-    base = name.split("_")[0].rstrip("'")
-    if base in WHOLE_NAMES:
-        return Fraction(WHOLE[(index + 4 * position * (index + 1)) % len(WHOLE)] if position else WHOLE[index])
-    step = index if not position else index * (2 * position + 1) + 3 * position
-    value = REAL[step % len(REAL)] + Fraction(position, 128)
-    return value if base in SIGNED_NAMES else abs(value)
+    values = [*WHOLE, far] if is_whole else [*REAL, far + REAL[0], -far - REAL[1]]
+    value = Fraction(values[(index * (2 * position + 1) + 3 * position) % POINTS])
+    if is_whole:
+        return value
+    value += Fraction(position, 128)
+    return value if name.split("_")[0].rstrip("'") in SIGNED_NAMES else abs(value)
 
 
-def compare_at(values: dict[Node, Fraction], a: Node, b: Node, real: bool, budget: Budget) -> bool | None:
-    """Whether two expressions agree at a point, or None if neither has a value there."""
+def choose_points(a: Node, b: Node) -> Iterator[tuple[dict[Node, Fraction], bool]]:
+    """The points at which two expressions are compared, and whether they are special: 0, 1, -1 and the numbers that
+    expressions of one real unknown name."""
+    unknowns, whole = tree.find_unknowns(a, b), find_whole(a, b)
+    numbers = [abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
+    far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK - 100) + 1
+    count = POINTS if whole or len(unknowns) == 1 else MANY_POINTS
+    for index in range(count if unknowns else 1):
+        yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}, False
+    if len(unknowns) == 1 and not whole:
+        for value in (Fraction(0), Fraction(1), *sorted({*numbers} - {0, 1})[:MAX_NAMED]):
+            yield from (({unknowns[0]: sign * value}, True) for sign in (1, -1))
+
+
+def compare_at(
+    values: dict[Node, Fraction], a: Node, b: Node, real: bool, is_special: bool, budget: Budget
+) -> bool | None:
+    """Whether two expressions agree at a point, or None if that is unknown: values are too large, or there are none.
+
+    Where one side alone has a value, they differ, but not at special points (x^2/x is x at 0, too), and of several
+    unknowns only where all are positive: ln ab has a value where ln a + ln b has none.
+    """
     try:
         left, right = evaluate([a, b], values, real, budget)
     except TooLarge:
         return None
-    if left is None or right is None:
-        if left is right or (len(values) > 1 and min(values.values()) < 0):
-            return None  # ln ab is defined where ln a + ln b is not: of several unknowns only positive ones must agree
-        return False
-    return not add_up([left, -right])
+    if left is not None and right is not None:
+        return not add_up([left, -right])
+    return None if left is right or is_special or (len(values) > 1 and min(values.values()) < 0) else False
 
 
 def have_same_value(a: Node, b: Node, budget: Budget) -> bool:
-    """Whether two expressions agree at every point, of which there must be one where they have values; among the real
-    numbers if they have values there, else among the complex ones. One that alone has no value at a point differs."""
+    """Whether two expressions agree at every point, of which there must be MIN_POINTS where they have values: among the
+    real numbers if they have values there, else among the complex ones."""
     if a == b or a.kind == b.kind == "num":
         return a == b
     unknowns = tree.find_unknowns(a, b)
     parts = [*tree.iterate_parts(a), *tree.iterate_parts(b)]
-    domains = (True, False) if unknowns and tree.IMAGINARY not in parts else (False,)
-    points: list[dict[Node, Fraction]] = [{}]
-    if unknowns:
-        whole = any(unknown.args[0][0] in WHOLE_NAMES for unknown in unknowns)
-        count = len(WHOLE) if whole else len(REAL) if len(unknowns) == 1 else MANY_POINTS
-        points = [{u: choose_value(u.args[0], at, index) for at, u in enumerate(unknowns)} for index in range(count)]
-    with LOCK:
-        for real in domains:
-            agreed = 0
-            for values in points:
-                verdict = compare_at(values, a, b, real, budget)
-                if verdict is False:
-                    return False
-                agreed += verdict is True
-            if agreed:
-                return True
+    for real in (True, False) if unknowns and tree.IMAGINARY not in parts else (False,):
+        agreed = 0
+        for values, is_special in choose_points(a, b):
+            verdict = compare_at(values, a, b, real, is_special, budget)
+            if verdict is False:
+                return False
+            agreed += verdict is True and not is_special
+        if agreed >= (MIN_POINTS if unknowns else 1):
+            return True
     return False
 
 
@@ -317,12 +319,16 @@ def are_proportional(a: Node, b: Node, positive: bool, budget: Budget) -> bool:
 
 def are_within(a: Node, b: Node, tolerance: float, budget: Budget) -> bool:
     """Whether two constants differ by at most the tolerance that a problem states."""
-    with LOCK:
-        try:
-            left, right = evaluate([a, b], {}, False, budget)
-        except TooLarge:
-            return False
-        return left is not None and right is not None and bool(abs(left - right) <= MP.mpf(tolerance))
+    try:
+        left, right = evaluate([a, b], {}, False, budget)
+    except TooLarge:
+        return False
+    return left is not None and right is not None and bool(abs(left - right) <= MP.mpf(tolerance))
+
+
+def count_places(value: Fraction) -> int:
+    """How many decimals a number has; 0 for one that has very many."""
+    return next((places for places in range(MAX_PLACES) if (value * 10**places).denominator == 1), 0)
 
 
 def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
@@ -337,23 +343,23 @@ def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
         return False
     if exact.kind == "num" and 10**MAX_PLACES % exact.args[0].denominator == 0:
         return False
-    value = abs(decimal.args[0])
-    places = next((places for places in range(MAX_PLACES) if (value * 10**places).denominator == 1), 0)
-    digits = len(str(int(value * 10**places)))
+    places = count_places(decimal.args[0])
+    digits = len(str(int(abs(decimal.args[0]) * 10**places)))
     if not places or digits < 12:
         return False
-    return are_within(decimal, exact, max(0.5 / 10**places, float(value) / 2**53 if digits <= 17 else 0), budget)
+    double = abs(float(decimal.args[0])) / 2**53 if digits <= 17 else 0
+    return are_within(decimal, exact, max(0.5 / 10**places, double), budget)
+
+
+def is_close(decimal: Node, exact: Node, budget: Budget) -> bool:
+    r"""Whether a number may follow a value and \approx: it differs by less than 1 in its last decimal."""
+    return decimal.kind == "num" and are_within(decimal, exact, 0.99 / 10 ** count_places(decimal.args[0]), budget)
 
 
 # Sets of real numbers -------------------------------------------------------------------------------------------------
 BESIDE = Fraction(1, 2**20)  # how far beside an end point
 SPREAD = [Fraction(top, 7) for top in (-7_000_003, -701, -22, -3, 1, 10, 99, 7_000_003)]  # points of no one's choosing
-SIGNS: dict[str, Callable[[Any], bool]] = {  # what a relation says of the difference of its sides
-    "<": lambda difference: difference < 0,
-    r"\le": lambda difference: difference <= 0,
-    "=": lambda difference: difference == 0,
-    r"\ne": lambda difference: difference != 0,
-}
+SIGNS = {"<": operator.lt, r"\le": operator.le, "=": operator.eq, r"\ne": operator.ne}
 
 
 def holds(sign: str, left: Node, right: Node, budget: Budget) -> bool:
@@ -361,7 +367,7 @@ def holds(sign: str, left: Node, right: Node, budget: Budget) -> bool:
     if tree.INFINITY in (*tree.iterate_parts(left), *tree.iterate_parts(right)):
         return sign != "=" and (left == tree.negative(tree.INFINITY) or right == tree.INFINITY)
     difference = evaluate([tree.add(left, tree.negative(right))], {}, True, budget)[0]
-    return difference is not None and SIGNS[sign](difference)
+    return difference is not None and SIGNS[sign](difference, 0)
 
 
 def is_member(region: Node, point: Node, budget: Budget) -> bool:
@@ -400,15 +406,14 @@ def list_end_points(region: Node) -> list[Node]:
 def have_same_members(a: Node, b: Node, budget: Budget) -> bool:
     r"""Whether two sets of real numbers have the same members among: the end points that both name, points just beside
     them, between them and far out. (-2, 2) and x^2 < 4 agree at -2, 2, -2 - d, -2 + d, ... and so are the same set."""
-    with LOCK:
-        points, values = [], set(SPREAD)
-        for end in dict.fromkeys(list_end_points(a) + list_end_points(b)):
-            value = evaluate([end], {}, True, budget)[0]
-            if value is not None:
-                points.append(end)
-                value = Fraction(int(MP.nint(value * 2**30)), 2**30)
-                values |= {value - BESIDE, value + BESIDE}
-        ordered = sorted(values)
-        values |= {(low + high) / 2 for low, high in itertools.pairwise(ordered)}
-        points += map(tree.number, values)
-        return list_members(a, points, budget) == list_members(b, points, budget)
+    points, values = [], set(SPREAD)
+    for end in dict.fromkeys(list_end_points(a) + list_end_points(b)):
+        value = evaluate([end], {}, True, budget)[0]
+        if value is not None:
+            points.append(end)
+            value = Fraction(int(MP.nint(value * 2**30)), 2**30)
+            values |= {value - BESIDE, value + BESIDE}
+    ordered = sorted(values)
+    values |= {(low + high) / 2 for low, high in itertools.pairwise(ordered)}
+    points += map(tree.number, values)
+    return list_members(a, points, budget) == list_members(b, points, budget)

@@ -2,10 +2,10 @@ r"""The tree that an answer is read into, and exact arithmetic on it.
 
 A node has a kind and arguments, which are nodes or texts:
 - "num", a rational number; "const", one of i, e, pi and oo; "sym", an unknown; "opaque", an unknown function: f(x).
-- "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", degrees or percent.
+- "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", degrees or percent; "based".
 - "rel", a chain of relations, its signs first; "list", values between commas; "set"; "matrix" of "row"s.
 - "tuple", opening and closing bracket first: a point, or an interval; "union", "intersection", "minus" of sets.
-- "text", words only; "said", a value, the words before it and those after it; "based", digits and their base.
+- "text", words only; "said", a value, the words before it and those after it; "mixed": 2 hours 30 minutes.
 - "piece", a value and its condition in a function by cases; "clause", what an unknown ranges over: k \in \mathbb{Z}.
 
 The functions below build nodes. They compute rational numbers exactly and leave everything else as it is.
@@ -62,19 +62,15 @@ def combine(kind: str, parts: tuple[Node, ...], neutral: int) -> Node:
 
 
 def add(*terms: Node) -> Node:
-    """A sum; of matrices of one shape cell by cell."""
-    if shape(terms[0]) and len(set(map(shape, terms))) == 1:
-        rows = zip(*(term.args for term in terms), strict=True)
-        return matrix(map(add, *(row.args for row in summands)) for summands in rows)
     return combine("add", terms, 0)
 
 
 def multiply(*factors: Node) -> Node:
     """A product; a matrix is scaled cell by cell. Products of matrices are left as they are."""
-    matrices = [factor for factor in factors if shape(factor)]
+    matrices = [factor for factor in factors if factor.kind == "matrix"]
     if len(matrices) != 1 or len(factors) == 1:
         return combine("mul", factors, 1)
-    scalar = multiply(*(factor for factor in factors if not shape(factor)))
+    scalar = multiply(*(factor for factor in factors if factor.kind != "matrix"))
     return matrix((multiply(scalar, cell) for cell in row.args) for row in matrices[0].args)
 
 
@@ -87,6 +83,9 @@ def negative(value: Node) -> Node:
 def power(base: Node, exponent: Node) -> Node:
     if exponent == ONE:
         return base
+    if exponent.kind == "num" and exponent.args[0].denominator % 2 and exponent.args[0].denominator > 1:
+        top, bottom = exponent.args[0].as_integer_ratio()
+        return call("root", power(base, number(top)), number(bottom))  # of negative numbers the real one
     if base.kind == exponent.kind == "num" and exponent.args[0].denominator == 1:
         value, times = base.args[0], exponent.args[0].numerator
         if (abs(times) == 1 or abs(times) * count_bits(value) <= MAX_BITS) and (value or times > 0):
@@ -106,10 +105,6 @@ def matrix(rows: Iterable[Iterable[Node]]) -> Node:
     return Node("matrix", nodes)
 
 
-def shape(node: Node) -> tuple[int, int] | None:
-    return (len(node.args), len(node.args[0].args)) if node.kind == "matrix" else None
-
-
 # Functions ------------------------------------------------------------------------------------------------------------
 words = str.split  # so that long lists of names stay readable
 TRIGONOMETRIC = words("sin cos tan cot sec csc sinh cosh tanh coth sech csch")
@@ -118,18 +113,9 @@ FUNCTIONS |= set(words("ln log lg exp sqrt abs floor ceil max min arg Re Im sgn 
 SPELLINGS = {f"arc{name}": f"a{name}" for name in TRIGONOMETRIC} | {"log": "ln", "sgn": "sign"}
 
 
-def factorial(value: int) -> int:
-    return math.factorial(value)
-
-
-def double_factorial(value: int) -> int:
-    """8!! = 8 * 6 * 4 * 2"""
-    return math.prod(range(value, 0, -2))
-
-
 EXACT: dict[str, Callable[..., int]] = {
-    "factorial": factorial,
-    "double_factorial": double_factorial,
+    "factorial": math.factorial,
+    "double_factorial": lambda value: math.prod(range(value, 0, -2)),  # 8!! = 8 * 6 * 4 * 2
     "binom": math.comb,
 }
 
@@ -165,7 +151,6 @@ def apply_function(name: str, args: Sequence[Node], base: Node | None, exponent:
 BARS = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 FLIPPED = {">": "<", r"\ge": r"\le"}
 REALS = Node("tuple", ("(", ")", negative(INFINITY), INFINITY))
-NUMBER_SETS = {"Z", "N", "R", "Q"}
 
 
 def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
@@ -180,6 +165,8 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
         raise Unreadable("brackets around nothing")
     if opening in BARS:
         return call(BARS[opening], items[0])
+    if opening == r"\langle" and len(items) > 1:  # a vector
+        return matrix([item] for item in items)
     if len(items) > 1 or opening + closing in ("(]", "[)"):
         return Node("tuple", (opening, closing, *items))
     return items[0]
@@ -187,11 +174,9 @@ def make_bracket(opening: str, closing: str, items: list[Node]) -> Node:
 
 def make_relation(signs: list[str], terms: list[Node]) -> Node:
     r"""A chain of relations whose signs all point one way: b > a is a < b; x \in M is M, x \notin M the rest."""
-    if r"\approx" in signs:  # x = 1/3 \approx 0.33 is x = 1/3, but x \approx 3 is x = 3
-        end = signs.index(r"\approx")
-        exact = end > 0 or terms[0].kind not in ("sym", "opaque")
-        signs, terms = (signs[:end], terms[: end + 1]) if exact else (["="], terms[:2])
     if signs == [r"\in"]:
+        if terms[0].kind not in ("sym", "opaque", "list", "tuple"):
+            raise Unreadable("no name of a member")
         is_range = terms[0].kind in ("sym", "list") and terms[1].kind == "sym"
         return Node("clause", tuple(terms)) if is_range or terms[1] == REALS else terms[1]
     if signs == [r"\notin"]:
@@ -233,8 +218,7 @@ def find_unknowns(*nodes: Node) -> list[Node]:
 
 # What kind of answer a tree is ----------------------------------------------------------------------------------------
 NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
-NO_SCALAR |= {"clause", "said"}
-NAMING = {*TRIGONOMETRIC, "ln", "abs", "Re", "Im"}  # functions of a name that are a name
+NO_SCALAR |= {"clause", "said", "mixed"}
 
 
 def is_length(node: Node) -> bool:
@@ -245,20 +229,25 @@ def is_length(node: Node) -> bool:
 
 
 def is_name(node: Node) -> bool:
-    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B, \sin x, \tan^2 x."""
-    if node.kind == "pow" and node.args[0].kind == "call":
-        return node.args[1].kind == "num" and is_name(node.args[0])
+    r"""Whether this may stand before "=" and be left out: x, f(x), (x, y), AB, AB/CD, |AB|, A:B."""
     if node.kind in ("mul", "pow"):
         return is_length(node)
-    if node.kind in ("tuple", "ratio") or (node.kind == "call" and node.args[0] in NAMING):
+    if node.kind in ("tuple", "ratio") or node.args[:1] == ("abs",):
         return all(is_name(part) for part in node.args if isinstance(part, Node))
     return node.kind in ("sym", "opaque", "text")
 
 
 def is_long_name(node: Node) -> bool:
-    """What an answer may have before "=", besides: sums and products of different letters, m + n, abc, x - y."""
-    parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul") and part != MINUS_ONE]
-    return is_name(node) or (len(set(parts)) == len(parts) and all(part.kind == "sym" for part in parts))
+    """What an answer may have before "=", besides: different letters, added, multiplied or divided (m + n, x/y), and
+    whole multiples of letters that are not x, y, z, the unknowns of equations: 100m + n."""
+    parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul", "pow") and part != MINUS_ONE]
+    letters = [part for part in parts if part.kind == "sym"]
+    numbers = [part for part in parts if part.kind == "num"]
+    if len(set(letters)) < len(letters) or len(letters) + len(numbers) < len(parts):
+        return False
+    multiples = node.kind == "add" and not {letter.args[0] for letter in letters} & {"x", "y", "z"}
+    powers = [part.args[1] for part in iterate_parts(node) if part.kind == "pow"]
+    return not is_name(node) and (multiples or not numbers) and all(power == MINUS_ONE for power in powers)
 
 
 def list_elements(node: Node) -> list[Node]:
