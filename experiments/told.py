@@ -70,7 +70,7 @@ def run_seed(seed: int) -> dict[str, Any]:
     return {
         "n": TEST_PROBLEMS,
         "rows": rows,
-        "difference": {"accuracy": gain, "low": gain, "high": gain},  # an interval is known over several seeds alone
+        "difference": {"accuracy": gain, "low": [None] * MOST, "high": [None] * MOST},  # known over several seeds
         "readers": {name: careful[name] for name in READERS},
     }
 
@@ -79,8 +79,10 @@ def make_table(results: dict[str, Any]) -> str:
     """Markdown, in percent."""
 
     def cells(curve: dict[str, Any], sign: str = "") -> list[str]:
-        bounds = zip(curve["accuracy"], curve["low"], curve["high"], strict=True)
-        return [format_share(*each, sign=sign) for each in bounds]
+        return [
+            f"{100 * value:{sign}.1f}" if low is None else format_share(value, low, high, sign)
+            for value, low, high in zip(curve["accuracy"], curve["low"], curve["high"], strict=True)
+        ]
 
     table = [["attempts", *map(str, range(1, MOST + 1))]]
     table += [[row, *cells(curve)] for row, curve in results["rows"].items()]
