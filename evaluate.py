@@ -215,9 +215,8 @@ def make_record(chat: Chat, dialogue: Dialogue, item: Item) -> dict[str, Any]:
     for a in dialogue.attempts:
         text = chat.decode(dialogue.ids[a.start : a.end], skip_special_tokens=True)
         answer = f"```python\n{a.answer}```" if a.answer and "tests" in dialogue.problem else a.answer
-        judged = {"answer": answer, "status": a.status, "ending": a.ending}
-        failed = {"failed": a.failed} if a.failed else {}  # of a program
-        attempts.append({"text": text, **judged, "tokens": a.end - a.start, **failed})
+        ended = {"status": a.status, "ending": a.ending, "tokens": a.end - a.start}
+        attempts.append({"text": text, "answer": answer} | ended | ({"failed": a.failed} if a.failed else {}))
     return item._asdict() | {"attempts": attempts}
 
 
