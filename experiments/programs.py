@@ -32,7 +32,6 @@ from experiments import warm
 from experiments.warm import Row, feedback_text, is_held_out, prompt_text
 from rollout import SAY_PROGRAM
 
-import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 OUT: str = "data/programs"  # the folder to make
@@ -49,15 +48,15 @@ PUBLIC: int = 6  # tests that may be told, those in the question among them
 
 # The warm start; chosen on seed 0
 WARM_STEPS: int = 700  # about a minute on one core
-PRACTICE: float = 0.5  # share of the steps with single answers to questions of 1..PUBLIC tests; then come dialogues
+PRACTICE: float = 0.4  # share of the steps with single answers to questions of 1..PUBLIC tests; then come dialogues
 ROWS: int = 96  # dialogues in a batch
 MUON_UNTIL: float = 0.5  # share of the steps in which Muon, not AdamW, updates the layers' matrices
 MATRIX_LR: float = 1e-2  # peak, of Muon
 WARM_LR: float = 4e-3  # peak, of AdamW on the matrices
 EMBEDDING_LR: float = 1.6e-2  # peak, of AdamW on embeddings and norms
 MOST_FAILURES: int = 4  # failed attempts in a dialogue: 0..MOST_FAILURES
-ATTENTIVE: float = 0.3  # share of retries whose author has read what failed
-STAND_BY: float = 0.4  # share of retries that repeat the failed program; the others ignore what failed
+ATTENTIVE: float = 0.6  # share of retries whose author has read what failed
+STAND_BY: float = 0.2  # share of retries that repeat the failed program; the others ignore what failed
 
 Values = tuple[int, ...]  # of a function, for the arguments 0, 1, ...
 Case = tuple[int, int]  # an argument, and the right value
@@ -104,7 +103,8 @@ def write_question(cases: Iterable[Case]) -> str:
     return "\n".join(["Write f, which passes these tests and others.", *map(write_test, cases)])
 
 
-def write_program(inner: str, modulus: int) -> str:
+def write_program(values: Values) -> str:
+    inner, modulus = list_functions()[values]
     return f"```python\ndef f(x, m={modulus}): return {inner} % m\n```"
 
 
@@ -144,15 +144,14 @@ def careful_accuracy(problem: dict[str, Any], k_max: int, told: bool) -> list[fl
     [[0.08, 0.15, 0.23], [0.08, 0.54, 1.0]]
     """
     cases = list(map(read_test, problem["tests"]))
-    public = cases[: problem["public"]] if told else []
-    right = [values for values in list_fitting(cases[:SHOWN]) if find_failing(values, cases) is None]
+    public, right = cases[: problem["public"]] if told else [], list_fitting(cases)
 
     @cache
     def solves(possible: frozenset[Values], attempts: int) -> float:
         if not attempts:
             return 0.0
         chances = [1.0] * len(right)
-        for values in possible.difference(right):
+        for values in possible - right:
             failing = find_failing(values, public)
             left = possible & list_passing(failing) if failing else possible - {values}
             chances.append(solves(left, attempts - 1))
@@ -171,6 +170,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # Warm start -----------------------------------------------------------------------------------------------------------
+def response_text(values: Values) -> str:
+    return f"{write_program(values)}<|im_end|>"
+
+
 def told_text(case: Case, returned: int) -> str:
     """What the environment tells of a failing test (grader.Verdict.told), after a line break."""
     return f"\n{write_test(case)}\nAssertionError: the last call returned {returned}"
@@ -196,7 +199,7 @@ def draw_row(rng: random.Random, seed: int, shown: int, failures: int, told: boo
             if not possible:
                 return None
             values = rng.choice(sorted(possible))
-        row.append((f"{write_program(*list_functions()[values])}<|im_end|>", True))
+        row.append((response_text(values), True))
         if attempt < failures:
             left -= 1
             failing = find_failing(values, cases)
@@ -223,27 +226,15 @@ def train_warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForC
     return warm.train(tokenizer, seed, WARM_STEPS, partial(draw_batch, seed), **rates)
 
 
-@torch.no_grad()
-def write_greedily(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
-    """The greedy answers to prompts of the same length."""
-    ids = torch.tensor(tokenizer(prompts, add_special_tokens=False)["input_ids"])  # (B, T)
-    for _ in range(6):  # tokens of a program
-        ids = torch.cat([ids, model(ids, logits_to_keep=1).logits.argmax(-1)], 1)
-    return [text.rpartition("assistant\n")[2].partition("<|im_end|>")[0] for text in tokenizer.batch_decode(ids)]
-
-
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> dict[str, Any]:
-    """Share of the greedy first programs that pass the shown tests; careful_accuracy with 1 to 5 attempts."""
+    """Accuracy of greedy first programs, with one attempt granted; careful_accuracy with 1 to 5 attempts."""
     prompts = [prompt_text(problem["question"], 1).replace(*SAY_PROGRAM) for problem in problems]
-    fits = []
-    for problem, said in zip(problems, write_greedily(model, tokenizer, prompts), strict=True):
-        possible = list_fitting(map(read_test, problem["tests"][:SHOWN]))
-        fits.append(said in [write_program(*list_functions()[values]) for values in possible])
+    responses = [response_text(*list_fitting(map(read_test, problem["tests"]))) for problem in problems]
     careful = {}
     for name, told in ("untold", False), ("told", True):
         curves = [careful_accuracy(problem, 5, told) for problem in problems]
         careful[name] = [sum(column) / len(problems) for column in zip(*curves, strict=True)]
-    return {"passes_shown": sum(fits) / len(fits), "careful": careful}
+    return {"warm_start_accuracy": warm.share_said(model, tokenizer, prompts, responses), "careful": careful}
 
 
 if __name__ == "__main__":

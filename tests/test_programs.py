@@ -19,13 +19,10 @@ def find_right(problem: dict) -> tuple[int, ...]:
     return values
 
 
-def is_known(program: str) -> bool:
-    return program in [write_program(*parts) for parts in list_functions().values()]
-
-
 def test_tokens():
     tokenizer = programs.make_tokenizer()
-    texts = [tokenizer.decode([token]) for token in tokenizer.encode(write_program("(x * 3)", 5) + "<|im_end|>")]
+    values = tuple(3 * x % 5 for x in range(10))
+    texts = [tokenizer.decode([token]) for token in tokenizer.encode(programs.response_text(values))]
     assert texts == ["```python\ndef f(x, m=", "5", "): return ", "(x * 3)", " % m\n```", "<|im_end|>"]
     text = programs.told_text((7, 1), 4)
     assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == [
@@ -42,7 +39,7 @@ def test_the_right_function_is_paid_and_one_that_has_learned_the_public_tests_by
     for problem in test[:3]:
         cases, right = list(map(read_test, problem["tests"])), find_right(problem)
         assert problem["question"].split("\n")[1:] == problem["tests"][: programs.SHOWN]
-        assert grader.grade(write_program(*list_functions()[right]), grader.read_gold(problem)).correct
+        assert grader.grade(write_program(right), grader.read_gold(problem)).correct
         by_heart = "def f(x):\n" + "".join(f"    if x == {x}: return {y}\n" for x, y in cases[: programs.PUBLIC])
         verdict = grader.grade(f"```python\n{by_heart}```", grader.read_gold(problem))
         assert verdict.status == "wrong" and verdict.failed.startswith(problem["tests"][programs.PUBLIC])
@@ -59,10 +56,9 @@ def test_a_dialogue_reads_as_the_authors_write_it(change):
     chat, rng = rollout.make_chat(programs.make_tokenizer()), random.Random(5)
     rows = [row for _ in range(20) if (row := programs.draw_row(rng, 0, programs.SHOWN, 1, told=True))]
     prompt, wrong, feedback, right = (text for text, _ in rows[0])
-    inner, modulus = wrong.partition(": return ")[2].partition(" % m")[0], wrong[len("```python\ndef f(x, m=")]
     question = prompt.partition("user\n")[2].partition("<|im_end|>")[0]
-    assert is_known(write_program(inner, int(modulus))) and right != wrong
-    right_values = next(v for v, parts in list_functions().items() if right.startswith(write_program(*parts)))
+    assert right != wrong
+    right_values = next(v for v in list_functions() if right.startswith(write_program(v)))
     told_case = next(read_test(line) for line in feedback.split("\n") if line.startswith("assert"))
     shown = [read_test(line) for line in question.split("\n")[1:]]
     assert all(right_values[x] == y for x, y in [*shown, told_case])
@@ -80,7 +76,7 @@ def test_retries_do_what_the_constants_say(change, is_told):
     rng = random.Random(0)
     for attentive, stand_by in ((1.0, 0.0), (0.0, 1.0)):
         change(programs, ATTENTIVE=attentive, STAND_BY=stand_by)
-        rows = [row for _ in range(60) if (row := programs.draw_row(rng, 0, programs.SHOWN, 3, is_told))]
+        rows = [row for _ in range(200) if (row := programs.draw_row(rng, 0, programs.SHOWN, 3, is_told))]
         assert len(rows) > 10
         for row in rows:
             said, feedback = [text for text, _ in row[1::2]], [text for text, _ in row[2::2]]
@@ -121,7 +117,7 @@ def test_an_evaluation_runs_the_programs(tmp_path):
     settings = ["TOLD_CHARACTERS=100", "MAX_ATTEMPTS=2", "PROTOCOL=prefix", "RESAMPLES=2", "MAX_ATTEMPT_TOKENS=16"]
     run_python("evaluate.py", *paths, *settings)
     problems = {p["id"]: p for p in read_jsonl(tmp_path / "world" / "test.jsonl")}
-    functions = {write_program(*parts): values for values, parts in list_functions().items()}
+    functions = {write_program(values): values for values in list_functions()}
     records, programs_run = read_jsonl(tmp_path / "out" / "dialogues-warm_start.jsonl"), 0
     for record in records:
         cases = list(map(read_test, problems[record["id"]]["tests"]))
