@@ -55,8 +55,7 @@ MATRIX_LR: float = 1e-2  # peak, of Muon
 WARM_LR: float = 4e-3  # peak, of AdamW on the matrices
 EMBEDDING_LR: float = 1.6e-2  # peak, of AdamW on embeddings and norms
 MOST_FAILURES: int = 4  # failed attempts in a dialogue: 0..MOST_FAILURES
-ATTENTIVE: float = 0.6  # share of retries whose author has read what failed
-STAND_BY: float = 0.2  # share of retries that repeat the failed program; the others ignore what failed
+STAND_BY: float = 0.2  # share of retries that repeat the failed program; the others are right, whatever was told
 
 Values = tuple[int, ...]  # of a function, for the arguments 0, 1, ...
 Case = tuple[int, int]  # an argument, and the right value
@@ -180,33 +179,20 @@ def told_text(case: Case, returned: int) -> str:
 
 
 def draw_row(rng: random.Random, seed: int, shown: int, failures: int, told: bool) -> Row | None:
-    """A dialogue in which `failures` attempts fail, or None if one could not be told or the question is held out. All
-    its programs pass the tests that are shown."""
+    """A dialogue whose last program is trained on, or None if a failure could not be told, or its question is held out.
+    The others pass the shown tests and fail a public one, each by chance: what they are says nothing."""
     right, cases = draw_cases(rng)
-    seen, left = cases[:shown], rng.randint(failures + 1, MOST_FAILURES + 1)
-    if is_held_out(write_question(seen), seed):
+    question, left = write_question(cases[:shown]), rng.randint(failures + 1, MOST_FAILURES + 1)
+    wrong = sorted(v for v in list_fitting(cases[:shown]) - {right} if find_failing(v, cases[:PUBLIC]))
+    if is_held_out(question, seed) or (failures and not wrong):
         return None
-    row = [(prompt_text(write_question(seen), left).replace(*SAY_PROGRAM), False)]
-    values = None
-    for attempt in range(failures + 1):
-        mood = rng.random() if values else 1.0
-        possible = list_fitting(seen if mood < ATTENTIVE else cases[:shown])
-        if attempt < failures:
-            possible = frozenset(v for v in possible - {right} if find_failing(v, cases[:PUBLIC]))
-        elif mood < ATTENTIVE or not failures:
-            possible = frozenset([right])
-        if values is None or not ATTENTIVE <= mood < ATTENTIVE + STAND_BY:
-            if not possible:
-                return None
-            values = rng.choice(sorted(possible))
-        row.append((response_text(values), True))
-        if attempt < failures:
-            left -= 1
-            failing = find_failing(values, cases)
-            words = told_text(failing, values[failing[0]]) if told else ""
-            row.append((feedback_text(left).replace("<|im_end|>", f"{words}<|im_end|>", 1), False))
-            seen = [*seen, failing] if told else seen
-    return row
+    row, values = [(prompt_text(question, left).replace(*SAY_PROGRAM), False)], right
+    for _ in range(failures):
+        left, values = left - 1, rng.choice(wrong)
+        failing = find_failing(values, cases)
+        words = f"{told_text(failing, values[failing[0]]) if told else ''}<|im_end|>"
+        row += [(response_text(values), False), (feedback_text(left).replace("<|im_end|>", words, 1), False)]
+    return [*row, (response_text(right if rng.random() >= STAND_BY else values), True)]
 
 
 def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:

@@ -18,8 +18,8 @@ from experiments.runs import Training, format_share
 
 SEEDS: tuple[int, ...] = (0,)  # each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/told"  # folder of the results
-TOKEN_BUDGET: int = 12_000  # generated tokens of each training, six a program
-TEST_PROBLEMS: int = 150  # of a seed
+TOKEN_BUDGET: int = 8_000  # generated tokens of each training, six a program
+TEST_PROBLEMS: int = 100  # of a seed
 TOLD: int = 100  # characters of the failing test and its error that are told
 MOST: int = 5  # attempts
 
@@ -28,7 +28,7 @@ ARMS = {  # run -> its arguments for ppo.py
     "incorrect": [],
     "single_turn": ["MAX_ATTEMPTS=1", "DIALOGUES=64", "MINI_BATCH=32"],  # as many tokens in an update
 }
-SHARED = ["PRESET=toy", "DIALOGUES=32", "MINI_BATCH=16", "DEV_PROBLEMS=0", "MAX_ATTEMPT_TOKENS=16"]
+SHARED = ["PRESET=toy", "DIALOGUES=32", "MINI_BATCH=16", "EPOCHS=4", "DEV_PROBLEMS=0", "MAX_ATTEMPT_TOKENS=16"]
 READERS = {"told": "careful reader, told", "untold": "careful reader, incorrect alone"}
 ROWS = {  # of the table -> (model, whether it is told)
     "RL, told": ("told", True),
