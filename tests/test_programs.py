@@ -78,7 +78,8 @@ def test_authors_do_what_the_constants_say_and_see_no_held_out_question(is_told)
     for row in (row for _ in range(1000) if (row := programs.draw_row(rng, 0, programs.SHOWN, 2, is_told))):
         question = row[0][0].partition("user\n")[2].partition("<|im_end|>")[0]
         assert not warm.is_held_out(question, 0) and [trained for _, trained in row] == [False] * 5 + [True]
-        tests = [line for text, _ in row for line in text.split("\n") if line.startswith("assert")]
+        lines = "\n".join(text for text, _ in row).replace("<|im_end|>", "").split("\n")
+        tests = [line for line in lines if line.startswith("assert f")]
         assert len(tests) == programs.SHOWN + (2 if is_told else 0)
         *failed, last = (texts[text.removesuffix("<|im_end|>")] for text, _ in row[1::2])
         shown = list_fitting(map(read_test, tests[: programs.SHOWN]))
