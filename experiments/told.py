@@ -1,7 +1,7 @@
 """Is it worth something to be told which test failed, and not only that a program is incorrect?
 
     python -m experiments.told                                # `make programs`: one seed
-    python -m experiments.told SEEDS=1,2,3 OUT=runs/told      # t-intervals over the seeds
+    python -m experiments.told SEEDS=2,3,4 OUT=runs/told      # t-intervals over the seeds
 
 For each seed, in the world of programs.py: PPO with five attempts whose feedback quotes the failing test, PPO with five
 attempts and "incorrect" alone, and PPO with one attempt, each with the same budget of generated tokens; then all of
