@@ -2,6 +2,7 @@
 # make test        ruff and the tests
 # make reproduce   the demo over three seeds; renews the table and the figure in docs
 # make score       SCoRe's two stages against plain multi-turn and single-turn RL, where checking is easier than finding (runs/score)
+# make programs    multi-attempt RL on programs: is it worth something to be told which test failed? (runs/told)
 # make ablations   change one constant, see what it does: a table over three seeds (runs/ablations; hours)
 # make data        the toy world alone (data/toy)
 # make benchmarks  AIME 2024, AMC 2023, MATH-500, Minerva, OlympiadBench and MATH level 3-5 into data/*.jsonl (needs network)
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 CUDA_VENV := .venv-cuda
 
-.PHONY: install cuda demo reproduce score ablations data benchmarks test lint clean
+.PHONY: install cuda demo reproduce score programs ablations data benchmarks test lint clean
 
 install: $(VENV)/installed-requirements-cpu.txt
 
@@ -54,6 +55,9 @@ reproduce: install
 score: install
 	$(VENV)/bin/python -m experiments.score
 
+programs: install
+	$(VENV)/bin/python -m experiments.told
+
 ablations: install
 	$(VENV)/bin/python -m experiments.ablations
 
@@ -66,4 +70,4 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) runs data/toy data/arrows
+	rm -rf $(VENV) $(CUDA_VENV) runs data/toy data/arrows data/programs

@@ -215,8 +215,8 @@ def make_record(chat: Chat, dialogue: Dialogue, item: Item) -> dict[str, Any]:
     for a in dialogue.attempts:
         text = chat.decode(dialogue.ids[a.start : a.end], skip_special_tokens=True)
         answer = f"```python\n{a.answer}```" if a.answer and "tests" in dialogue.problem else a.answer
-        judged = {"answer": answer, "status": a.status, "ending": a.ending}
-        attempts.append({"text": text, **judged, "tokens": a.end - a.start})
+        ended = {"status": a.status, "ending": a.ending, "tokens": a.end - a.start}
+        attempts.append({"text": text, "answer": answer} | ended | ({"failed": a.failed} if a.failed else {}))
     return item._asdict() | {"attempts": attempts}
 
 
@@ -463,8 +463,8 @@ def identify_weights(model: Path) -> str:
 
 def list_settings(benchmarks: dict[str, Path]) -> dict[str, Any]:
     """What the numbers depend on, besides the model."""
-    of_rollout = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "SYSTEM_TURNS", "MAX_ATTEMPT_TOKENS", "CONTEXT")
-    settings = {name: getattr(rollout, name) for name in of_rollout}
+    of_rollout = ("MAX_ATTEMPTS", "PROMPT", "FEEDBACK", "TOLD_CHARACTERS", "SYSTEM_TURNS", "MAX_ATTEMPT_TOKENS")
+    settings = {name: getattr(rollout, name) for name in (*of_rollout, "CONTEXT")}
     own = ("SEED", "PROTOCOL", "SAMPLES", "RESAMPLES", "TEMPERATURE", "CONFIDENCE", "BOOTSTRAP", "DTYPE")
     settings |= {name: globals()[name] for name in own}
     settings["grader"] = fingerprint(*(Path(__file__).parent / file for file in GRADING_FILES))

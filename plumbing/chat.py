@@ -34,8 +34,9 @@ class Chat:
             raise SystemExit(f"{self.name}: its tokenizer has no chat template; take a model that has one")
         answered = self._render([("user", "?"), ("assistant", SLOT)], open_answer=False)
         closing = self.encode(answered.split(SLOT)[1])
-        self.special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        added = tokenizer.get_added_vocab()  # such as <tool_call>; those of the toy worlds are words
+        self.special = {*tokenizer.all_special_tokens, *(token for token in added if token[0] in "<[")}
+        special = {*tokenizer.all_special_ids, *added.values()}
         # The id with which the policy ends its turn. A base model may have another end id as well (Qwen2.5-Math:
         # <|endoftext|>); sampling that one also ends the attempt, and the environment then closes the turn.
         self.end_of_turn: int = next((token for token in closing if token in special), -1)

@@ -249,7 +249,10 @@ def main(role: str, seconds: int, memory: int, user: int, *pipes: int) -> None:
         posix.setgroups([])
         posix.setresgid(user, user, user)
         posix.setresuid(user, user, user)
-    if role == "program":
-        serve_program(said, told)
-    else:
-        examine(open(pipes[0], "w"), open(pipes[1]), said, told)  # noqa: SIM115
+    try:
+        if role == "program":
+            serve_program(said, told)
+        else:
+            examine(open(pipes[0], "w"), open(pipes[1]), said, told)  # noqa: SIM115
+    finally:
+        posix._exit(0)  # Python's own way out takes a tenth of a verdict

@@ -297,13 +297,20 @@ def page_data(
         for r in of_model:
             if r["K"] == results["settings"]["MAX_ATTEMPTS"] and not r["control"] and r["sample"] == 0:
                 repeats = find_repeats(r["attempts"])
-                attempts = [[*a.values(), repeated] for a, repeated in zip(r["attempts"], repeats, strict=True)]
+                attempts = [
+                    [a["text"], a["answer"], a["status"], a["ending"], a["tokens"], repeated, a.get("failed", "")]
+                    for a, repeated in zip(r["attempts"], repeats, strict=True)
+                ]
                 played[r["benchmark"], r["id"]].append([name, attempts])
     size = sum(len(attempt[0]) for each in played.values() for _, attempts in each for attempt in attempts)
     shown = list(problems)[:: max(1, math.ceil(size / REPORT_CHARACTERS))]
-    golds = {key: problem.get("answer", "its tests") for key, problem in problems.items()}
-    rows = [[*key, problems[key]["question"], golds[key], played[key]] for key in shown]
+    rows = [[*key, problems[key]["question"], write_gold(problems[key]), played[key]] for key in shown]
     return {"results": results, "metrics": METRICS, "problems": rows, "left_out": len(problems) - len(shown)}
+
+
+def write_gold(problem: dict[str, Any]) -> str:
+    """The right answer to a problem; of one that asks for a program the tests, as a code block."""
+    return problem["answer"] if "answer" in problem else "\n".join(["```", *problem["tests"], "```"])
 
 
 def read_last_rows(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ import grader
 from data import prepare
 from data.prepare import SOURCES, TRAINING, drop_duplicates, find_duplicates
 from data.problems import load_problems, question_key
+from plumbing import sandbox
 from plumbing.files import to_line
+from tests.test_sandbox import MISSING
 
 import pyarrow
 import pyarrow.parquet
@@ -238,6 +240,84 @@ def test_rows_that_are_not_as_expected(hub, change, rows, reason):
     put(hub, "math-ai/amc23", {(None, "test"): rows})
     with pytest.raises(prepare.Unavailable, match=reason):
         prepare.load_set("amc23")
+
+
+# Programs -------------------------------------------------------------------------------------------------------------
+THEMES = ("volume of a cone", "largest prime below n", "words that rhyme", "sorted tuples", "vowels in a line")
+
+
+def mbpp_row(number: int) -> dict:
+    text = f"Write a function to find the {THEMES[number % 5]} number {number} times {number * number}."
+    tests = [f"assert f{number}({x}) == {x + number}" for x in (1, 2, 3)]
+    row = {"task_id": number, "text": text, "code": f"def f{number}(x): return x + {number}", "test_list": tests}
+    return row | {"test_setup_code": "", "challenge_test_list": [f"assert f{number}(9) == {9 + number}"]}
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/7",
+    "prompt": 'import math\n\n\ndef above(x: int) -> int:\n    """ Give the volume of a cone number 603 times 363609.\n'
+    '    >>> above(2)\n    3\n    >>> above(-1)\n    0\n    """\n',
+    "entry_point": "above",
+    "canonical_solution": "    return math.floor(x) + 1\n",
+    "test": "def check(candidate):\n    assert candidate(5) == 6\n",
+}
+SETS = "SETS=humaneval,mbpp_prompts,mbpp_dev,mbpp_test,mbpp_train"
+
+
+def test_programs_with_their_published_split(hub, run, capsys):
+    """Ids 601 to 974 train, 511 to 600 dev, 11 to 510 test. What the others ask is dropped from training, counted."""
+    rows = [mbpp_row(number) for number in range(1, 975)]
+    humaneval = [HUMANEVAL | {"task_id": f"HumanEval/{number}"} for number in range(164)]
+    rows[602 - 1]["text"] = rows[20 - 1]["text"]  # of the test split
+    rows[603 - 1]["text"] = "Write a function to give the volume of a cone number 603 times 363609."  # HumanEval's
+    splits = {"prompt": rows[:10], "test": rows[10:510], "validation": rows[510:600], "train": rows[600:]}
+    put(hub, "google-research-datasets/mbpp", {("full", split): part for split, part in splits.items()})
+    put(hub, "openai/openai_humaneval", {(None, "test"): humaneval})
+    run(SETS)
+    said, sets = capsys.readouterr().out, {}
+    for name in SETS.removeprefix("SETS=").split(","):
+        sets[name] = load_problems(Path(prepare.OUT) / f"{name}.jsonl")
+    ids = {name: [int(p["id"].partition("/")[2]) for p in problems] for name, problems in sets.items()}
+    assert ids["mbpp_prompts"] == list(range(1, 11)) and ids["mbpp_test"] == list(range(11, 511))
+    assert ids["mbpp_dev"] == list(range(511, 601)) and len(ids["humaneval"]) == 164
+    assert ids["mbpp_train"] == [number for number in range(601, 975) if number not in (602, 603)]
+    assert "mbpp_train: dropped 1, the same as in mbpp_test" in said and "dropped 1, the same as in humaneval" in said
+    problem = sets["mbpp_train"][0]
+    assert problem["question"].split("\n") == [
+        rows[600]["text"],
+        *prepare.SHOWN.split("\n")[1:-1],
+        "assert f601(1) == 602",
+    ]
+    assert problem["tests"] == [*rows[600]["test_list"], *rows[600]["challenge_test_list"]] and problem["public"] == 1
+
+
+def test_programs_from_the_source_to_the_verdict(monkeypatch):
+    """Each source's own solution is right; the examples in a docstring are public tests, check() is private."""
+    mbpp = prepare.to_program("mbpp_test", prepare.MBPP[0], 0, mbpp_row(11))
+    humaneval = prepare.to_program("humaneval", prepare.PROGRAMS["humaneval"][0], 0, HUMANEVAL)
+    assert humaneval["tests"] == ["assert above(2) == 3", "assert above(-1) == 0", "check(above)"]
+    assert (humaneval["public"], humaneval["id"], humaneval["given"]) == (2, "humaneval/7", "import math\n\n\n")
+    if MISSING:
+        monkeypatch.setattr(sandbox, "ISOLATION", "rlimits")
+    by_heart = "def above(x): return {2: 3, -1: 0}[x]"
+    solution = HUMANEVAL["prompt"].removeprefix("import math") + HUMANEVAL["canonical_solution"]
+    for problem, program, status, told in (
+        (mbpp, mbpp_row(11)["code"], "correct", ""),
+        (mbpp, "def f11(x): return 12", "wrong", ""),
+        (mbpp, "def f11(x): return 0", "wrong", "assert f11(1) == 12\nAssertionError: the last call returned 0"),
+        (humaneval, solution, "correct", ""),
+        (humaneval, by_heart, "wrong", ""),
+        (
+            humaneval,
+            "def above(x): return 3",
+            "wrong",
+            "assert above(-1) == 0\nAssertionError: the last call returned 3",
+        ),
+    ):
+        verdict = grader.grade(f"```python\n{program}\n```", grader.read_gold(problem))
+        assert (verdict.status, verdict.told) == (status, told), program
+    with pytest.raises(ValueError, match="row 3 has no column test_list; it has task_id, text"):
+        prepare.to_program("mbpp_dev", prepare.MBPP[0], 3, {"task_id": 1, "text": "?"})
 
 
 # Gold answers and the grader ------------------------------------------------------------------------------------------

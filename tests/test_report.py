@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import evaluate
@@ -110,7 +111,7 @@ def test_page_carries_the_results_and_runs_its_own_script_alone(made):
     text = (made / "report.html").read_text(encoding="utf-8")
     data, script = embedded_data(text), page_script(text)
     assert data["results"] == json.loads((made / "results.json").read_text())
-    repeats = [[*WRONG.values(), False], [*AGAIN.values(), True], [*RIGHT.values(), False]]
+    repeats = [[*WRONG.values(), False, ""], [*AGAIN.values(), True, ""], [*RIGHT.values(), False, ""]]
     assert data["problems"][2][4][0] == ["first", repeats]
     assert [line["step"] for line in data["tokens"]["first"]] == [7, 8]  # the third line is still being written
     assert data["tokens"]["first"][0]["values"][3] is None  # NaN, which browsers cannot read
@@ -186,6 +187,22 @@ def test_what_a_model_says_stays_text(page):
     assert text.count("<img src=x onerror=") == 2  # question and attempt; the answer is shown as a formula
     tags = set(page.run("$('dialogue').all.map(e => e.tag)"))
     assert not tags & {"script", "img", "u", "i"}
+
+
+def test_programs_are_shown_as_code_with_what_failed(tmp_path, change):
+    """Dollars in code are no formulas, and what a program says stays text."""
+    tests, failed = ["assert f(1) == '$x$'", "assert f(2) == 3"], "assert f(1) == '$x$'\nAssertionError: <b>$0$"
+    change(sys.modules[__name__], PROBLEMS={("easy", "p/1"): {"question": "Write f for $x_1$.", "tests": tests}})
+    program = "def f(x):\n    return '$0$'\n"
+    said = attempt(f"First:\n```python\n{program}```\nDone.", f"```python\n{program}```", "wrong") | {"failed": failed}
+    page = Page(make_report(tmp_path, {"m": [played("easy", "p/1", said)]}, "verified", {}) / "report.html")
+    list_entries(page)
+    code = page.run("$('dialogue').querySelectorAll('pre').map(e => e.textContent)")
+    assert code == ["\n".join(tests) + "\n", program, failed]
+    text = page.run("$('dialogue').textContent")
+    assert "never tests: assert" in text and "Done.Attempt 1 of 3: wrong, 9 tokens; what failed: assert f(1)" in text
+    assert "right answer" not in text
+    assert page.run("$('dialogue').querySelectorAll('math').length") == 1  # the question's
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,19 @@ def test_programs_run_several_at_a_time_and_a_slow_one_delays_no_other(monkeypat
     assert slow.result().status == "timeout"
 
 
+@isolated
+def test_a_sandbox_that_has_hardly_begun_is_killed_at_once():
+    """bwrap has no child yet then; a limit on the clock that waited for it would be a second late."""
+    read, write = os.pipe()
+    for _ in range(5):
+        box = sandbox.start("program", 5, 256, read, write)
+        start = time.perf_counter()
+        sandbox.kill(box)
+        assert time.perf_counter() - start < 0.5 and box.returncode is not None
+    os.close(read)
+    os.close(write)
+
+
 def test_without_a_sandbox_programs_are_refused(monkeypatch):
     monkeypatch.setattr(sandbox, "ISOLATION", "bwrap")
     monkeypatch.setenv("PATH", "")

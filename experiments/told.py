@@ -1,0 +1,103 @@
+"""Is it worth something to be told which test failed, and not only that a program is incorrect?
+
+    python -m experiments.told                                # `make programs`: one seed
+    python -m experiments.told SEEDS=2,3,4 OUT=runs/told      # t-intervals over the seeds
+
+For each seed, in the world of programs.py: PPO with five attempts whose feedback quotes the failing test, PPO with five
+attempts and "incorrect" alone, and PPO with one attempt, each with the same budget of generated tokens; then all of
+them on held-out questions. Every program runs in the sandbox, which takes most of the time.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments import runs
+from experiments.runs import Training, format_share
+
+SEEDS: tuple[int, ...] = (0,)  # each has its own questions, its own held-out ones, and its own training
+OUT: str = "runs/told"  # folder of the results
+TOKEN_BUDGET: int = 8_000  # generated tokens of each training, six a program
+TEST_PROBLEMS: int = 100  # of a seed
+TOLD: int = 100  # characters of the failing test and its error that are told
+MOST: int = 5  # attempts
+
+ARMS = {  # run -> its arguments for ppo.py
+    "told": [f"TOLD_CHARACTERS={TOLD}"],
+    "incorrect": [],
+    "single_turn": ["MAX_ATTEMPTS=1", "DIALOGUES=64", "MINI_BATCH=32"],  # as many tokens in an update
+}
+SHARED = ["PRESET=toy", "DIALOGUES=32", "MINI_BATCH=16", "EPOCHS=4", "DEV_PROBLEMS=0", "MAX_ATTEMPT_TOKENS=16"]
+READERS = {"told": "careful reader, told", "untold": "careful reader, incorrect alone"}
+ROWS = {  # of the table -> (model, whether it is told)
+    "RL, told": ("told", True),
+    "RL, incorrect alone": ("incorrect", False),
+    "single-turn RL, incorrect alone": ("single_turn", False),
+    "warm start, told": ("warm_start", True),
+    "warm start, incorrect alone": ("warm_start", False),
+}
+LEGEND = (
+    f"Percent of the held-out problems that are solved within 1 to {MOST} greedy attempts. told: the feedback quotes "
+    "the public test that failed first, and the error; incorrect alone: it does not. careful reader: one who writes "
+    "any function that passes all tests seen and has not failed, all equally likely."
+)
+
+
+def run_seed(seed: int) -> dict[str, Any]:
+    """World, trainings and evaluations of one seed."""
+    folder = Path(OUT) / f"seed-{seed}"
+    world = runs.make_world("programs", folder / "programs", f"SEED={seed}", f"TEST_PROBLEMS={TEST_PROBLEMS}")
+    source = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
+    source += [f"TOKEN_BUDGET={TOKEN_BUDGET}", *SHARED]
+    runs.run_trainings([Training(f"seed {seed}, {arm}", folder / arm, [*source, *own]) for arm, own in ARMS.items()])
+    curves: dict[str, Any] = {}
+    for told in (True, False):
+        names = [model for model, is_told in ROWS.values() if is_told == told]
+        models = [world / name if name == "warm_start" else folder / name / "policy" for name in names]
+        arguments = [f"TOLD_CHARACTERS={TOLD if told else 0}", "MAX_ATTEMPT_TOKENS=16", f"MAX_ATTEMPTS={MOST}"]
+        arguments += ["PROTOCOL=prefix", "RESAMPLES=0", f"SEED={seed}"]
+        out = folder / f"evaluation-{'told' if told else 'incorrect'}"
+        curves |= {
+            (name, told): its for name, its in runs.evaluate_models(models, world, out, arguments)["models"].items()
+        }
+    careful = json.loads((world / "made.json").read_text(encoding="utf-8"))["careful"]
+    rows = {
+        row: {bound: curves[key]["test"][bound] for bound in ("accuracy", "low", "high")} for row, key in ROWS.items()
+    }
+    told, untold = (rows[row]["accuracy"] for row in list(ROWS)[:2])
+    gain = [a - b for a, b in zip(told, untold, strict=True)]
+    return {
+        "n": TEST_PROBLEMS,
+        "rows": rows,
+        "difference": {"accuracy": gain, "low": [None] * MOST, "high": [None] * MOST},  # known over several seeds
+        "readers": {name: careful[name] for name in READERS},
+    }
+
+
+def make_table(results: dict[str, Any]) -> str:
+    """Markdown, in percent."""
+
+    def cells(curve: dict[str, Any], sign: str = "") -> list[str]:
+        return [
+            f"{100 * value:{sign}.1f}" if low is None else format_share(value, low, high, sign)
+            for value, low, high in zip(curve["accuracy"], curve["low"], curve["high"], strict=True)
+        ]
+
+    table = [["attempts", *map(str, range(1, MOST + 1))]]
+    table += [[row, *cells(curve)] for row, curve in results["rows"].items()]
+    table.append(["told minus incorrect alone (RL)", *cells(results["difference"], "+")])
+    for name, label in READERS.items():
+        table.append([label, *(f"{100 * accuracy:.1f}" for accuracy in results["readers"][name])])
+    return runs.format_table(table)
+
+
+def main() -> None:
+    runs.start({"told": sys.modules[__name__], "runs": runs})
+    results = runs.run_seeds(SEEDS, run_seed, Path(OUT))
+    words = f"{LEGEND} Intervals: {results['interval']}. {TOKEN_BUDGET:,} generated tokens a training."
+    runs.write_report(Path(OUT), results, make_table(results), words)
+
+
+if __name__ == "__main__":
+    main()
