@@ -163,8 +163,6 @@ def make_table(results: dict[str, Any]) -> str:
 def describe_results(results: dict[str, Any]) -> str:
     """What the measured numbers say, and what they do not."""
     multi, single, warm = (results["models"][name]["test"]["accuracy"] for name in MODELS)
-    own = {name: results["probe"][name]["own"]["accuracy"][0] for name in MODELS}
-    other = {name: results["probe"][name]["other"]["accuracy"][0] for name in MODELS}
     resampled = results["control"]["warm_start"]["accuracy"][-1]
 
     def points(difference: float) -> str:
@@ -173,12 +171,7 @@ def describe_results(results: dict[str, Any]) -> str:
     return (
         f"A second attempt is worth {points(multi[1] - multi[0])} after multi-attempt RL (to {multi[1]:.2f}, and "
         f"{multi[-1]:.2f} at {len(multi)} attempts), {points(single[1] - single[0])} after single-turn RL on as many "
-        f"generated tokens, and {points(warm[1] - warm[0])} for the warm start, from which both began. Told that "
-        "its own usual second answer has failed, the multi-attempt model gives it again in "
-        f"{own['multi_attempt']:.0%} of the cases (single-turn {own['single_turn']:.0%}, warm start "
-        f"{own['warm_start']:.0%}; a fixed list of guesses would in 100%). Another wrong number it repeats in "
-        f"{other['multi_attempt']:.1%} (single-turn {other['single_turn']:.0%}, warm start "
-        f"{other['warm_start']:.0%}).\n\n"
+        f"generated tokens, and {points(warm[1] - warm[0])} for the warm start, from which both began.\n\n"
         f"What this does not show: the warm start imitates authors who repeat {median.STAND_BY_SHARE:.0%} of the "
         "answers that were called incorrect, and who learn nothing from the others. So the flat curves are partly "
         "built in, and so is the skill of finding the answer that has failed; RL turns that skill from repeating to "

@@ -147,19 +147,35 @@ def test_differences_are_the_first_minus_the_second():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "gain", "pair"),
-    [
-        (0.01, 0.2, "better than", "SCoRe is above plain"),
-        (-0.2, -0.01, "worse than", "SCoRe is below plain"),
-        (-0.1, 0.1, "not distinguishable from", "SCoRe is within noise of plain"),
-    ],
+    ("low", "high", "words"),
+    [(0.01, 0.2, "is above plain"), (-0.2, -0.01, "is below plain"), (-0.1, 0.1, "is within noise of plain")],
 )
-def test_words_follow_the_intervals(low, high, gain, pair):
+def test_words_follow_the_intervals(low, high, words):
     about = {"value": (low + high) / 2, "low": low, "high": high}
-    models = {name: dict.fromkeys(score.COLUMNS, about) for name in score.MODELS}
     pairs = {f"{a} - {b}": {"Acc@t1": about, "Acc@t2": about} for a, b in score.PAIRS}
-    text = score.describe_results({"models": models, "differences": pairs, "ideal": [0.5, 1.0]})
-    assert text.count(gain) == 3 and pair in text
+    assert f"SCoRe {words}" in score.describe_results({"differences": pairs, "ideal": [0.5, 1.0]})
+
+
+def test_ablations_are_score_with_one_change(change):
+    """Stage I and II spend SCoRe's budget together; each second stage begins from the policy of its first."""
+    change(score, METHODS=tuple(score.NAMES))
+    trainings = {t.folder.name: t for t in score.list_trainings(3, Path("world"), Path("runs/s"))}
+    config = {
+        run: {name: change.value for name, change in parse_changes(t.arguments, ppo.MODULES, ppo.PRESETS).items()}
+        for run, t in trainings.items()
+    }
+    second = config["score_stage2"]
+    differs = {
+        run: {name: value for name, value in config[run].items() if value != second.get(name) and name != "ppo.RUN"}
+        for run in score.ABLATIONS
+    }
+    assert differs["alpha_0"] == {"rollout.SCORE_ALPHA": 0.0} and differs["alpha_1"] == {"rollout.SCORE_ALPHA": 1.0}
+    assert differs["loose_stage2"] == {"ppo.MODEL": "runs/s/loose_stage1/policy"}
+    assert differs["stage2_alone"] == {"ppo.MODEL": "world/warm_start", "ppo.TOKEN_BUDGET": score.TOKEN_BUDGET}
+    stage_1, loose = config["score_stage1"], config["loose_stage1"]
+    assert {name for name in stage_1 if stage_1[name] != loose[name]} == {"ppo.KL_COEF", "ppo.RUN"}
+    assert loose["ppo.KL_COEF"] == (score.BETA_1,)
+    assert all(t.after == Path(f"runs/s/{score.AFTER[run]}") for run, t in trainings.items() if t.after)
 
 
 # Ablations ------------------------------------------------------------------------------------------------------------
