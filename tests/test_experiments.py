@@ -119,11 +119,13 @@ def test_the_demo_says_and_draws_its_numbers():
     results = {
         "models": {name: {"test": curve(0.4, 0.65, 0.75, 0.76, 0.77)} for name in demo.MODELS},
         "control": {name: curve(0.3, 0.4, 0.5, 0.6, 0.7) for name in demo.MODELS},
+        "repeats": {name: curve(0.05, 0.24) for name in demo.MODELS},
         "ideal": {"accuracy": [0.53, 0.75, 0.83, 0.91, 0.95]},
         "probe": {name: {"n": 500, "own": curve(0.06), "other": curve(0.004)} for name in demo.MODELS},
     }
     rows = demo.make_table(results).split("\n")
-    assert rows[2].split("|")[2].strip() == "40.0 ±3.1" and len({len(row) for row in rows}) == 1
+    cells = [cell.strip() for cell in rows[2].split("|")]
+    assert (cells[2], cells[-2]) == ("40.0 ±3.1", "24.0 ±3.1") and len({len(row) for row in rows}) == 1
     text = demo.describe_results(results)
     assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
     assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
