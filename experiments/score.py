@@ -63,11 +63,7 @@ COLUMNS = {  # of the table -> a metric of evaluate.py, and the attempt that it 
     "c→i": ("c_to_i", 1),
     "changed": ("changed", 1),
 }
-CURVES = {
-    "score_stage2": ("score_stage1", "score_stage2"),
-    "multi_turn": ("multi_turn",),
-    "single_turn": ("single_turn",),
-}
+CURVES = [run for run in NAMES if run not in ("score_stage1", "loose_stage1", "warm_start")]
 PLACES = 40  # of a learning curve, at equal distances in tokens
 PAIRS = [("score_stage2", "multi_turn"), ("score_stage2", "single_turn"), ("multi_turn", "single_turn")]
 PAIRS += [(run, "score_stage2") for run in ABLATIONS if run != "loose_stage1"]
@@ -133,7 +129,7 @@ def run_seed(seed: int) -> dict[str, Any]:
             f"{a} - {b}": select_difference(evaluation["comparisons"], a, b) for a, b in PAIRS if {a, b} <= {*names}
         },
         "by_arrows": {name: split_by_arrows(played[name], lengths) for name in names},
-        "curves": {name: read_curves([folder / run for run in CURVES[name]]) for name in names if name in CURVES},
+        "curves": {name: read_curves(folder, name) for name in names if name in CURVES},
         "dialogues": show_dialogues(played, problems, lengths),
     }
 
@@ -151,12 +147,12 @@ def split_by_arrows(records: list[dict], lengths: dict[str, int]) -> dict[str, d
     return result
 
 
-def read_curves(folders: list[Path]) -> dict[str, list[float]]:
-    """{"accuracy_at_1", "accuracy_at_2"} of the sampled training dialogues at PLACES places of the token budget, of
-    runs that follow each other; each is the mean of the steps around it, or the nearest step's."""
+def read_curves(folder: Path, name: str) -> dict[str, list[float]]:
+    """{"accuracy_at_1", "accuracy_at_2"} of the sampled training dialogues at PLACES places of the token budget, from
+    stage I on; each is the mean of the steps around it, or the nearest step's."""
     rows, before = [], 0
-    for folder in filter(Path.exists, folders):
-        rows += [row | {"at": before + row["generated_tokens"]} for row in read_jsonl(folder / "metrics.jsonl")]
+    for run in [AFTER[name], name] if name in AFTER else [name]:
+        rows += [row | {"at": before + row["generated_tokens"]} for row in read_jsonl(folder / run / "metrics.jsonl")]
         before = rows[-1]["at"]
     curves: dict[str, list[float]] = {}
     for metric in ("accuracy_at_1", "accuracy_at_2"):
@@ -215,12 +211,12 @@ def make_tables(results: dict[str, Any]) -> str:
 
 def draw_curves(results: dict[str, Any], out: Path) -> None:
     """Accuracy of first (dotted) and of second answers by generated tokens, in out/curves.png and .svg."""
-    lines, colors = [], color_models(CURVES)
+    lines, colors = [], color_models(results["curves"])
     places = [TOKEN_BUDGET * (number + 0.5) / PLACES / 1000 for number in range(PLACES)]
     for name, curves in results["curves"].items():
         for metric, values in reversed(curves.items()):  # a method is named at its second answers, if it has any
             look = {"color": colors[name], "line": ":" if metric == "accuracy_at_1" else "-", "steps": places}
-            lines.append(Curve("" if metric == "accuracy_at_1" and len(curves) > 1 else MODELS[name], values, **look))
+            lines.append(Curve("" if metric == "accuracy_at_1" and len(curves) > 1 else NAMES[name], values, **look))
     title = "Accuracy of second answers; dotted: of first ones"
     draw({title: lines}, out, "curves", "thousand generated tokens")
 
