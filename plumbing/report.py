@@ -177,6 +177,7 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy", step
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # inches, so that a title keeps its distance from the panel above
     for number, (axes, (title, lines)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
         by_step = any(curve.steps is not None for curve in lines)
         places = [curve.steps or range(1, len(curve.accuracy) + 1) for curve in lines]
@@ -192,6 +193,7 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy", step
         last = max(x[-1] for x in places)
         if by_step:
             axes.set(title=title, xlabel=step_label, xmargin=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
         else:
             top = min(1.0, max(max(curve.high or curve.accuracy) for curve in lines) * 1.08 + 0.01)
             axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, int(last) + 1))

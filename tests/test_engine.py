@@ -265,8 +265,9 @@ def test_models_whose_padding_cannot_be_cut_off_are_refused():
 def test_a_gpu_that_cannot_be_used_is_said_in_one_line(
     change, monkeypatch, available, rank, capability, dtype, message
 ):
-    assert not engine_module.find_gpu()  # torch as it is here, built for CPUs: whatever the machine has
     change(torch.version, cuda="13.0")
+    assert not engine_module.find_gpu()  # the packages for CPUs, whatever torch and the machine can do
+    change(engine_module, FOR_CPU=False)
     change(torch.cuda, is_available=lambda: available, device_count=lambda: 1)
     change(torch.cuda, get_device_capability=lambda _: capability, get_device_name=lambda _: "Tesla T4")
     monkeypatch.setenv("LOCAL_RANK", str(rank))
