@@ -42,7 +42,8 @@ FIGURES = Path("docs/figures")
 LEGEND = (
     "Percent of the held-out questions that are solved within so many attempts (greedy; each number is a run of its "
     "own). Resampled: pass@k of independent samples with one attempt each. Own again: told that its usual second "
-    "answer has failed, the model still gives it; other again: the same with another wrong number."
+    "answer has failed, the model still gives it; other again: the same with another wrong number. Repeats: retries, "
+    "five attempts being granted, that give an answer which was given before in the same dialogue."
 )
 
 
@@ -116,15 +117,16 @@ def run_seed(seed: int) -> dict[str, Any]:
     questions = [problem["question"] for problem in problems]
     return {
         "models": {name: {"test": test} for name, test in tests.items()},
-        "control": {name: select_pass_at_k(test) for name, test in tests.items()},
+        "control": {name: select_curve(test, "pass") for name, test in tests.items()},
+        "repeats": {name: select_curve(test, "repeat") for name, test in tests.items()},
         "ideal": {"accuracy": median.ideal_accuracy(questions, rollout.MAX_ATTEMPTS)},
         "probe": {name: probes[name] for name in MODELS},
     }
 
 
-def select_pass_at_k(test: dict[str, Any]) -> dict[str, list[float]]:
-    """evaluate.py's pass@k as a curve, up to the k that it has samples for."""
-    curve = test["metrics"]["pass"]
+def select_curve(test: dict[str, Any], metric: str) -> dict[str, list[float]]:
+    """A metric of evaluate.py at the k for which it has a value: pass@k up to its samples, repeats from k = 2."""
+    curve = test["metrics"][metric]
     known = [k for k, value in enumerate(curve["value"]) if value is not None]
     names = {"accuracy": "value", "low": "low", "high": "high"}
     return {name: [curve[column][k] for k in known] for name, column in names.items()}
@@ -144,27 +146,26 @@ def make_curves(results: dict[str, Any]) -> list[Curve]:
 
 
 def make_table(results: dict[str, Any]) -> str:
-    """Markdown: accuracy by allowed attempts, then the probe, all in percent."""
+    """Markdown: accuracy by allowed attempts, the probe, and repeats, all in percent."""
 
     def cells(curve: dict[str, Any]) -> list[str]:
         return [format_share(*bounds) for bounds in zip(curve["accuracy"], curve["low"], curve["high"], strict=True)]
 
     ideal = results["ideal"]["accuracy"]
-    rows = [["attempts", *(str(k + 1) for k in range(len(ideal))), "own again", "other again"]]
+    rows = [["attempts", *(str(k + 1) for k in range(len(ideal))), "own again", "other again", "repeats"]]
     for name, label in MODELS.items():
-        probe = results["probe"][name]
-        rows.append([label, *cells(results["models"][name]["test"]), *cells(probe["own"]), *cells(probe["other"])])
+        probe, repeats = results["probe"][name], cells(results["repeats"][name])[-1]
+        accuracy = cells(results["models"][name]["test"])
+        rows.append([label, *accuracy, *cells(probe["own"]), *cells(probe["other"]), repeats])
         if name in RESAMPLED:
-            rows.append(["... resampled", *cells(results["control"][name]), "", ""])
-    rows.append(["ideal reader", *(f"{100 * accuracy:.1f}" for accuracy in ideal), "", ""])
+            rows.append(["... resampled", *cells(results["control"][name]), "", "", ""])
+    rows.append(["ideal reader", *(f"{100 * accuracy:.1f}" for accuracy in ideal), "", "", "0.0"])
     return runs.format_table(rows)
 
 
 def describe_results(results: dict[str, Any]) -> str:
     """What the measured numbers say, and what they do not."""
     multi, single, warm = (results["models"][name]["test"]["accuracy"] for name in MODELS)
-    own = {name: results["probe"][name]["own"]["accuracy"][0] for name in MODELS}
-    other = {name: results["probe"][name]["other"]["accuracy"][0] for name in MODELS}
     resampled = results["control"]["warm_start"]["accuracy"][-1]
 
     def points(difference: float) -> str:
@@ -173,12 +174,7 @@ def describe_results(results: dict[str, Any]) -> str:
     return (
         f"A second attempt is worth {points(multi[1] - multi[0])} after multi-attempt RL (to {multi[1]:.2f}, and "
         f"{multi[-1]:.2f} at {len(multi)} attempts), {points(single[1] - single[0])} after single-turn RL on as many "
-        f"generated tokens, and {points(warm[1] - warm[0])} for the warm start, from which both began. Told that "
-        "its own usual second answer has failed, the multi-attempt model gives it again in "
-        f"{own['multi_attempt']:.0%} of the cases (single-turn {own['single_turn']:.0%}, warm start "
-        f"{own['warm_start']:.0%}; a fixed list of guesses would in 100%). Another wrong number it repeats in "
-        f"{other['multi_attempt']:.1%} (single-turn {other['single_turn']:.0%}, warm start "
-        f"{other['warm_start']:.0%}).\n\n"
+        f"generated tokens, and {points(warm[1] - warm[0])} for the warm start, from which both began.\n\n"
         f"What this does not show: the warm start imitates authors who repeat {median.STAND_BY_SHARE:.0%} of the "
         "answers that were called incorrect, and who learn nothing from the others. So the flat curves are partly "
         "built in, and so is the skill of finding the answer that has failed; RL turns that skill from repeating to "

@@ -7,9 +7,7 @@ For each seed, in a world where checking is easier than finding (arrows.py): SCo
 policy of stage I), plain multi-turn RL and single-turn RL, each with the same budget of generated tokens. Then two
 greedy attempts at each held-out problem; the second is asked for in SCoRe's words, whatever the first one was.
 
-What the paper takes out one by one is a constant here: SCORE_ALPHA by TRAINING="SCORE_ALPHA=0", stage I by
-STAGE_1=0 METHODS=score_stage2, the stronger KL on first attempts by BETA_2=0.01; METHODS=score_stage1,score_stage2
-leaves the baselines out.
+What the paper takes out one by one are further METHODS, each with SCoRe's budget of tokens: see ABLATIONS.
 """
 
 import json
@@ -30,14 +28,9 @@ from plumbing.report import Curve, color_models, draw
 SEEDS: tuple[int, ...] = (0,)  # each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/score"  # folder of the results
 TOKEN_BUDGET: int = 400_000  # generated tokens of each method, SCoRe's two stages together
-METHODS: tuple[str, ...] = (
-    "score_stage1",
-    "score_stage2",
-    "multi_turn",
-    "single_turn",
-)  # to train; stage I never alone
+METHODS: tuple[str, ...] = ("score_stage1", "score_stage2", "multi_turn", "single_turn")  # to train; no stage II alone
 WORLD: str = ""  # arguments for arrows.py, spaces between, such as "EAGER=0.3 CHAINS=1,2,2,3"
-STAGE_1: float = 0.5  # share of the tokens in stage I (not in the paper); 0: stage II begins from the warm start
+STAGE_1: float = 0.5  # share of the tokens in stage I (not in the paper)
 BETA_1: float = 0.01  # weight of the KL to the warm start, everywhere (paper 0.01)
 BETA_2: float = 0.1  # the same for stage I's first attempts, which should not change (paper 0.1; 0.25 for code)
 
@@ -48,6 +41,20 @@ MODELS = {  # run -> its name
     "score_stage1": "SCoRe's stage I",
     "warm_start": "warm start",
 }
+ABLATIONS = {  # run -> SCoRe with one change
+    "alpha_0": "SCORE_ALPHA=0",
+    "alpha_1": "SCORE_ALPHA=1",
+    "loose_stage2": "first attempts free in stage I",
+    "loose_stage1": "... its stage I",
+    "stage2_alone": "without stage I",
+}
+NAMES = MODELS | ABLATIONS
+AFTER = {  # run -> the stage I from whose policy it begins
+    "score_stage2": "score_stage1",
+    "alpha_0": "score_stage1",
+    "alpha_1": "score_stage1",
+    "loose_stage2": "loose_stage1",
+}
 COLUMNS = {  # of the table -> a metric of evaluate.py, and the attempt that it is about, from 0
     "Acc@t1": ("accuracy", 0),
     "Acc@t2": ("accuracy", 1),
@@ -56,13 +63,10 @@ COLUMNS = {  # of the table -> a metric of evaluate.py, and the attempt that it 
     "c→i": ("c_to_i", 1),
     "changed": ("changed", 1),
 }
-CURVES = {
-    "score_stage2": ("score_stage1", "score_stage2"),
-    "multi_turn": ("multi_turn",),
-    "single_turn": ("single_turn",),
-}
+CURVES = [run for run in NAMES if run not in ("score_stage1", "loose_stage1", "warm_start")]
 PLACES = 40  # of a learning curve, at equal distances in tokens
-PAIRS = (("score_stage2", "multi_turn"), ("score_stage2", "single_turn"), ("multi_turn", "single_turn"))
+PAIRS = [("score_stage2", "multi_turn"), ("score_stage2", "single_turn"), ("multi_turn", "single_turn")]
+PAIRS += [(run, "score_stage2") for run in ABLATIONS if run != "loose_stage1"]
 BOUNDS = ("value", "low", "high")
 LEGEND = (
     "Percent of the held-out questions, two greedy attempts at each, no verdict in between. Acc@t1, Acc@t2: right at "
@@ -75,22 +79,29 @@ LEGEND = (
 def list_trainings(seed: int, world: Path, folder: Path) -> list[Training]:
     """The runs, in an order in which two at a time take equally long: half a budget and a whole one each."""
     stage_1 = round(STAGE_1 * TOKEN_BUDGET)
-    warm_start = f"{world}/warm_start"
+    first = ["PRESET=toy,score_stage1", f"TOKEN_BUDGET={stage_1}"]
+    second = ["PRESET=toy,score_stage2", f"TOKEN_BUDGET={TOKEN_BUDGET - stage_1}"]
     arguments = {
-        "score_stage1": ["PRESET=toy,score_stage1", f"KL_COEF={BETA_2},{BETA_1}", f"TOKEN_BUDGET={stage_1}"],
+        "score_stage1": [*first, f"KL_COEF={BETA_2},{BETA_1}"],
         # Half as many attempts in a dialogue: with twice as many dialogues an update sees as many tokens.
         "single_turn": ["PRESET=toy,multi_turn,single_turn", "MIN_ATTEMPTS=1", "DIALOGUES=256", "MINI_BATCH=128"],
         "multi_turn": ["PRESET=toy,multi_turn"],
-        "score_stage2": ["PRESET=toy,score_stage2", f"TOKEN_BUDGET={TOKEN_BUDGET - stage_1}"],
+        "score_stage2": second,
+        "alpha_0": [*second, "SCORE_ALPHA=0"],
+        "alpha_1": [*second, "SCORE_ALPHA=1"],
+        "loose_stage1": first,
+        "loose_stage2": second,
+        "stage2_alone": ["PRESET=toy,score_stage2"],
     }
-    after: dict[str, Path] = {}
-    if stage_1:
-        arguments["score_stage2"] += [f"MODEL={folder}/score_stage1/policy", f"REFERENCE={warm_start}"]
-        after["score_stage2"] = folder / "score_stage1"
+    warm_start = f"{world}/warm_start"
     shared = [f"SEED={seed}", f"MODEL={warm_start}", f"TRAIN_DATA={world}/train.jsonl", "DEV_PROBLEMS=0"]
     shared += [f"KL_COEF={BETA_1}", f"TOKEN_BUDGET={TOKEN_BUDGET}"]
+    for run, stage in AFTER.items():
+        arguments[run] = [*arguments[run], f"MODEL={folder}/{stage}/policy", f"REFERENCE={warm_start}"]
     return [
-        Training(f"seed {seed}, {MODELS[run]}", folder / run, [*shared, *own], after.get(run))
+        Training(
+            f"seed {seed}, {NAMES[run]}", folder / run, [*shared, *own], folder / AFTER[run] if run in AFTER else None
+        )
         for run, own in arguments.items()
         if run in METHODS
     ]
@@ -101,7 +112,7 @@ def run_seed(seed: int) -> dict[str, Any]:
     folder = Path(OUT) / f"seed-{seed}"
     world = runs.make_world("arrows", folder / "arrows", f"SEED={seed}", *WORLD.split())
     runs.run_trainings(list_trainings(seed, world, folder))
-    names = [name for name in MODELS if name in METHODS or name == "warm_start"]
+    names = [name for name in NAMES if name in METHODS or name == "warm_start"]
     models = [world / "warm_start" if name == "warm_start" else folder / name / "policy" for name in names]
     config = runs.read_config(folder / METHODS[-1])
     settings = ("PROMPT", "FEEDBACK", "MAX_ATTEMPT_TOKENS")  # as in training
@@ -118,7 +129,7 @@ def run_seed(seed: int) -> dict[str, Any]:
             f"{a} - {b}": select_difference(evaluation["comparisons"], a, b) for a, b in PAIRS if {a, b} <= {*names}
         },
         "by_arrows": {name: split_by_arrows(played[name], lengths) for name in names},
-        "curves": {name: read_curves([folder / run for run in CURVES[name]]) for name in names if name in CURVES},
+        "curves": {name: read_curves(folder, name) for name in names if name in CURVES},
         "dialogues": show_dialogues(played, problems, lengths),
     }
 
@@ -136,12 +147,12 @@ def split_by_arrows(records: list[dict], lengths: dict[str, int]) -> dict[str, d
     return result
 
 
-def read_curves(folders: list[Path]) -> dict[str, list[float]]:
-    """{"accuracy_at_1", "accuracy_at_2"} of the sampled training dialogues at PLACES places of the token budget, of
-    runs that follow each other; each is the mean of the steps around it, or the nearest step's."""
+def read_curves(folder: Path, name: str) -> dict[str, list[float]]:
+    """{"accuracy_at_1", "accuracy_at_2"} of the sampled training dialogues at PLACES places of the token budget, from
+    stage I on; each is the mean of the steps around it, or the nearest step's."""
     rows, before = [], 0
-    for folder in filter(Path.exists, folders):
-        rows += [row | {"at": before + row["generated_tokens"]} for row in read_jsonl(folder / "metrics.jsonl")]
+    for run in [AFTER[name], name] if name in AFTER else [name]:
+        rows += [row | {"at": before + row["generated_tokens"]} for row in read_jsonl(folder / run / "metrics.jsonl")]
         before = rows[-1]["at"]
     curves: dict[str, list[float]] = {}
     for metric in ("accuracy_at_1", "accuracy_at_2"):
@@ -160,7 +171,7 @@ def show_dialogues(played: dict[str, list[dict]], problems: list[dict], lengths:
     for name, records in played.items():
         (record,) = (record for record in records if record["id"] == problem["id"])
         said = [f"{attempt['text']} [{attempt['status']}]" for attempt in record["attempts"]]
-        lines.append(f"{MODELS[name]}: " + " then".join(said))
+        lines.append(f"{NAMES[name]}: " + " then".join(said))
     return lines
 
 
@@ -192,20 +203,20 @@ def make_tables(results: dict[str, Any]) -> str:
     for name, shown in results["models"].items():
         columns = shown.items()
         cells = [format_share(**x, sign="+" if column == "Δ(t1,t2)" else "") for column, x in columns]
-        rows.append([MODELS[name], *cells])
+        rows.append([NAMES[name], *cells])
         split = results["by_arrows"][name]
-        by_arrows.append([MODELS[name], *(format_share(**x) for length in lengths for x in split[length].values())])
+        by_arrows.append([NAMES[name], *(format_share(**x) for length in lengths for x in split[length].values())])
     return f"{runs.format_table(rows)}\n\n{runs.format_table(by_arrows)}"
 
 
 def draw_curves(results: dict[str, Any], out: Path) -> None:
     """Accuracy of first (dotted) and of second answers by generated tokens, in out/curves.png and .svg."""
-    lines, colors = [], color_models(CURVES)
+    lines, colors = [], color_models(results["curves"])
     places = [TOKEN_BUDGET * (number + 0.5) / PLACES / 1000 for number in range(PLACES)]
     for name, curves in results["curves"].items():
         for metric, values in reversed(curves.items()):  # a method is named at its second answers, if it has any
             look = {"color": colors[name], "line": ":" if metric == "accuracy_at_1" else "-", "steps": places}
-            lines.append(Curve("" if metric == "accuracy_at_1" and len(curves) > 1 else MODELS[name], values, **look))
+            lines.append(Curve("" if metric == "accuracy_at_1" and len(curves) > 1 else NAMES[name], values, **look))
     title = "Accuracy of second answers; dotted: of first ones"
     draw({title: lines}, out, "curves", "thousand generated tokens")
 
@@ -220,17 +231,8 @@ def compare_with_zero(x: dict[str, float], above: str, below: str, neither: str)
 def describe_results(results: dict[str, Any]) -> str:
     """What the measured numbers say, and what they do not."""
     sentences = []
-    for name in ("score_stage2", "multi_turn", "single_turn"):
-        if name in results["models"]:
-            x = results["models"][name]
-            words = compare_with_zero(x["Δ(t1,t2)"], "better than", "worse than", "not distinguishable from")
-            sentences.append(
-                f"After {MODELS[name]} second answers are {words} first ones ({100 * x['Δ(t1,t2)']['value']:+.1f} "
-                f"points; {100 * x['i→c']['value']:.1f} corrected, {100 * x['c→i']['value']:.1f} made wrong, "
-                f"{x['changed']['value']:.0%} changed)."
-            )
     for pair, columns in results["differences"].items():
-        a, b = (MODELS[name] for name in pair.split(" - "))
+        a, b = (NAMES[name] for name in pair.split(" - "))
         x = columns["Acc@t2"]
         value, low, high = (f"{100 * x[bound]:+.1f}" for bound in BOUNDS)
         words = compare_with_zero(x, "above", "below", "within noise of")

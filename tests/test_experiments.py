@@ -136,7 +136,7 @@ def test_the_demo_says_and_draws_its_numbers():
         "probe": {name: {"n": 500, "own": curve(0.06), "other": curve(0.004)} for name in demo.MODELS},
     }
     cells = read_table(demo.make_table(results))["multi-attempt RL"]
-    assert (cells[0], *cells[4:7]) == ("40.0 ±3.1", "77.0 ±3.1", "6.0 ±3.1", "0.4 ±3.1")
+    assert (cells[0], *cells[4:]) == ("40.0 ±3.1", "77.0 ±3.1", "6.0 ±3.1", "0.4 ±3.1", "24.0 ±3.1")
     text = demo.describe_results(results)
     assert "+25.0 points after multi-attempt RL (to 0.65, and 0.77 at 5 attempts)" in text
     assert "reach 0.70; multi-attempt RL is +7.0 points from there" in text
@@ -178,6 +178,22 @@ def test_score_trains_what_the_paper_says_on_one_budget():
     spent = {run: c["ppo.TOKEN_BUDGET"] for run, c in config.items()}
     spent["SCoRe"] = spent.pop("score_stage1") + spent.pop("score_stage2")
     assert set(spent.values()) == {score.TOKEN_BUDGET}
+
+
+def test_the_ablations_are_score_with_one_change(change):
+    """Stage I and II spend SCoRe's budget together; each second stage begins from the policy of its first."""
+    change(score, METHODS=tuple(score.NAMES))
+    config = {t.folder.name: constants_of(t.arguments) for t in score.list_trainings(3, Path("w"), Path("runs/s"))}
+
+    def differences(run: str, base: str) -> dict[str, object]:
+        return {n: v for n, v in config[run].items() if v != config[base][n] and n != "ppo.RUN"}
+
+    assert differences("alpha_0", "score_stage2") == {"rollout.SCORE_ALPHA": 0.0}
+    assert differences("alpha_1", "score_stage2") == {"rollout.SCORE_ALPHA": 1.0}
+    assert differences("loose_stage1", "score_stage1") == {"ppo.KL_COEF": (score.BETA_1,)}
+    assert differences("loose_stage2", "score_stage2") == {"ppo.MODEL": "runs/s/loose_stage1/policy"}
+    alone = {"ppo.MODEL": "w/warm_start", "ppo.REFERENCE": "", "ppo.TOKEN_BUDGET": score.TOKEN_BUDGET}
+    assert differences("stage2_alone", "score_stage2") == alone
 
 
 def test_score_says_what_was_played(tmp_path):
