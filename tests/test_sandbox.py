@@ -105,7 +105,7 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     listener, sentinel = socket.create_server(("127.0.0.1", 0)), subprocess.Popen(["sleep", "99"])
     listener.setblocking(False)
     places = {"PORT": listener.getsockname()[1], "FOLDER": tmp_path, "PID": sentinel.pid, "ROOT": ROOT}
-    program, namespaces, kill = HOSTILE[number], set(), sandbox.kill
+    program, namespaces, kill = HOSTILE[number], [], sandbox.kill
     for name, value in places.items():
         program = program.replace(name, str(value))
     program += "" if "def f" in program or "\nf =" in f"\n{program}" else "\ndef f(x): return 0"
@@ -113,7 +113,8 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     def note_and_kill(box: subprocess.Popen) -> None:
         with contextlib.suppress(OSError):  # it has ended
             for child in Path(f"/proc/{box.pid}/task/{box.pid}/children").read_text().split():
-                namespaces.add(os.readlink(f"/proc/{child}/ns/pid"))
+                # Kept open, so that no sandbox of another test gets the number of one that has ended.
+                namespaces.append(os.open(f"/proc/{child}/ns/pid", os.O_RDONLY))
         kill(box)
 
     monkeypatch.setattr(sandbox, "kill", note_and_kill)
@@ -126,7 +127,9 @@ def test_a_hostile_program_is_not_paid_and_leaves_nothing(number, tmp_path, monk
     with pytest.raises(BlockingIOError):
         listener.accept()
     left = subprocess.run("readlink /proc/[0-9]*/ns/pid", shell=True, capture_output=True, text=True).stdout
-    assert not namespaces & set(left.split())
+    assert not {f"pid:[{os.fstat(opened).st_ino}]" for opened in namespaces} & set(left.split())
+    for opened in namespaces:
+        os.close(opened)
     assert run_tests(RIGHT, TESTS).status == "correct"  # the next one is as ever
     sentinel.kill()
     sentinel.wait()
