@@ -98,6 +98,7 @@ def test_the_bootstrap_of_a_share_has_its_deviation(change):
     estimate = evaluate.estimate_ratio(solved, np.ones_like(solved), resamples)
     assert estimate.value == [0.3] and estimate.resampled.mean() == pytest.approx(0.3, abs=0.003)
     assert estimate.resampled.std() == pytest.approx(math.sqrt(0.3 * 0.7 / 40), rel=0.03)
+    assert (evaluate.estimate_ratio(solved, solved, resamples).resampled == 1).all()  # the same problems in both sums
 
 
 # Metrics of hand-made dialogues --------------------------------------------------------------------------------------

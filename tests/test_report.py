@@ -95,6 +95,11 @@ def test_figures_show_the_numbers(made, tmp_path, monkeypatch):
         assert (made / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and (made / f"{stem}.svg").is_file()
 
 
+def test_the_table_ends_with_the_repeats_of_all_attempts(made):
+    table = report.make_table(json.loads((made / "results.json").read_text())).splitlines()
+    assert next(line for line in table if line.startswith("hard")).split()[-2] == "0.500"  # one of two retries
+
+
 def test_each_model_has_its_control():
     """pass@k. With intrinsic feedback nobody tells which attempt is right: there it is the vote, not a choice by the
     answer."""
