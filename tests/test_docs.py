@@ -17,6 +17,7 @@ STAGES = ("ppo", "rollout", "evaluate", "grader")
 PLUMBING = (*constants.WHERE_AND_HOW_FAST, "report")
 BUDGETS = {"ppo.py": 650, "rollout.py": 420, "grader.py": 520, "evaluate.py": 560, "README.md": 220}
 BUDGETS |= {"docs/tutorial.md": 300, "docs/results.md": 250}
+ENVIRONMENT = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PIP_EXTRA_INDEX_URL")  # of others
 FENCE = re.compile(r"```.*?```", re.S)
 
 
@@ -62,7 +63,7 @@ def test_names_and_links(page):
     for word in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):
         for name in re.findall(r"\b([A-Z][A-Z_]{2,})(?==|$)", word):
             is_defined = re.search(rf'^ *{name}: |"{name}"', source, re.M)
-            assert is_defined or name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PIP_EXTRA_INDEX_URL"), f"no constant {name}"
+            assert is_defined or name in ENVIRONMENT, f"no constant {name}"
         if re.fullmatch(r"[\w/.]+\.(?:py|md|jsonl?)", word) and "/" in word and not word.startswith(("runs", "data/")):
             assert (ROOT / word).exists(), word
         if match := re.fullmatch(r"(ppo|rollout|grader|evaluate)\.(\w+)", word):
