@@ -317,11 +317,8 @@ def sample_curves(samples: Sequence[dict[str, Any]]) -> dict[str, Sequence[float
     """From one problem's n independent samples, by the number of them that is drawn, 0..n: that number ("samples"); the
     probability that one of them is right ("pass") and that their vote is ("majority"); their expected tokens ("cost"),
     and what these are if drawing ends at a right one ("cost_until_right")."""
-    nothing: dict[str, Any] = {
-        "answer": None,
-        "status": "no_answer",
-        "tokens": 0,
-    }  # where the question fills the context
+    # Where the question fills the context there is no attempt.
+    nothing: dict[str, Any] = {"answer": None, "status": "no_answer", "tokens": 0}
     attempts = [r["attempts"][0] if r["attempts"] else nothing for r in samples]
     right = [a["tokens"] for a in attempts if a["status"] == "correct"]
     wrong = [a["tokens"] for a in attempts if a["status"] != "correct"]
