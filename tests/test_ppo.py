@@ -122,40 +122,27 @@ def test_gae_is_its_definition_wherever_the_environment_speaks(actions, gaps, ga
 
 # Losses ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "value", "gradient"),
-    [
-        (1.1, 2.0, -2.2, -2.2),
-        (1.5, 2.0, -2.4, 0.0),  # the ratio has left 1 +- clip on the side of the gain
-        (0.5, 2.0, -1.0, -1.0),  # worse than before: not clipped
-        (0.5, -2.0, 1.6, 0.0),
-        (1.5, -2.0, 3.0, 3.0),
+    ("loss", "new", "old", "target", "expected", "gradient"),
+    [  # old is 0 to the policy, so new is the logarithm of the ratio; target: its advantage, the critic's return
+        (ppo.policy_loss, math.log(1.1), 0.0, 2.0, -2.2, -2.2),
+        (ppo.policy_loss, math.log(1.5), 0.0, 2.0, -2.4, 0.0),  # it has left 1 +- clip on the side of the gain
+        (ppo.policy_loss, math.log(0.5), 0.0, 2.0, -1.0, -1.0),  # worse than before: not clipped
+        (ppo.policy_loss, math.log(0.5), 0.0, -2.0, 1.6, 0.0),
+        (ppo.policy_loss, math.log(1.5), 0.0, -2.0, 3.0, 3.0),
+        (ppo.value_loss, 0.5, 0.5, 1.0, 0.5 * 0.5**2, -0.5),
+        (ppo.value_loss, 0.9, 0.5, 1.0, 0.5 * 0.3**2, 0.0),  # too far towards the return: the clipped error counts
+        (ppo.value_loss, 0.0, 0.5, 1.0, 0.5 * 1.0**2, -1.0),  # moved away: its own error counts
     ],
 )
-def test_policy_loss_and_its_gradient_by_cases(ratio, advantage, value, gradient):
-    """The second token is the environment's."""
-    logprobs = torch.tensor([math.log(ratio), 5.0], requires_grad=True)
-    loss, stats = ppo.policy_loss(logprobs, torch.zeros(2), torch.tensor([advantage, 9.0]), torch.tensor([1, 0]), 0.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(value, abs=1e-5)
-    assert logprobs.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-5)
-    assert stats["clipped"].item() == (gradient == 0.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "target", "loss", "gradient"),
-    [
-        (0.5, 1.0, 0.5 * 0.5**2, -0.5),
-        (0.9, 1.0, 0.5 * 0.3**2, 0.0),  # from 0.5 too far towards the return: the clipped error counts
-        (0.0, 1.0, 0.5 * 1.0**2, -1.0),  # moved away: its own error counts
-    ],
-)
-def test_value_loss_and_its_gradient_by_cases(value, target, loss, gradient):
-    values = torch.tensor([value, math.nan], requires_grad=True)
-    old, target = torch.tensor([0.5, math.nan]), torch.tensor([target, math.nan])
-    got, _ = ppo.value_loss(values, old, target, torch.tensor([1, 0]), clip=0.2)
+def test_losses_and_their_gradients_by_cases(loss, new, old, target, expected, gradient):
+    """The second token is the environment's: it is not read."""
+    new = torch.tensor([new, math.nan], requires_grad=True)
+    old, target = torch.tensor([old, math.nan]), torch.tensor([target, math.nan])
+    got, stats = loss(new, old, target, torch.tensor([1, 0]), clip=0.2)
     got.backward()
-    assert got.item() == pytest.approx(loss, abs=1e-6)
-    assert values.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-6)
+    assert got.item() == pytest.approx(expected, abs=1e-5)
+    assert new.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-5)
+    assert stats["clipped" if loss is ppo.policy_loss else "value_clipped"].item() == (gradient == 0.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -164,15 +151,12 @@ def test_what_each_estimate_of_the_kl_does_to_the_gradient(estimator):
     torch.manual_seed(0)
     logits, q = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4).double().log_softmax(-1)
     p = logits.log_softmax(-1)
-    taken_with = p.detach().exp()
-    estimate = ppo.kl_estimate(p, q, estimator)
+    estimate, taken_with = ppo.kl_estimate(p, q, estimator), p.detach().exp()
     forward, backward = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()  # KL(policy || ref), KL(ref || policy)
-    if estimator != "k2":  # k2 is biased as an estimate; its gradient is not
-        assert (taken_with * estimate).sum().item() == pytest.approx(forward.item(), abs=1e-12)
     loss = (taken_with * estimate).sum()
-    if estimator == "k1":  # in the reward: the policy gradient of its expectation; as a loss it would do nothing
-        (idle,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        assert idle.abs().max() < 1e-12
+    if estimator != "k2":  # which is biased as an estimate; its gradient is not
+        assert loss.item() == pytest.approx(forward.item(), abs=1e-12)
+    if estimator == "k1":  # in the reward: the policy gradient of its expectation
         loss, _ = ppo.policy_loss(p, p.detach(), -estimate.detach(), torch.ones(4), 0.2, taken_with)
     (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (exact,) = torch.autograd.grad(backward if estimator == "k3" else forward, logits)
@@ -305,28 +289,28 @@ def test_gathered_weights_are_dropped_before_a_step_and_after_an_evaluation(toy,
     assert sharded == [True, True]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path, dtype):
+ON_RANKS = {"MINI_BATCH": 6, "GRAD_CLIP": 1e9, "LOSS_MEAN": "attempts", "moved": 0.05}
+IN_PARTS = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "LOGITS_CHUNK": 1}
+
+
+def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path):
     """In any order, of which two share the weights while the other two have a replica (HSDP), and all is offloaded.
     Activations are recomputed and logits exist for one action. A dialogue is a micro-batch, of which some ranks have
     more than others, who repeat their last one without effect. In float32 one process has larger parts; in bfloat16,
     where these round otherwise, the same: gradients are added up in float32."""
     change(ranks_module, GRADIENT_CHECKPOINTING=False)
-    parts = {"MAX_TOKENS_PER_MICRO_BATCH": 64} if dtype == "float32" else IN_PARTS
-    expected = find_gradients(make_learner(toy, change, dtype=dtype, **ON_RANKS, **parts), two_dialogues() * 3)
-    run_python(*TORCHRUN, 4, "-m", "tests.test_ppo", toy, dtype, tmp_path / "found")
-    for got, right in zip(torch.load(tmp_path / "found"), expected, strict=True):
-        assert got.keys() == right.keys()
-        for name, value in right.items():
-            got_value, value = torch.as_tensor(got[name]), torch.as_tensor(value)
-            assert got_value.allclose(value, rtol=0, atol=1e-4 * value.abs().max().item() + 1e-6), name
+    run_python(*TORCHRUN, 4, "-m", "tests.test_ppo", toy, tmp_path / "found")
+    found = torch.load(tmp_path / "found")
+    for dtype, parts in (("float32", {"MAX_TOKENS_PER_MICRO_BATCH": 64}), ("bfloat16", IN_PARTS)):
+        expected = find_gradients(make_learner(toy, change, dtype=dtype, **ON_RANKS, **parts), two_dialogues() * 3)
+        for got, right in zip(found[dtype], expected, strict=True):
+            assert got.keys() == right.keys()
+            for name, value in right.items():
+                got_value, value = torch.as_tensor(got[name]), torch.as_tensor(value)
+                assert got_value.allclose(value, rtol=0, atol=1e-4 * value.abs().max().item() + 1e-6), (dtype, name)
 
 
-ON_RANKS = {"MINI_BATCH": 6, "GRAD_CLIP": 1e9, "LOSS_MEAN": "attempts", "moved": 0.05}
-IN_PARTS = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "LOGITS_CHUNK": 1}
-
-
-def run_rank(toy: str, dtype: str, found: str) -> None:
+def run_rank(toy: str, found: str) -> None:
     """What each of the four does. The first saves the gradients."""
 
     def change(module, **values) -> None:
@@ -334,8 +318,10 @@ def run_rank(toy: str, dtype: str, found: str) -> None:
 
     change(ranks_module, OFFLOAD=True, SHARD_RANKS=2)
     ranks_module.start_ranks()
-    learner = make_learner(Path(toy), change, dtype=dtype, **ON_RANKS, **IN_PARTS)
-    result = find_gradients(learner, [*two_dialogues()[::-1], *two_dialogues() * 2])
+    result = {}
+    for dtype in ("float32", "bfloat16"):
+        learner = make_learner(Path(toy), change, dtype=dtype, **ON_RANKS, **IN_PARTS)
+        result[dtype] = find_gradients(learner, [*two_dialogues()[::-1], *two_dialogues() * 2])
     if torch.distributed.get_rank() == 0:
         torch.save(result, found)
     torch.distributed.destroy_process_group()
@@ -489,17 +475,20 @@ def test_paper_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("constants", "message"),
+    ("module", "constants", "message"),
     [
-        ({"STEPS": 0}, "would end without a step"),
-        ({"MINI_BATCH": 7}, "DIALOGUES=1024 must be a multiple of MINI_BATCH=7"),
-        ({"ESTIMATOR": "rloo"}, "SAMPLES_PER_PROMPT above 1"),
-        ({"ESTIMATOR": "reinforce", "KL_ESTIMATOR": "k1"}, "need a critic"),
+        (ppo, {"STEPS": 0}, "would end without a step"),
+        (ppo, {"MINI_BATCH": 7}, "DIALOGUES=1024 must be a multiple of MINI_BATCH=7"),
+        (ppo, {"ESTIMATOR": "rloo"}, "SAMPLES_PER_PROMPT above 1"),
+        (ppo, {"ESTIMATOR": "reinforce", "KL_ESTIMATOR": "k1"}, "need a critic"),
+        (rollout, {"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=5"),
+        (rollout, {"OFFLINE_ATTEMPTS": "x"}, "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one"),
+        (rollout, {"OFFLINE_ATTEMPTS": "x", "MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
     ],
 )
-def test_constants_that_do_not_fit_each_other(ranks, change, constants, message):
+def test_constants_that_do_not_fit_each_other(ranks, change, module, constants, message):
     ppo.check_constants()
-    change(ppo, **constants)
+    change(module, **constants)
     with pytest.raises(SystemExit, match=message):
         ppo.check_constants()
 

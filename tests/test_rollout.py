@@ -281,21 +281,6 @@ def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
 
 
-@pytest.mark.parametrize(
-    ("constants", "message"),
-    [
-        ({"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=5"),
-        ({"OFFLINE_ATTEMPTS": "x"}, "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one"),
-        ({"OFFLINE_ATTEMPTS": "x", "MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
-    ],
-)
-def test_constants_that_do_not_fit_each_other(change, constants, message):
-    rollout.check_constants()
-    change(rollout, **constants)
-    with pytest.raises(SystemExit, match=message):
-        rollout.check_constants()
-
-
 def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
     """`python rollout.py`, on the engine that is there."""
     arguments = [f"MODEL={toy / 'warm_start'}", f"PROBLEMS={toy / 'test.jsonl'}", "DIALOGUES=3", "MAX_ATTEMPTS=2"]
