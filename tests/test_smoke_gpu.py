@@ -3,8 +3,7 @@
 (The last, a run that is killed and resumed, is held by test_runs.py.)
 """
 
-from plumbing.constants import set_constants, snapshot
-from tests import bench_ppo as bench
+from plumbing.constants import set_constants
 from tests import smoke_gpu as smoke
 from tests.conftest import ROOT, run_python
 from tests.test_packing import varlen_on_cpu
@@ -14,15 +13,11 @@ from torch.nn.attention import varlen
 
 
 @pytest.mark.parametrize("stage", ["attention", "gradient", "update"])
-def test_what_needs_no_engine(ranks, change, tmp_path, capsys, stage):
-    modules = {"smoke": smoke, "bench": bench} | smoke.ppo.MODULES
-    for name, value in snapshot(modules).items():  # to be restored when the test ends
-        module, _, constant = name.partition(".")
-        change(modules[module], **{constant: value})
+def test_what_needs_no_engine(ranks, restored_constants, change, tmp_path, capsys, stage):
     change(varlen, varlen_attn=varlen_on_cpu)
     dtype = "bfloat16" if stage == "gradient" else "float32"
     arguments = ["PRESET=cpu", "LONGEST=128", f"COMPUTE_DTYPE={dtype}", f"STAGE={stage}"]
-    set_constants(arguments, modules, smoke.PRESETS)
+    set_constants(arguments, smoke.MODULES, smoke.PRESETS)
     smoke.STAGES[stage](tmp_path)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {stage} |")]
     assert rows and all(row.endswith("yes |") for row in rows), rows
