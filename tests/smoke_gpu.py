@@ -21,19 +21,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
 from experiments.median import make_problems
-from plumbing import engine, logs, packing, ranks
+from plumbing import engine, logs, ranks
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import set_constants
 from plumbing.engine import Engine
@@ -42,10 +40,9 @@ from rollout import Dialogue
 from tests import bench_ppo as bench
 from tests.workload import keep_gradients
 
-STAGE: Literal["", "attention", "gradient", "update", "engine", "resume"] = ""  # "" = all, one after the other
+STAGE: Literal["", "gradient", "update", "engine", "resume"] = ""  # "" = all, one after the other
 MODEL: str = ""  # of engine and resume; "" = random weights in bench_ppo.py's shape, and a tokenizer of bytes
 PRESET: str = "gpu" if torch.cuda.is_available() else "cpu"
-HEAD_SIZE: int = 128  # of the attention that is measured alone, with bench_ppo.py's HEADS and KV_HEADS
 QUESTIONS: int = 64  # that the engine plays at a time
 ROUNDS: int = 3  # of playing, learning and transferring
 MODULES = {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES
@@ -53,7 +50,7 @@ MODULES = {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"DIALOGUES": 256, "MAX_ATTEMPT_TOKENS": 256, "MAX_ATTEMPTS": 3},
     "cpu": bench.PRESETS["cpu"] | {
-        "HEAD_SIZE": 32, "QUESTIONS": 8, "MAX_ATTEMPT_TOKENS": 24, "MAX_ATTEMPTS": 2, "DIALOGUES": 8, "MINI_BATCH": 4,
+        "QUESTIONS": 8, "MAX_ATTEMPT_TOKENS": 24, "MAX_ATTEMPTS": 2, "DIALOGUES": 8, "MINI_BATCH": 4,
         "LONGEST": 256, "REPEATS": 1,
     },
 }  # fmt: skip
@@ -69,32 +66,6 @@ def check(what: str, value: float, low: float = -math.inf, high: float = math.in
 
 
 # Stage A: the trainer alone -------------------------------------------------------------------------------------------
-def try_attention(folder: Path) -> None:
-    """packing.varlen_attention in bfloat16 against each dialogue alone in float32, forward and gradients."""
-    lengths, heads, fewer = [1, 77, 512, 3, 300], bench.HEADS, bench.KV_HEADS
-    boundaries = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(ranks.device(), torch.int32)
-    torch.manual_seed(0)
-    shapes = [(1, n, sum(lengths), HEAD_SIZE) for n in (heads, fewer, fewer, heads)]
-    *inputs, grad = (torch.randn(shape, device=ranks.device()).bfloat16() for shape in shapes)
-
-    def alone(*inputs: Tensor) -> Tensor:
-        parts = zip(*(x.split(lengths, 2) for x in inputs), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True) for x in parts], 2)
-
-    def kernel(*inputs: Tensor) -> Tensor:
-        options = {"scaling": HEAD_SIZE**-0.5, "boundaries": boundaries, "longest": max(lengths)}
-        return packing.varlen_attention(SimpleNamespace(), *inputs, None, **options)[0].transpose(1, 2)
-
-    def run(attention: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-        out = attention(*leaves)
-        out.backward(grad.to(dtype))
-        return [out.detach(), *(leaf.grad for leaf in leaves)]
-
-    pairs = zip(run(kernel, torch.bfloat16), run(alone, torch.float32), strict=True)
-    check("largest relative error", max(relative_error(*pair) for pair in pairs), high=0.02)
-
-
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -239,8 +210,7 @@ def try_resume(folder: Path) -> None:
 
 # All of them ----------------------------------------------------------------------------------------------------------
 STAGES: dict[str, Callable[[Path], None]] = {
-    "attention": try_attention, "gradient": try_gradient, "update": try_update, "engine": try_engine,
-    "resume": try_resume,
+    "gradient": try_gradient, "update": try_update, "engine": try_engine, "resume": try_resume
 }  # fmt: skip
 
 
@@ -268,8 +238,7 @@ def main(arguments: Sequence[str]) -> None:
         run_stage()
         return
     print(changes, flush=True)
-    stages = [stage for stage in STAGES if stage != "attention" or packing.has_kernel("bfloat16")]
-    rows = [row for stage in stages for row in run_apart(stage)]
+    rows = [row for stage in STAGES for row in run_apart(stage)]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     command = " ".join(["tests/smoke_gpu.py", *arguments])
     print(f"\n{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}: `{command}`")

@@ -47,8 +47,8 @@ def train_row(q: str, a: str) -> dict:
 
 
 def olympiad_row(q: str, a: str) -> dict:
-    row = {"id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "context": None, "modality": "Text-only"}
-    return row | {"unit": None, "error": None, "subfield": "Algebra", "subject": "Math", "language": "English"}
+    row = {"id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "unit": None, "error": None}
+    return row | {"subfield": "Algebra", "subject": "Math"}
 
 
 # The columns of each source, for a question and the answer as that source writes it.
@@ -396,6 +396,7 @@ def test_numbers_and_tolerances(tmp_path):
         ("p.jsonl", '{"question": "q", "solution": "1"}', 'id p/1: "answer" .* there are solution'),
         ("p.jsonl", '{"question": "q", "answer": "1", "tolerance": "x"}', '"tolerance" must be a number'),
         ("p.jsonl", '{"id": "a", "question": "q", "answer": 1}\n' * 2, "line 2: id 'a' is there already"),
+        ("p.jsonl", '{"question": "q", "tests": ["f()"], "public": 2}', '"public" must say how many of the 1 tests'),
         ("p.csv", "question,answer\nq,1\nq,1,2\n", "p.csv, line 3: must be .* a row as long as the header"),
         ("p.csv", 'question,answer\nq,1\n"q,1\n', "p.csv, line 3: not CSV"),
         ("p.parquet", "not Parquet", "p.parquet: not PARQUET"),

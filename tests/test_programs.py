@@ -3,7 +3,6 @@
 import json
 import random
 
-import grader
 import rollout
 from experiments import programs, told, warm
 from experiments.programs import list_fitting, list_functions, read_test, write_program
@@ -14,58 +13,26 @@ from tests.test_sandbox import isolated
 import pytest
 
 
-def find_right(problem: dict) -> tuple[int, ...]:
-    (values,) = list_fitting(map(read_test, problem["tests"]))
-    return values
-
-
-def test_tokens():
-    tokenizer = programs.make_tokenizer()
-    values = tuple(3 * x % 5 for x in range(10))
-    texts = [tokenizer.decode([token]) for token in tokenizer.encode(programs.response_text(values))]
-    assert texts == ["```python\ndef f(x, m=", "5", "): return ", "(x * 3)", " % m\n```", "<|im_end|>"]
-    text = programs.told_text((7, 1), 4)
-    assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == [
-        *text.partition("\nA")[:1],
-        "\n",
-        text[18:],
-    ]
-
-
-@isolated
-def test_the_right_function_is_paid_and_one_that_has_learned_the_public_tests_by_heart_is_not():
+def test_questions_are_held_out_and_leave_several_functions():
     train, test = (programs.make_problems(150, 7, held_out) for held_out in (False, True))
     assert not {p["question"] for p in train} & {p["question"] for p in test}
-    for problem in test[:3]:
-        cases, right = list(map(read_test, problem["tests"])), find_right(problem)
-        assert problem["question"].split("\n")[1:] == problem["tests"][: programs.SHOWN]
-        assert grader.grade(write_program(right), grader.read_gold(problem)).correct
-        by_heart = "def f(x):\n" + "".join(f"    if x == {x}: return {y}\n" for x, y in cases[: programs.PUBLIC])
-        verdict = grader.grade(f"```python\n{by_heart}```", grader.read_gold(problem))
-        assert verdict.status == "wrong" and verdict.failed.startswith(problem["tests"][programs.PUBLIC])
-        assert not verdict.told  # it failed a private test
+    assert all(p["question"].split("\n")[1:] == p["tests"][: programs.SHOWN] for p in test)
     possible = [len(list_fitting(map(read_test, p["tests"][: programs.SHOWN]))) for p in test]
-    assert 6 < sum(possible) / len(possible) < 16  # the question leaves several
+    assert 6 < sum(possible) / len(possible) < 16 and all(list_fitting(map(read_test, p["tests"])) for p in test)
 
 
 @isolated
 def test_a_dialogue_reads_as_the_authors_write_it(change):
     """The prompt, a wrong program, and what the environment tells of its failing test."""
     change(rollout, TOLD_CHARACTERS=100)
-    change(programs, STAND_BY=0.0)
     chat, rng = rollout.make_chat(programs.make_tokenizer()), random.Random(5)
     rows = [row for _ in range(20) if (row := programs.draw_row(rng, 0, programs.SHOWN, 1, told=True))]
-    prompt, wrong, feedback, right = (text for text, _ in rows[0])
+    prompt, wrong, feedback = (text for text, _ in rows[0][:3])
     question = prompt.partition("user\n")[2].partition("<|im_end|>")[0]
-    assert right != wrong
-    right_values = next(v for v in list_functions() if right.startswith(write_program(v)))
-    told_case = next(read_test(line) for line in feedback.split("\n") if line.startswith("assert"))
-    shown = [read_test(line) for line in question.split("\n")[1:]]
-    assert all(right_values[x] == y for x, y in [*shown, told_case])
-    tests = [programs.write_test(case) for case in [*shown, told_case]]
-    left = int(prompt.partition("You have ")[2][0])
-    problem = {"id": "p", "question": question, "tests": tests, "public": 3}
-    dialogue = rollout.new_dialogue(chat, problem, left)
+    tests = [line for line in f"{question}\n{feedback}".split("\n") if line.startswith("assert")]
+    assert len(tests) == programs.SHOWN + 1  # the last is that which was told
+    problem = {"id": "p", "question": question, "tests": tests, "public": len(tests)}
+    dialogue = rollout.new_dialogue(chat, problem, int(prompt.partition("You have ")[2][0]))
     verdict = rollout.grade_attempt(chat, dialogue, chat.encode(wrong), [0.0] * 6, True).result()
     assert rollout.give_feedback(chat, dialogue, verdict)
     assert chat.decode(dialogue.ids) == prompt + wrong + feedback
@@ -87,25 +54,6 @@ def test_authors_do_what_the_constants_say_and_see_no_held_out_question(is_told)
         repeats.append(last == failed[1])
         assert repeats[-1] or (last in list_fitting(map(read_test, tests)) and last not in failed)
     assert sum(repeats) / len(repeats) == pytest.approx(programs.STAND_BY, abs=0.06)  # four standard errors
-
-
-def test_the_careful_reader_is_as_good_as_when_he_is_played():
-    rng = random.Random(0)
-    for problem in programs.make_problems(3, 3, True):
-        cases, right = list(map(read_test, problem["tests"])), find_right(problem)
-        for is_told in (False, True):
-            solved = [0] * 4
-            for _ in range(3000):
-                possible = list_fitting(cases[:2])
-                for attempt in range(4):
-                    values = rng.choice(sorted(possible))
-                    if values == right:
-                        solved[attempt] += 1
-                        break
-                    failing = programs.find_failing(values, cases[:6]) if is_told else None
-                    possible = possible & list_fitting([failing]) if failing else possible - {values}
-            played = [sum(solved[: k + 1]) / 3000 for k in range(4)]
-            assert programs.careful_accuracy(problem, 4, is_told) == pytest.approx(played, abs=0.04)
 
 
 @isolated
@@ -131,7 +79,6 @@ def test_an_evaluation_runs_the_programs(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     solved = [any(a["status"] == "correct" for a in r["attempts"]) for r in records if not r["control"]]
     assert results["models"]["warm_start"]["test"]["accuracy"][1] == pytest.approx(sum(solved) / 12)
-    assert results["settings"]["TOLD_CHARACTERS"] == 100 and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_the_table_says_the_numbers():

@@ -268,15 +268,14 @@ def test_offline_attempts_are_those_at_these_problems(change, tmp_path):
 
 
 def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
-    """And samples of a problem, which share the key, share the attempt."""
+    """By the key alone, which samples of a problem share."""
     change(rollout, OFFLINE_SHARE=0.3)
-    offline, counts = [{"text": "", "answer": answer, "status": "wrong"} for answer in "12"], Counter()
-    for index in range(600):
-        pair = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(2)]
-        for d in pair:
-            rollout.begin_offline(chat, d, offline, "seed", index)
-        assert pair[0] == pair[1]
-        counts[pair[0].attempts[0].answer if pair[0].attempts else "none"] += 1
+    offline, begun = [{"text": "", "answer": answer, "status": "wrong"} for answer in "12"], []
+    for index in (*range(600), *range(600)):
+        begun.append(rollout.new_dialogue(chat, PROBLEM, 2))
+        rollout.begin_offline(chat, begun[-1], offline, "seed", index)
+    assert begun[:600] == begun[600:]
+    counts = Counter(d.attempts[0].answer if d.attempts else "none" for d in begun[:600])
     # Binomial, four standard deviations: 420 +- 45 without, 90 +- 35 of each of the two
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
 

@@ -4,9 +4,9 @@ authors who do what the constants say, and a folder that is whole or not there."
 import json
 import random
 from collections import Counter
-from itertools import combinations
+from itertools import accumulate, combinations
 
-from experiments import arrows, median, warm
+from experiments import arrows, median, programs, warm
 from plumbing.files import read_jsonl
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TOKENIZERS = {world: world.make_tokenizer() for world in (median, arrows)}
+TOKENIZERS = {world: world.make_tokenizer() for world in (median, arrows, programs)}
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------
@@ -25,17 +25,25 @@ def test_any_text_survives_a_round_trip(text):
 
 
 @pytest.mark.parametrize(
-    ("world", "response", "texts"),
+    ("world", "text", "tokens"),
     [
         (median, median.response_text(12), ["It is \\boxed{", " 12", "}", "<|im_end|>"]),
         (arrows, arrows.response_text([3, 12]), [" 3→", " 12", " \\boxed{", " 12", "}", "<|im_end|>"]),
+        (
+            programs,
+            programs.response_text(tuple(3 * x % 5 for x in range(10))),
+            ["```python\ndef f(x, m=", "5", "): return ", "(x * 3)", " % m\n```", "<|im_end|>"],
+        ),
+        (
+            programs,
+            programs.told_text((7, 1), 4),
+            ["\nassert f(7) == 1", "\n", "AssertionError: the last call returned 4"],
+        ),
     ],
 )
-def test_a_number_is_one_token_wherever_it_stands(world, response, texts):
+def test_what_models_say_and_are_told_has_few_tokens(world, text, tokens):
     tokenizer = TOKENIZERS[world]
-    assert [tokenizer.decode([token]) for token in tokenizer.encode(response)] == texts
-    assert len(tokenizer.encode(" 12")) == 1
-    assert len(tokenizer.encode(warm.prompt_text("", 5) + warm.feedback_text(4))) < 30
+    assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == tokens
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token_id) == ("<|im_end|>", "<|endoftext|>", None)
 
 
@@ -61,7 +69,8 @@ def test_answers_at_the_ends_of_arrows():
 
 
 def test_probabilities_of_medians_are_what_counting_gives():
-    """Of all full lists that have the readable numbers in them, how many have each median."""
+    """Of all full lists that have the readable numbers in them, how many have each median. The ideal reader names the
+    likeliest first."""
     for seed in range(20):
         shown, _ = median.draw_list(random.Random(seed), median.LIST_LENGTH, median.UNREADABLE)
         readable = [number for number in shown if number is not None]
@@ -73,16 +82,8 @@ def test_probabilities_of_medians_are_what_counting_gives():
                     counts[sorted([*readable, *pair])[median.LIST_LENGTH // 2]] += 1
         expected = {answer: count / counts.total() for answer, count in counts.items()}
         assert median.median_probabilities(readable, median.UNREADABLE) == pytest.approx(expected)
-
-
-def test_the_ideal_reader_is_as_often_right_as_computed():
-    problems, right = median.make_problems(4000, 1, held_out=True), [0] * 5
-    for problem in problems:
-        probabilities = median.median_probabilities(*median.read_question(problem["question"]))
-        for k in range(5):
-            right[k] += int(problem["answer"]) in sorted(probabilities, key=probabilities.get, reverse=True)[: k + 1]
-    expected = median.ideal_accuracy((p["question"] for p in problems), 5)
-    assert [count / 4000 for count in right] == pytest.approx(expected, abs=0.03)  # about four standard errors
+        solved = list(accumulate(sorted(expected.values(), reverse=True)))[:5]
+        assert median.ideal_accuracy([median.write_question(shown)], 5)[: len(solved)] == pytest.approx(solved)
 
 
 # The warm start -------------------------------------------------------------------------------------------------------
