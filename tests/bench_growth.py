@@ -104,8 +104,8 @@ def measure(folder: Path) -> None:
     chat, problems = rollout.make_chat(ppo.load_tokenizer(ppo.MODEL)), make_problems()
     sampler = ppo.Engine(ppo.MODEL, rollout.CONTEXT, ppo.COMPUTE_DTYPE, sleeps=True)
     learner, first, names = ppo.Learner.load(len(chat.tokenizer)), 0.0, (*PHASES, "transfer")
-    ranks.print_once("milliseconds of the processor for each dialogue, all ranks together; of a transfer, at all")
-    ranks.print_once(f"{'dialogues':>9} " + " ".join(f"{name:>9}" for name in (*names, "all", "of first", "GiB")))
+    lines = ["milliseconds of the processor for each dialogue, all ranks together; of a transfer, at all"]
+    lines.append(f"{'dialogues':>9} " + " ".join(f"{name:>9}" for name in (*names, "all", "of first", "GiB")))
     for number, size in enumerate((min(SIZES), *SIZES)):  # the first warms up what is compiled or cached
         ppo.DIALOGUES, ppo.STEPS = size, max(1, PLAYED // size)
         run = folder / str(number)
@@ -116,8 +116,10 @@ def measure(folder: Path) -> None:
         (memory,) = ranks.all_sum(ranks.peak_memory())
         each = [ms / size for ms in each]
         first = sum(each) if number < 2 else first
-        row = (*each, transfer, sum(each), sum(each) / first, memory)
-        ranks.print_once(f"{size:9,} " + " ".join(f"{x:9.3f}" for x in row) + ("" if number else "  (warming up)"))
+        if number > 0:
+            row = (*each, transfer, sum(each), sum(each) / first, memory)
+            lines.append(f"{size:9,} " + " ".join(f"{x:9.3f}" for x in row))
+    ranks.print_once("\n".join(lines))  # after what the runs have said
     sampler.shutdown()
 
 

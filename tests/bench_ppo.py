@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
-from plumbing import models, packing, ranks
+from plumbing import logs, models, packing, ranks
 from plumbing.constants import set_constants
 from rollout import Attempt, Dialogue
 from tests.workload import save_random_model, seconds_of
@@ -174,7 +174,7 @@ def bench_update() -> None:
         print(f"model of {parameters:,} parameters, {ppo.COMPUTE_DTYPE}, {torch.get_num_threads()} threads")
         print(f"{len(lengths)} dialogues of {min(lengths)} to {max(lengths)} tokens, {tokens:,} in all, {actions:,} of "
               f"them actions; mini-batches of {ppo.MINI_BATCH}, {ppo.EPOCHS} epoch(s)")  # fmt: skip
-        print(f"MAX_TOKENS_PER_MICRO_BATCH={packing.MAX_TOKENS_PER_MICRO_BATCH}", flush=True)
+        print(logs.memory_plan(ppo.MODEL, ppo.COMPUTE_DTYPE, critic=True, reference=True), flush=True)
         our_update(learner, dialogues)  # the first is slower
         peak = ranks.peak_memory()
         bare = AutoModelForCausalLM.from_pretrained(ppo.MODEL, dtype=getattr(torch, ppo.COMPUTE_DTYPE)).train()
@@ -195,6 +195,9 @@ def bench_update() -> None:
         print(f"ours: a whole update             {rate_line(tokens, took, worked)}, peak {peak:.2f} GiB")
         print(f"bare models, {batch} x {length} dense     {rate_line(tokens, bare_took, bare_worked)}")
         print(f"ours / bare: {bare_took / took:.2f}, by CPU time {bare_worked / worked:.2f} (goal {GOAL})", flush=True)
+        if torch.cuda.is_available():
+            flops = logs.update_flops(learner.actor.lm, dialogues, True, True, ppo.EPOCHS)
+            print(f"MFU {flops / took / (logs.PEAK_TFLOPS * 1e12):.1%} of {logs.PEAK_TFLOPS} TFLOPS")
         if TRL_PYTHON:
             bench_trl(dialogues, folder, took, worked, peak)
 
@@ -231,7 +234,9 @@ def bench_head(folder: str) -> None:
     actor.to(ranks.device(), getattr(torch, ppo.COMPUTE_DTYPE))
     actions = packing.LOGITS_CHUNK
     ids = torch.randint(HEAD_TOKENS, (1, actions + 1), device=ranks.device())
-    micro = packing.make_micro_batch(ids, torch.ones_like(ids).cumsum(1) - 1, [actions + 1], [0], kernel=False)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    micro = packing.make_micro_batch(ids, mask, [actions + 1], [0], kernel=False)
 
     def work(tokens: int) -> None:
         actor.tokens = tokens

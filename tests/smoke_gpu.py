@@ -1,20 +1,17 @@
-"""The first ten minutes on one GPU: does what was only read hold there? A Markdown table, whose rows say so.
+"""Does what was only read hold on one GPU? A Markdown table, whose rows say so.
 
     .venv-cuda/bin/python tests/smoke_gpu.py                             # after `make cuda`; random weights, no network
     python tests/smoke_gpu.py STAGE=engine MODEL=Qwen/Qwen2.5-Math-1.5B  # one stage, real weights
     python tests/smoke_gpu.py PRESET=cpu                                 # in small, where there is no GPU
 
-Each stage is a process of its own, in which nothing is left of the one before; those before `engine` need no vLLM.
-What one GPU cannot show: NCCL between ranks, HSDP.
+Each stage is a process of its own, in which nothing is left of the one before; `gradient` needs no vLLM. Speed, MFU and
+memory beside its plan: tests/bench_ppo.py. What one GPU cannot show: NCCL between ranks, HSDP.
 """
 
-import contextlib
 import gc
 import itertools
 import math
 import os
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,17 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
 from experiments.median import make_problems
-from plumbing import engine, logs, ranks
+from plumbing import engine, ranks
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import set_constants
 from plumbing.engine import Engine
-from plumbing.files import append_jsonl, read_jsonl
 from rollout import Dialogue
 from tests import bench_ppo as bench
 from tests.workload import keep_gradients
 
-STAGE: Literal["", "gradient", "update", "engine", "resume"] = ""  # "" = all, one after the other
-MODEL: str = ""  # of engine and resume; "" = random weights in bench_ppo.py's shape, and a tokenizer of bytes
+STAGE: Literal["", "gradient", "engine"] = ""  # "" = both, one after the other
+MODEL: str = ""  # of the stage engine; "" = random weights in bench_ppo.py's shape, and a tokenizer of bytes
 PRESET: str = "gpu" if torch.cuda.is_available() else "cpu"
 QUESTIONS: int = 64  # that the engine plays at a time
 ROUNDS: int = 3  # of playing, learning and transferring
@@ -50,8 +46,7 @@ MODULES = {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"DIALOGUES": 256, "MAX_ATTEMPT_TOKENS": 256, "MAX_ATTEMPTS": 3},
     "cpu": bench.PRESETS["cpu"] | {
-        "QUESTIONS": 8, "MAX_ATTEMPT_TOKENS": 24, "MAX_ATTEMPTS": 2, "DIALOGUES": 8, "MINI_BATCH": 4,
-        "LONGEST": 256, "REPEATS": 1,
+        "QUESTIONS": 8, "MAX_ATTEMPT_TOKENS": 24, "MAX_ATTEMPTS": 2, "DIALOGUES": 8, "MINI_BATCH": 4, "LONGEST": 256,
     },
 }  # fmt: skip
 
@@ -93,24 +88,6 @@ def try_gradient(folder: Path) -> None:
     found, expected = (first_gradients(dtype, dialogues) for dtype in (ppo.COMPUTE_DTYPE, "float32"))
     for name, right in expected.items():
         check(f"relative error of the {name}'s first gradient", relative_error(found[name], right), high=0.1)
-
-
-def try_update(folder: Path) -> None:
-    """The whole update of a rollout: its speed, and its memory against the plan."""
-    engine.GPU_MEMORY, ppo.MAX_MISMATCH = 0.0, math.inf  # no engine here; nobody sampled the dialogues
-    ppo.MODEL = bench.random_model(folder)
-    plan = logs.memory_plan(ppo.MODEL, ppo.COMPUTE_DTYPE, critic=True, reference=True)
-    print(plan, flush=True)  # where it does not fit: LAYERS=14
-    learner, dialogues = ppo.Learner.load(bench.TOKENS), bench.draw_dialogues()
-    bench.our_update(learner, dialogues)  # the first is slower
-    took = statistics.median(
-        bench.seconds_of(lambda: bench.our_update(learner, dialogues))[0] for _ in range(bench.REPEATS)
-    )
-    flops = logs.update_flops(learner.actor.lm, dialogues, critic=True, reference=True, epochs=ppo.EPOCHS)
-    most = float(plan.partition("at most ")[2].split()[0])
-    check("tokens/s", sum(len(d.ids) for d in dialogues) / took)
-    check(f"MFU, of {logs.PEAK_TFLOPS:g} TFLOPS", flops / took / logs.PEAK_TFLOPS / 1e12, low=0.4, on_gpu=True)
-    check("peak of memory / the plan's", ranks.peak_memory() / most, 0.5, 1.0, on_gpu=True)
 
 
 # Stage B: with the engine ---------------------------------------------------------------------------------------------
@@ -188,35 +165,12 @@ def try_engine(folder: Path) -> None:
     second.shutdown()
 
 
-def try_resume(folder: Path) -> None:
-    """Two steps of ppo.py, killed after the first and started again."""
-    problems, run = folder / "problems.jsonl", folder / "runs" / "smoke"
-    append_jsonl(problems, make_problems(100, 0, False))
-    command = [sys.executable, ppo.__file__, f"TRAIN_DATA={problems}", f"MODEL={MODEL or bench.random_model(folder)}"]
-    command += ["RUN=smoke", "STEPS=2", "SAVE_EVERY=1", "DIALOGUES=16", "MINI_BATCH=8", "DEV_PROBLEMS=8", "TRACK="]
-    command += [f"MAX_ATTEMPT_TOKENS={rollout.MAX_ATTEMPT_TOKENS}", f"COMPUTE_DTYPE={ppo.COMPUTE_DTYPE}"]
-    first = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
-    while first.poll() is None and not (run / "checkpoints" / "step-000001").is_dir():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            first.wait(timeout=0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    check("exit code of the first, which is killed", first.wait(), -signal.SIGKILL, -signal.SIGKILL)
-    second = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
-    check("exit code of the second", second.returncode, 0, 0)
-    steps = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
-    is_whole = "resumes after step 1" in second.stdout and steps == [1, 2] and (run / "policy").is_dir()
-    check("it resumes after the first step and leaves both rows and a policy", is_whole, low=1)
-
-
 # All of them ----------------------------------------------------------------------------------------------------------
-STAGES: dict[str, Callable[[Path], None]] = {
-    "gradient": try_gradient, "update": try_update, "engine": try_engine, "resume": try_resume
-}  # fmt: skip
+STAGES: dict[str, Callable[[Path], None]] = {"gradient": try_gradient, "engine": try_engine}
 
 
 def run_stage() -> None:
-    if STAGE != "resume":
-        ranks.start_ranks()
+    ranks.start_ranks()
     with tempfile.TemporaryDirectory() as folder:
         STAGES[STAGE](Path(folder))
     if dist.is_initialized():

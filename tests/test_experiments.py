@@ -31,29 +31,21 @@ def constants_of(arguments: list[str]) -> dict[str, object]:
 
 # Trainings side by side -----------------------------------------------------------------------------------------------
 STUB = """
-import json, pathlib, sys, threading
+import pathlib, sys, threading
 given = dict(a.split("=", 1) for a in sys.argv[1:])
 folder = pathlib.Path("runs") / given["RUN"]
-if (folder / "policy").is_dir():
-    sys.exit("finished, with other constants" if given["MODEL"] == "other" else 0)
-folder.mkdir(parents=True)
-if given["MODEL"] == "broken":
-    sys.exit("this arm is broken")
-if given["MODEL"] == "after":
-    assert (folder.parent / "first" / "policy").is_dir()
-row = {"step": 1, "generated_tokens": 120, "token_budget": 100, "reward": 0.5, "accuracy": 0.5}
-(folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n" + '{"half of a li')
-if given["MODEL"] == "slow":
-    threading.Event().wait(600)
-if given["MODEL"] != "stopped":
-    (folder / "policy").mkdir()
+folder.mkdir(parents=True, exist_ok=True)
+row = '{"step": 1, "generated_tokens": 120, "token_budget": 100, "reward": 0.5, "accuracy": 0.5}'
+(folder / "metrics.jsonl").write_text(row + '\\n{"half of a li')
+exec(given["MODEL"])
+(folder / "policy").mkdir(exist_ok=True)
 """
 
 
-def make_training(name: str, model: str, after: str = "") -> runs.Training:
-    """Its ppo.py is STUB; the model says what becomes of it."""
+def make_training(name: str, does: str = "", after: str = "") -> runs.Training:
+    """Its ppo.py is STUB."""
     folder = Path("runs/demo")
-    return runs.Training(name, folder / name, [f"MODEL={model}"], folder / after if after else None)
+    return runs.Training(name, folder / name, [f"MODEL={does}"], folder / after if after else None)
 
 
 @pytest.fixture
@@ -63,24 +55,25 @@ def stub(tmp_path, monkeypatch):
 
 
 def test_trainings_run_side_by_side_and_in_order(stub, capsys):
-    trainings = [make_training("first", "fine"), make_training("last", "after", "first"), make_training("two", "fine")]
+    looks = "assert pathlib.Path('runs/demo/first/policy').is_dir()"
+    trainings = [make_training("first"), make_training("last", looks, "first"), make_training("two")]
     runs.run_trainings(trainings)
     assert all((training.folder / "policy").is_dir() for training in trainings)
     assert capsys.readouterr().err.count("100%") >= 3
-    runs.run_trainings([make_training("first", "fine")])  # finished: ppo.py ends at once
     with pytest.raises(SystemExit, match=r"with other constants\n.*first was not finished"):
-        runs.run_trainings([make_training("first", "other")])
+        runs.run_trainings([make_training("first", "sys.exit('finished, with other constants')")])
 
 
 def test_a_training_that_fails_ends_the_others(stub):
-    trainings = [make_training("first", "slow"), make_training("second", "broken"), make_training("third", "fine")]
+    slow, broken = "threading.Event().wait(600)", "sys.exit('this arm is broken')"
+    trainings = [make_training("first", slow), make_training("second", broken), make_training("third")]
     start = time.monotonic()
     with pytest.raises(SystemExit, match=r"this arm is broken\n.*second was not finished.*second\.log"):
         runs.run_trainings(trainings)
     assert time.monotonic() - start < 60  # the other one was ended, not waited for
     assert not Path("runs/demo/first/policy").exists() and not Path("runs/demo/third").exists()
     with pytest.raises(SystemExit, match="fourth was not finished"):  # it ended without an error, but has no policy
-        runs.run_trainings([make_training("fourth", "stopped")])
+        runs.run_trainings([make_training("fourth", "sys.exit()")])
 
 
 # demo.py --------------------------------------------------------------------------------------------------------------
@@ -109,11 +102,9 @@ def test_a_probe_counts_repeats(change):
     change(rollout, play=play)
     change(demo, Engine=lambda *_: SimpleNamespace(tokenizer=median.make_tokenizer(), shutdown=lambda: None))
     problems = [p for p in median.make_problems(50, 0, held_out=True) if " 23" not in p["question"]]
-    answers = [[problems[0]["answer"]], ["1", None], *[["1", "24"]] * (len(problems) - 2)]
-    records = [
-        {"id": p["id"], "K": 2, "attempts": [{"answer": a} for a in said]}
-        for p, said in zip(problems, answers, strict=True)
-    ]
+    records = [{"id": p["id"], "K": 2, "attempts": [{"answer": "1"}, {"answer": "24"}]} for p in problems]
+    records[0]["attempts"] = [{"answer": problems[0]["answer"]}]
+    records[1]["attempts"][1] = {"answer": None}
     result = demo.probe_model("model", Path("model"), problems, records)
     assert (result["n"], result["own"]["accuracy"], result["other"]["accuracy"]) == (len(problems) - 2, [1.0], [0.0])
     for other, problem in others:
