@@ -1,18 +1,15 @@
 """The toy worlds, median.py and arrows.py: a tokenizer that loses nothing, right answers, an ideal that counting gives,
 authors who do what the constants say, and a folder that is whole or not there."""
 
-import json
 import random
 from collections import Counter
 from itertools import accumulate, combinations
 
 from experiments import arrows, median, programs, warm
-from plumbing.files import read_jsonl
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOKENIZERS = {world: world.make_tokenizer() for world in (median, arrows, programs)}
 
@@ -119,18 +116,6 @@ def test_authors_of_arrows_do_what_the_constants_say(change, eager):
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
-def test_the_folder_opens_in_transformers(toy):
-    tokenizer = AutoTokenizer.from_pretrained(toy / "warm_start")
-    model = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
-    test = read_jsonl(toy / "test.jsonl")
-    assert len(read_jsonl(toy / "train.jsonl")) == 300 and len(test) == 40
-    # The accuracy that was written down is what greedy answers have.
-    ids = tokenizer([warm.prompt_text(p["question"], 1) for p in test], return_tensors="pt")
-    said = tokenizer.batch_decode(model.generate(**ids, max_new_tokens=4, do_sample=False)[:, -4:])
-    right = sum(text == median.response_text(p["answer"]) for text, p in zip(said, test, strict=True))
-    assert json.loads((toy / "made.json").read_text())["warm_start_accuracy"] == pytest.approx(right / 40)
-
-
 def test_a_folder_is_made_once_or_not_at_all(tmp_path, change, capsys):
     def stop(*_) -> None:
         raise KeyboardInterrupt
