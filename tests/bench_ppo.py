@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
@@ -226,12 +227,11 @@ def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float
 
 
 # The log-probabilities alone ------------------------------------------------------------------------------------------
-def bench_head(folder: str) -> None:
-    """An actor of one thin layer, whose time is that of the head: all rows of it are tokens, or some are padding."""
+def bench_head() -> None:
+    """Actor.forward on one thin layer, so that its time is the head's: all rows of that are tokens, or some are padding."""
     shape = {"hidden_size": HEAD_WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 12}
-    model = save_random_model(Path(folder), HEAD_VOCABULARY, **shape, num_key_value_heads=2)
-    actor = models.Actor(model, HEAD_TOKENS, ppo.COMPUTE_DTYPE, learn_entropy=True)
-    actor.to(ranks.device(), getattr(torch, ppo.COMPUTE_DTYPE))
+    config = Qwen2Config(HEAD_VOCABULARY, **shape, num_key_value_heads=2, tie_word_embeddings=True)
+    lm = Qwen2ForCausalLM(config).to(ranks.device(), getattr(torch, ppo.COMPUTE_DTYPE))
     actions = packing.LOGITS_CHUNK
     ids = torch.randint(HEAD_TOKENS, (1, actions + 1), device=ranks.device())
     mask = torch.ones_like(ids)
@@ -239,8 +239,8 @@ def bench_head(folder: str) -> None:
     micro = packing.make_micro_batch(ids, mask, [actions + 1], [0], kernel=False)
 
     def work(tokens: int) -> None:
-        actor.tokens = tokens
-        logprobs, entropy = actor(micro)
+        actor = SimpleNamespace(lm=lm, tokens=tokens, learn_entropy=True)
+        logprobs, entropy = models.Actor.forward(actor, micro)
         (logprobs.sum() - 0.01 * entropy.sum()).backward()
 
     work(HEAD_TOKENS)  # the first is slower
@@ -261,8 +261,7 @@ def main() -> None:
             print(f"\n{part}", flush=True)
             subprocess.run([sys.executable, __file__, *sys.argv[1:], f"PART={part}"], check=True)
     elif PART == "head":
-        with tempfile.TemporaryDirectory() as folder:
-            bench_head(folder)
+        bench_head()
     else:
         ranks.start_ranks()
         bench_update()

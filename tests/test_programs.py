@@ -1,13 +1,12 @@
-"""The world of programs: its problems in the real sandbox, what authors and readers do, an evaluation, the table."""
+"""The world of programs: its problems, a dialogue in the real sandbox, what authors do, the table."""
 
-import json
 import random
 
+import evaluate
 import rollout
 from experiments import programs, told, warm
 from experiments.programs import list_fitting, list_functions, read_test, write_program
-from plumbing.files import read_jsonl
-from tests.conftest import run_python
+from tests.test_rollout import Scripted
 from tests.test_sandbox import isolated
 
 import pytest
@@ -22,20 +21,24 @@ def test_questions_are_held_out_and_leave_several_functions():
 
 
 @isolated
-def test_a_dialogue_reads_as_the_authors_write_it(change):
-    """The prompt, a wrong program, and what the environment tells of its failing test."""
+def test_a_dialogue_is_played_and_recorded_as_the_authors_write_it(change):
+    """The prompt, a wrong program, what the environment tells of its failing test, and a right one."""
     change(rollout, TOLD_CHARACTERS=100)
+    change(programs, STAND_BY=0.0)
     chat, rng = rollout.make_chat(programs.make_tokenizer()), random.Random(5)
     rows = [row for _ in range(20) if (row := programs.draw_row(rng, 0, programs.SHOWN, 1, told=True))]
-    prompt, wrong, feedback = (text for text, _ in rows[0][:3])
+    prompt, wrong, feedback, right = (text for text, _ in rows[0])
     question = prompt.partition("user\n")[2].partition("<|im_end|>")[0]
     tests = [line for line in f"{question}\n{feedback}".split("\n") if line.startswith("assert")]
     assert len(tests) == programs.SHOWN + 1  # the last is that which was told
     problem = {"id": "p", "question": question, "tests": tests, "public": len(tests)}
     dialogue = rollout.new_dialogue(chat, problem, int(prompt.partition("You have ")[2][0]))
-    verdict = rollout.grade_attempt(chat, dialogue, chat.encode(wrong), [0.0] * 6, True).result()
-    assert rollout.give_feedback(chat, dialogue, verdict)
-    assert chat.decode(dialogue.ids) == prompt + wrong + feedback
+    rollout.play(Scripted(chat, [[wrong, right]]), chat, [dialogue], [0], 1.0)
+    assert chat.decode(dialogue.ids) == prompt + wrong + feedback + right
+    first, second = evaluate.make_record(chat, dialogue, evaluate.Item("test", "p", 2, False, 0))["attempts"]
+    assert (first["status"], second["status"]) == ("wrong", "correct") and "failed" not in second
+    assert first["failed"].startswith(f"{tests[-1]}\nAssertionError") and first["failed"] in feedback
+    assert f"{first['answer']}<|im_end|>" == wrong
 
 
 @pytest.mark.parametrize("is_told", [False, True])
@@ -54,31 +57,6 @@ def test_authors_do_what_the_constants_say_and_see_no_held_out_question(is_told)
         repeats.append(last == failed[1])
         assert repeats[-1] or (last in list_fitting(map(read_test, tests)) and last not in failed)
     assert sum(repeats) / len(repeats) == pytest.approx(programs.STAND_BY, abs=0.06)  # four standard errors
-
-
-@isolated
-def test_an_evaluation_runs_the_programs(tmp_path):
-    """evaluate.py, end to end: each verdict is what the function's values say, and the record says what failed."""
-    small = ["WARM_STEPS=120", "TRAIN_PROBLEMS=20", "TEST_PROBLEMS=12"]
-    run_python("-m", "experiments.programs", f"OUT={tmp_path}/world", *small)
-    paths = [f"MODEL={tmp_path}/world/warm_start", f"BENCHMARKS={tmp_path}/world/test.jsonl", f"OUT={tmp_path}/out"]
-    settings = ["TOLD_CHARACTERS=100", "MAX_ATTEMPTS=2", "PROTOCOL=prefix", "RESAMPLES=2", "MAX_ATTEMPT_TOKENS=16"]
-    run_python("evaluate.py", *paths, *settings)
-    problems = {p["id"]: p for p in read_jsonl(tmp_path / "world" / "test.jsonl")}
-    functions = {write_program(values): values for values in list_functions()}
-    records, programs_run = read_jsonl(tmp_path / "out" / "dialogues-warm_start.jsonl"), 0
-    for record in records:
-        cases = list(map(read_test, problems[record["id"]]["tests"]))
-        for attempt in record["attempts"]:
-            if attempt["text"] in functions:
-                programs_run += 1
-                failing = programs.find_failing(functions[attempt["text"]], cases)
-                assert (attempt["status"] == "correct") == (failing is None) == ("failed" not in attempt)
-                assert failing is None or attempt["failed"].startswith(programs.write_test(failing))
-    assert programs_run > 20
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    solved = [any(a["status"] == "correct" for a in r["attempts"]) for r in records if not r["control"]]
-    assert results["models"]["warm_start"]["test"]["accuracy"][1] == pytest.approx(sum(solved) / 12)
 
 
 def test_the_table_says_the_numbers():

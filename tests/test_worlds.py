@@ -120,17 +120,17 @@ def test_a_folder_is_made_once_or_not_at_all(tmp_path, change, capsys):
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
-    train = median.train_warm_start
+    train = programs.train_warm_start
     change(warm, TRAIN_PROBLEMS=10, TEST_PROBLEMS=10)
-    change(median, OUT=str(tmp_path / "toy"), WARM_STEPS=1, train_warm_start=stop)
+    change(programs, OUT=str(tmp_path / "toy"), WARM_STEPS=1, train_warm_start=stop)
     with pytest.raises(KeyboardInterrupt):
-        warm.make_world(median)
+        warm.make_world(programs)
     assert list(tmp_path.iterdir()) == []
-    change(median, train_warm_start=train)
-    warm.make_world(median)
-    change(median, train_warm_start=stop)
-    warm.make_world(median)
+    change(programs, train_warm_start=train)
+    warm.make_world(programs)
+    change(programs, train_warm_start=stop)
+    warm.make_world(programs)
     assert "is there already" in capsys.readouterr().out
     change(warm, SEED=1)
     with pytest.raises(SystemExit, match="made with other SEED"):
-        warm.make_world(median)
+        warm.make_world(programs)
