@@ -228,7 +228,7 @@ def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float
 
 # The log-probabilities alone ------------------------------------------------------------------------------------------
 def bench_head() -> None:
-    """Actor.forward on one thin layer, so that its time is the head's: all rows of that are tokens, or some are padding."""
+    """Actor.forward on a thin layer: its time is the head's, of which all rows are tokens or some are padding."""
     shape = {"hidden_size": HEAD_WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 12}
     config = Qwen2Config(HEAD_VOCABULARY, **shape, num_key_value_heads=2, tie_word_embeddings=True)
     lm = Qwen2ForCausalLM(config).to(ranks.device(), getattr(torch, ppo.COMPUTE_DTYPE))
