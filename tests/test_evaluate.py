@@ -257,7 +257,7 @@ def test_what_is_played(change, feedback, protocol, granted):
     change(rollout, FEEDBACK=feedback, MAX_ATTEMPTS=3)
     change(evaluate, PROTOCOL=protocol, SAMPLES=2, RESAMPLES=3)
     items = evaluate.list_items({("b", name): {} for name in "pqr"})
-    assert len(set(items)) == len(items) and items[-1].control  # the longest are played first
+    assert len(set(items)) == len(items) and items[0].K == 3 and items[-1].control  # the longest are played first
     expected = {(K, False, sample) for K in granted for sample in range(2)} | {(1, True, sample) for sample in range(3)}
     assert Counter(item[2:] for item in items) == dict.fromkeys(expected, 3)
 
