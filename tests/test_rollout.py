@@ -1,22 +1,17 @@
-"""rollout.py: a dialogue to the letter, the attempt loop on a scripted engine, rewards, metrics, offline attempts, and
-the command line on the real engine."""
+"""rollout.py: a dialogue to the letter, the attempt loop on a scripted engine, rewards, metrics, offline attempts."""
 
 import itertools
 import math
-import runpy
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import Future
 
 import rollout
-from data.problems import load_problems
 from experiments import median
 from plumbing.chat import Chat
 from plumbing.engine import Sample
 from plumbing.files import append_jsonl
 from rollout import Attempt, Dialogue
-from tests.conftest import ROOT
 
 import pytest
 
@@ -278,17 +273,3 @@ def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
     counts = Counter(d.attempts[0].answer if d.attempts else "none" for d in begun[:600])
     # Binomial, four standard deviations: 420 +- 45 without, 90 +- 35 of each of the two
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
-
-
-def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
-    """`python rollout.py`, on the engine that is there."""
-    arguments = [f"MODEL={toy / 'warm_start'}", f"PROBLEMS={toy / 'test.jsonl'}", "DIALOGUES=3", "MAX_ATTEMPTS=2"]
-    monkeypatch.setattr(sys, "argv", ["rollout.py", *arguments, "MIN_ATTEMPTS=2", "MAX_ATTEMPT_TOKENS=16"])
-    monkeypatch.setattr("plumbing.engine.Engine", lambda *_, **options: engine)
-    monkeypatch.setattr(engine, "shutdown", lambda: None)
-    runpy.run_path(str(ROOT / "rollout.py"), run_name="__main__")
-    said = capsys.readouterr().out
-    assert "rollout.MAX_ATTEMPTS = 2 (command line; the file says 5)" in said
-    for problem in load_problems(toy / "test.jsonl")[:3]:
-        assert problem["question"] in said and f"gold {problem['answer']}, reward" in said
-    assert said.count("[attempt 1: ") == 3 and 0 < said.count("[attempt 2: ") == said.count("1 attempts left")
