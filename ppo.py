@@ -404,10 +404,11 @@ def play_step(
 def evaluate_actions(model: nn.Module, batch: Batch) -> Tensor:
     """An actor's log-probability or a critic's value of each action, (B, T), 0 elsewhere."""
     result = torch.zeros_like(batch.rewards)
-    for micro in batch.micro_batches(range(len(batch.dialogues))):
-        out = model(micro)
-        if micro.counts:
-            result[micro.action] = out[0] if isinstance(out, tuple) else out
+    for rows in batch.mini_batches:
+        for micro in batch.micro_batches(rows):
+            out = model(micro)
+            if micro.counts:
+                result[micro.action] = out[0] if isinstance(out, tuple) else out
     ranks.drop_gathered(model)
     return result
 

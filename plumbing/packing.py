@@ -1,7 +1,8 @@
 """Dialogues -> micro-batches of a forward pass, equally many on every rank; and attention over them.
 
 On a GPU the dialogues of a micro-batch lie end to end in one row, and a kernel keeps attention inside each of them. On
-a CPU, where there is no such kernel, each has a row of its own; rows of about one length need little padding.
+a CPU, where there is no such kernel, they lie in several rows, no wider than the longest dialogue, because a mask keeps
+them apart there and costs the square of the width.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_TOKENS_PER_MICRO_BATCH: Count = 16384  # tokens, with padding, in a forward and backward pass; memory for speed
+ROW_TOKENS: Count = 128  # tokens of a row on a CPU, where attention costs its square; a longer dialogue has its own
 LOGITS_CHUNK: Count = 384  # actions whose (actions x vocabulary) float32 logits exist at one time
 
 
@@ -48,18 +50,32 @@ def share_among_ranks(lengths: Sequence[int], world: int) -> list[list[int]]:
     return shares
 
 
-def group_by_length(indices: Iterable[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Dialogues, longest first, in groups whose padded size (longest x number) is at most max_tokens, or of one.
+def pack(indices: Iterable[int], lengths: Sequence[int], max_tokens: int, row_tokens: int = 0) -> list[list[list[int]]]:
+    """Dialogues -> micro-batches -> rows -> dialogues: the longest first, each into the first row where it fits.
 
-    >>> group_by_length(range(5), [3, 9, 4, 5, 1], max_tokens=10)
-    [[1], [3, 2], [0, 4]]
+    The rows of a micro-batch are as wide as its longest dialogue, or row_tokens if that is more; they have at most
+    max_tokens together, or there is one.
+
+    >>> pack(range(5), [3, 9, 4, 5, 1], max_tokens=10)
+    [[[1]], [[3], [2, 4]], [[0]]]
     """
-    groups: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: -lengths[i]):
-        if not groups or lengths[groups[-1][0]] * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-        groups[-1].append(index)
-    return groups
+    micro_batches = []
+    waiting = sorted(indices, key=lambda i: -lengths[i])
+    while waiting:
+        width = max(row_tokens, lengths[waiting[0]])
+        free = [width] * max(1, max_tokens // width)  # tokens for which each row has room
+        rows: list[list[int]] = [[] for _ in free]
+        too_long = []
+        for index in waiting:
+            row = next((r for r, room in enumerate(free) if lengths[index] <= room), None)
+            if row is None:
+                too_long.append(index)
+            else:
+                rows[row].append(index)
+                free[row] -= lengths[index]
+        micro_batches.append([row for row in rows if row])
+        waiting = too_long
+    return micro_batches
 
 
 @dataclasses.dataclass
@@ -75,21 +91,22 @@ class MicroBatch:
     attention: dict[str, Any] = dataclasses.field(default_factory=dict)  # what varlen_attention has to know, on a GPU
 
 
-def make_micro_batch(ids: Tensor, mask: Tensor, lengths: Sequence[int], indices: list[int], kernel: bool) -> MicroBatch:
-    """The dialogues `indices` of a batch. ids, mask: (B, T), padded at the end; lengths: tokens of each dialogue."""
-    longest = max(lengths[i] for i in indices)
-    dialogue = torch.tensor(indices, device=ids.device)
-    length = torch.tensor([lengths[i] for i in indices], device=ids.device)
-    ids, mask = ids[dialogue, :longest], mask[dialogue, :longest]  # (R, L)
-    positions = torch.arange(longest, device=ids.device).expand_as(ids)
-    row, column = mask.nonzero(as_tuple=True)  # (A,)
-    micro = MicroBatch(ids, positions, (row, column - 1), (dialogue[row], column))
-    if kernel:  # (R, L) -> (1, sum of lengths)
-        is_token = positions < length[:, None]
-        micro.ids, micro.positions = ids[is_token][None], positions[is_token][None]
-        ends = length.cumsum(0)
-        micro.state = (torch.zeros_like(row), (ends - length)[row] + column - 1)
-        micro.attention = {"boundaries": F.pad(ends, (1, 0)).to(torch.int32), "longest": longest}
+def make_micro_batch(
+    ids: Tensor, mask: Tensor, lengths: Sequence[int], rows: list[list[int]], kernel: bool
+) -> MicroBatch:
+    """Rows of dialogues of a batch, end to end. ids, mask: (B, T), padded at the end; lengths: tokens of each dialogue.
+    What is left of a row repeats dialogue 0 at time 0: the first token of a prompt, which is never an action."""
+    length = [torch.tensor([lengths[i] for i in row]) for row in rows]
+    dialogues = [torch.tensor(row).repeat_interleave(n) for row, n in zip(rows, length, strict=True)]
+    times = [torch.cat([torch.arange(lengths[i]) for i in row]) for row in rows]
+    dialogue, time = (
+        nn.utils.rnn.pad_sequence(x, batch_first=True).to(ids.device) for x in (dialogues, times)
+    )  # (R, L)
+    row, column = mask[dialogue, time].nonzero(as_tuple=True)  # (A,)
+    micro = MicroBatch(ids[dialogue, time], time, (row, column - 1), (dialogue[row, column], time[row, column]))
+    if kernel:  # there is one row
+        ends = F.pad(length[0].cumsum(0), (1, 0)).to(ids.device, torch.int32)
+        micro.attention = {"boundaries": ends, "longest": int(length[0].max())}
     return micro
 
 
@@ -98,12 +115,12 @@ def iterate_micro_batches(
 ) -> Iterator[MicroBatch]:
     """Micro-batches of the dialogues `indices`, equally many on every rank, because each forward and backward pass is a
     collective under FSDP. A rank with fewer repeats its last one, which then does not count."""
-    groups = group_by_length(indices, lengths, MAX_TOKENS_PER_MICRO_BATCH)
-    most = torch.tensor(len(groups), device=ids.device)
+    packed = pack(indices, lengths, MAX_TOKENS_PER_MICRO_BATCH, MAX_TOKENS_PER_MICRO_BATCH if kernel else ROW_TOKENS)
+    most = torch.tensor(len(packed), device=ids.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     for k in range(int(most)):
-        micro = make_micro_batch(ids, mask, lengths, groups[min(k, len(groups) - 1)], kernel)
-        micro.counts, micro.is_last = k < len(groups), k == int(most) - 1
+        micro = make_micro_batch(ids, mask, lengths, packed[min(k, len(packed) - 1)], kernel)
+        micro.counts, micro.is_last = k < len(packed), k == int(most) - 1
         yield micro
 
 

@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "SAVE_EVERY": 50,
         "rollout.MAX_ATTEMPT_TOKENS": 64,
         "ranks.GRADIENT_CHECKPOINTING": False,
-        "packing.MAX_TOKENS_PER_MICRO_BATCH": 1024,  # rows of about one length, which need little padding
+        "packing.MAX_TOKENS_PER_MICRO_BATCH": 4096,
         "logs.TRACK": "",
     },
     "single_turn": {"rollout.MAX_ATTEMPTS": 1},  # the paper's baseline

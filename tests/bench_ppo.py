@@ -236,7 +236,7 @@ def bench_head() -> None:
     ids = torch.randint(HEAD_TOKENS, (1, actions + 1), device=ranks.device())
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
-    micro = packing.make_micro_batch(ids, mask, [actions + 1], [0], kernel=False)
+    micro = packing.make_micro_batch(ids, mask, [actions + 1], [[0]], kernel=False)
 
     def work(tokens: int) -> None:
         actor = SimpleNamespace(lm=lm, tokens=tokens, learn_entropy=True)

@@ -277,7 +277,8 @@ def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, change):
 
 def test_gathered_weights_are_dropped_before_a_step_and_after_an_evaluation(toy, ranks, change):
     """A pass with those from before a step would be one with old weights."""
-    learner, sharded = make_learner(toy, change, lr=1e-3, MAX_TOKENS_PER_MICRO_BATCH=1, EPOCHS=2), []
+    options = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "ROW_TOKENS": 1, "EPOCHS": 2}
+    learner, sharded = make_learner(toy, change, lr=1e-3, **options), []
     for part in learner.parts:
         part.optimizer.register_step_pre_hook(lambda *_: sharded.append(all_sharded(learner)))
     dialogues = two_dialogues()
@@ -289,7 +290,7 @@ def test_gathered_weights_are_dropped_before_a_step_and_after_an_evaluation(toy,
 
 
 ON_RANKS = {"MINI_BATCH": 6, "GRAD_CLIP": 1e9, "LOSS_MEAN": "attempts", "moved": 0.05}
-IN_PARTS = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "LOGITS_CHUNK": 1}
+IN_PARTS = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "ROW_TOKENS": 1, "LOGITS_CHUNK": 1}
 
 
 def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path):
