@@ -3,7 +3,7 @@
     python tests/bench_ppo.py                            # a random model of 4 M parameters; some minutes on two cores
     python tests/bench_ppo.py TRL_PYTHON=python of a venv that has trl
     python tests/bench_ppo.py PART=update MAX_TOKENS_PER_MICRO_BATCH=2048
-    python tests/bench_ppo.py                            # with a GPU: the shape of Qwen2.5-Math-1.5B, bfloat16, MFU
+    python tests/bench_ppo.py                            # with a GPU: the shape of Qwen2.5-Math-1.5B, bfloat16
 
 The workload: dialogues of log-uniform length (a long tail), half of their tokens actions, in 1 to 5 attempts.
 Each part runs in a process of its own, so that peaks of memory are its own.
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
@@ -67,11 +66,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 # logits, too, from which TRL has the old log-probabilities, so there TRL is spared a pass. The reward model is tiny.
 TRL_PROGRAM = """
 import json, resource, sys, time
-import torch
+import torch, trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-import trl
 given = json.load(open(sys.argv[1]))
 torch.set_num_threads(given["threads"])
 tokenizer = AutoTokenizer.from_pretrained(given["model"])
@@ -92,13 +90,10 @@ def generate(model, queries, *_):
     start.append((time.perf_counter(), time.process_time()))
     return full, logits
 ppo_trainer.batch_generation = generate
-micro = given["micro_batch"]
 config = PPOConfig(
-    output_dir=given["folder"], per_device_train_batch_size=micro, gradient_accumulation_steps=len(rows) // micro,
-    num_mini_batches=given["mini_batches"], num_ppo_epochs=given["epochs"], total_episodes=2 * len(rows),
-    local_rollout_forward_batch_size=micro, response_length=full.shape[1] - 2, num_sample_generations=0,
-    learning_rate=5e-7, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
-    logging_strategy="no", disable_tqdm=True,
+    total_episodes=2 * len(rows), response_length=full.shape[1] - 2, num_sample_generations=0, learning_rate=5e-7,
+    use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    logging_strategy="no", disable_tqdm=True, **given["config"],
 )
 trainer = PPOTrainer(
     args=config, processing_class=tokenizer, model=actor, ref_model=reference, reward_model=judge, value_model=critic,
@@ -180,7 +175,7 @@ def bench_update() -> None:
         print(f"model of {parameters:,} parameters, {ppo.COMPUTE_DTYPE}, {torch.get_num_threads()} threads")
         print(f"{len(lengths)} dialogues of {min(lengths)} to {max(lengths)} tokens, {tokens:,} in all, {actions:,} of "
               f"them actions; mini-batches of {ppo.MINI_BATCH}, {ppo.EPOCHS} epoch(s)")  # fmt: skip
-        print(f"MAX_TOKENS_PER_MICRO_BATCH={packing.MAX_TOKENS_PER_MICRO_BATCH}", flush=True)
+        print(logs.memory_plan(ppo.MODEL, ppo.COMPUTE_DTYPE, critic=True, reference=True), flush=True)
         our_update(learner, dialogues)  # the first is slower
         peak = ranks.peak_memory()
         bare = AutoModelForCausalLM.from_pretrained(ppo.MODEL, dtype=getattr(torch, ppo.COMPUTE_DTYPE)).train()
@@ -203,32 +198,28 @@ def bench_update() -> None:
         print(f"ours / bare: {bare_took / took:.2f}, by CPU time {bare_worked / worked:.2f} (goal {GOAL})", flush=True)
         if torch.cuda.is_available():
             flops = logs.update_flops(learner.actor.lm, dialogues, True, True, ppo.EPOCHS)
-            mean = tokens / len(lengths)
-            print(f"measured: MFU {flops / took / (logs.PEAK_TFLOPS * 1e12):.1%} of {logs.PEAK_TFLOPS} TFLOPS")
-            print(f"projected: updates of 1,280 steps of 1,024 dialogues of {mean:.0f} tokens, without generation: "
-                  f"{1280 * 1024 / len(lengths) * took / 3600:.1f} h on this GPU")  # fmt: skip
+            print(f"MFU {flops / took / (logs.PEAK_TFLOPS * 1e12):.1%} of {logs.PEAK_TFLOPS} TFLOPS")
         if TRL_PYTHON:
             bench_trl(dialogues, folder, took, worked, peak)
 
 
 def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float, peak: float) -> None:
     tokens, longest = sum(len(d.ids) for d in dialogues), max(len(d.ids) for d in dialogues)
-    fits = max(1, BARE_TOKENS // longest)
-    given = {
-        "folder": folder, "model": ppo.MODEL, "dialogues": [d.ids for d in dialogues],
-        "micro_batch": 2 ** int(math.log2(fits)), "mini_batches": ppo.DIALOGUES // ppo.MINI_BATCH,
-        "epochs": ppo.EPOCHS, "threads": torch.get_num_threads(),
+    micro = 2 ** int(math.log2(max(1, BARE_TOKENS // longest)))
+    config = {
+        "output_dir": folder, "num_mini_batches": ppo.DIALOGUES // ppo.MINI_BATCH, "num_ppo_epochs": ppo.EPOCHS,
+        "per_device_train_batch_size": micro, "gradient_accumulation_steps": len(dialogues) // micro,
+        "local_rollout_forward_batch_size": micro,
     }  # fmt: skip
+    given = {"model": ppo.MODEL, "dialogues": [d.ids for d in dialogues], "threads": torch.get_num_threads()}
     arguments = Path(folder) / "trl.json"
-    arguments.write_text(json.dumps(given), encoding="utf-8")
+    arguments.write_text(json.dumps(given | {"config": config}), encoding="utf-8")
     command = [TRL_PYTHON, "-c", TRL_PROGRAM, str(arguments)]
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # not of our group
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=alone, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     trl_took, trl_worked = found["seconds"], found["worked"]
-    print(f"TRL {found['version']}, {given['micro_batch']} x {found['width']} padded    "
+    print(f"TRL {found['version']}, {micro} x {found['width']} padded    "
           f"{rate_line(tokens, trl_took, trl_worked)}, peak {found['gib']:.2f} GiB; generation is not counted, "
           "and a pass for old log-probabilities not needed")  # fmt: skip
     print(f"ours / TRL: {trl_took / took:.1f}, by CPU time {trl_worked / worked:.1f} (goal 3); "
@@ -236,38 +227,29 @@ def bench_trl(dialogues: list[Dialogue], folder: str, took: float, worked: float
 
 
 # The log-probabilities alone ------------------------------------------------------------------------------------------
-def make_head_work(actions: int, dtype: torch.dtype) -> Callable[[int], None]:
-    """-> Actor.forward and its backward pass from given hidden states, for a tokenizer of so many tokens."""
-    head = nn.Parameter(torch.randn(HEAD_VOCABULARY, HEAD_WIDTH, dtype=dtype, device=ranks.device()) / 40)
-    hidden = torch.randn(1, actions, HEAD_WIDTH, dtype=dtype, device=ranks.device()).requires_grad_()
-    head.grad, hidden.grad = torch.zeros_like(head), torch.zeros_like(hidden)  # counted as there
-    body = lambda **_: SimpleNamespace(last_hidden_state=hidden)  # noqa: E731
-    lm = SimpleNamespace(model=body, lm_head=SimpleNamespace(weight=head))
+def bench_head() -> None:
+    """Actor.forward on a thin layer: its time is the head's, of which all rows are tokens or some are padding."""
+    shape = {"hidden_size": HEAD_WIDTH, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 12}
+    config = Qwen2Config(HEAD_VOCABULARY, **shape, num_key_value_heads=2, tie_word_embeddings=True)
+    lm = Qwen2ForCausalLM(config).to(ranks.device(), getattr(torch, ppo.COMPUTE_DTYPE))
+    actions = packing.LOGITS_CHUNK
     ids = torch.randint(HEAD_TOKENS, (1, actions + 1), device=ranks.device())
-    state = (torch.zeros(actions, dtype=torch.int64, device=ids.device), torch.arange(actions, device=ids.device))
-    micro = SimpleNamespace(ids=ids, positions=None, state=state, attention={})
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    micro = packing.make_micro_batch(ids, mask, [actions + 1], [[0]], kernel=False)
 
     def work(tokens: int) -> None:
-        logprobs, entropy = models.Actor.forward(SimpleNamespace(lm=lm, tokens=tokens, learn_entropy=True), micro)
+        actor = SimpleNamespace(lm=lm, tokens=tokens, learn_entropy=True)
+        logprobs, entropy = models.Actor.forward(actor, micro)
         (logprobs.sum() - 0.01 * entropy.sum()).backward()
 
-    return work
-
-
-def time_heads(actions: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds, of the CPU where there is no GPU, for all rows of the head and for a tokenizer that has fewer."""
-    work, took = make_head_work(actions, dtype), {HEAD_VOCABULARY: [], HEAD_TOKENS: []}
     work(HEAD_TOKENS)  # the first is slower
+    took: dict[int, list[float]] = {HEAD_VOCABULARY: [], HEAD_TOKENS: []}
     for _ in range(REPEATS):  # in turn: whatever slows the machine down slows both
         for tokens, seconds in took.items():
             wall, worked = seconds_of(lambda tokens=tokens: work(tokens))
             seconds.append(wall if torch.cuda.is_available() else worked)
-    return tuple(statistics.median(seconds) for seconds in took.values())
-
-
-def bench_head() -> None:
-    actions = packing.LOGITS_CHUNK
-    whole, cut = time_heads(actions, getattr(torch, ppo.COMPUTE_DTYPE))
+    whole, cut = map(statistics.median, took.values())
     print(f"{actions} actions, a head of {HEAD_VOCABULARY:,} x {HEAD_WIDTH}, {ppo.COMPUTE_DTYPE}: {whole:.4f} s for as "
           f"many tokens, {cut:.4f} s for {HEAD_TOKENS:,}: {whole / cut:.3f} times as fast (goal .95)")  # fmt: skip
 

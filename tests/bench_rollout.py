@@ -2,23 +2,17 @@
 
     python tests/bench_rollout.py                  # a random model of 4 M parameters, 512 dialogues; some minutes
     python tests/bench_rollout.py MODEL=folder DIALOGUES=2048 DTYPE=bfloat16
-    python tests/bench_rollout.py DIALOGUES=0 LAYERS=16          # the weight transfer alone
 
 The workload: N drawn from 1..5, attempts of 16 to 512 tokens (log-uniform: a long tail), a quarter of them right.
 Lengths and verdicts are drawn in advance, so that every scheme does the same work; what is said is random.
 """
 
-import math
 import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grader
@@ -26,16 +20,14 @@ import rollout
 from plumbing.chat import Chat
 from plumbing.constants import set_constants
 from rollout import Dialogue, random_number
-from tests.workload import DrawnLengths, draw_length, finish, save_random_model, seconds_of
+from tests.workload import DrawnLengths, draw_length, save_random_model, seconds_of
 
 MODEL: str = ""  # folder or hub name; "" = a random one
 DTYPE: str = "float32"
-DIALOGUES: int = 512  # 0: the weight transfer alone
+DIALOGUES: int = 512
 SHORTEST: int = 16  # tokens of an attempt
 LONGEST: int = 512
 RIGHT: float = 0.25  # share of right attempts
-SLOW: float = 0.01  # share of verdicts that come late, as those on programs will
-LATE: float = 0.3  # seconds, after which they come
 HIDDEN: int = 256  # width of the random model
 LAYERS: int = 4  # its depth
 CHUNK: int = 64  # tokens of one call of the reference's scheme
@@ -63,8 +55,8 @@ def new_dialogues(chat: Chat) -> list[Dialogue]:
 
 
 # The schemes: -> seconds, generated tokens ----------------------------------------------------------------------------
-def play_loop(engine: DrawnLengths, chat: Chat, slow: float = 0.0) -> tuple[float, int]:
-    """rollout.play; grader.submit grades the text as ever, then gives the verdict that was drawn, perhaps late."""
+def play_loop(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
+    """rollout.play; grader.submit grades the text as ever, then gives the verdict that was drawn."""
     submit, dialogues, attempts, graded = grader.submit, new_dialogues(chat), Counter(), Counter()
 
     def next_length(key: int, ids: list[int]) -> int:
@@ -73,14 +65,9 @@ def play_loop(engine: DrawnLengths, chat: Chat, slow: float = 0.0) -> tuple[floa
 
     def submit_drawn(response: str, gold: str, tolerance: float | None, question: str) -> Future:
         submit(response, gold, tolerance, question).result()
-        dialogue, attempt = int(gold), graded[gold]
         graded[gold] += 1
-        verdict = finish(is_right(dialogue, attempt))
-        if random_number("slow", dialogue, attempt) / 2**31 >= slow:
-            return verdict
-        late: Future = Future()
-        threading.Timer(LATE, late.set_result, [verdict.result()]).start()
-        return late
+        right = is_right(int(gold), graded[gold] - 1)
+        return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
 
     engine.length_of, grader.submit = next_length, submit_drawn
     engine.asked.clear()
@@ -147,28 +134,14 @@ def generate_all(engine: DrawnLengths, chat: Chat) -> tuple[float, int]:
     return seconds, tokens[0]
 
 
-def time_transfer(engine: DrawnLengths, model: str) -> str:
-    """A weight transfer beside copying the same bytes; the best of twenty each."""
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, DTYPE)).to("cuda" if engine.cuda else "cpu")
-    weights = {name: w.detach() for name, w in lm.named_parameters()}
-    copies = {name: torch.empty_like(w) for name, w in weights.items()}
-    took = copied = math.inf
-    for _ in range(20):
-        took = min(took, seconds_of(lambda: engine.load_weights(weights.items()))[0])
-        copied = min(copied, seconds_of(lambda: [copies[name].copy_(w) for name, w in weights.items()])[0])
-    size = sum(w.nbytes for w in weights.values()) / 1e6
-    times = f"{1e3 * took:.2f} ms for {size:.0f} MB, copying them {1e3 * copied:.2f} ms"
-    return f"weight transfer: {times}: {took / copied:.2f} x"
-
-
 def compare_schemes(engine: DrawnLengths, chat: Chat) -> None:
     play_loop(engine, chat)  # the first call in a process is slower
     lengths = [length for _, length in engine.asked]
     print(f"{DIALOGUES} dialogues, {len(lengths)} attempts, {sum(lengths):,} tokens to generate")
     seconds: dict[str, float] = {}
 
-    def measure(name: str, scheme: Callable[..., tuple[float, int]], *arguments: float) -> None:
-        took, tokens = zip(*(scheme(engine, chat, *arguments) for _ in range(REPEATS)), strict=True)
+    def measure(name: str, scheme: Callable[[DrawnLengths, Chat], tuple[float, int]]) -> None:
+        took, tokens = zip(*(scheme(engine, chat) for _ in range(REPEATS)), strict=True)
         seconds[name] = min(took)
         rate = f"{DIALOGUES / min(took):7.1f} dialogues/s {tokens[0] / min(took):9,.0f} tokens/s"
         print(f"{name:43} {min(took):6.1f} s {rate}", flush=True)
@@ -176,7 +149,6 @@ def compare_schemes(engine: DrawnLengths, chat: Chat) -> None:
     measure("reference's scheme", play_reference)
     measure("the loop", play_loop)
     measure("llm.generate, same prompts with histories", generate_all)
-    measure(f"the loop, {SLOW:.0%} of verdicts late", play_loop, SLOW)
     for name, taken in seconds.items():
         print(f"the loop is {taken / seconds['the loop']:5.2f} x as fast as: {name}")
 
@@ -188,9 +160,7 @@ def main() -> None:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         model = MODEL or save_random_model(Path(folder), **shape, **heads)
         engine = DrawnLengths(model, DTYPE, length_of=lambda key, ids: LONGEST)
-        if DIALOGUES:
-            compare_schemes(engine, rollout.make_chat(engine.tokenizer))
-        print(time_transfer(engine, model))
+        compare_schemes(engine, rollout.make_chat(engine.tokenizer))
         engine.shutdown()
 
 

@@ -39,6 +39,26 @@ def change(monkeypatch):
     return change
 
 
+@pytest.fixture
+def restored_constants(monkeypatch) -> None:
+    """All constants of our modules are what they were when the test ends."""
+    ours = ("ppo", "rollout", "evaluate", "grader", "plumbing", "data", "tests")
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] in ours]:
+        for name in filter(str.isupper, module.__annotations__):
+            monkeypatch.setattr(module, name, getattr(module, name))
+
+
+@pytest.fixture
+def call(restored_constants, monkeypatch):
+    """call(script, "NAME=value", ...): a script's main(), in this process."""
+
+    def call(script, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+        script.main()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> Path:
     """A folder of all workers, for what is made once."""

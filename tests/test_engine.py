@@ -1,6 +1,8 @@
 """plumbing/engine.py on the real engine: it samples what transformers computes, before and after weights are replaced,
-and nothing but the program decides how. plumbing/chat.py with the chat templates of other models."""
+and nothing but the program decides how; rollout.py's command. plumbing/chat.py with other models' chat templates."""
 
+import runpy
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import ANY, Mock, call
@@ -12,7 +14,7 @@ from plumbing import engine as engine_module
 from plumbing.chat import Chat
 from plumbing.engine import Engine
 from rollout import Dialogue
-from tests.conftest import run_python
+from tests.conftest import ROOT, run_python
 
 import pytest
 import torch
@@ -147,6 +149,20 @@ def test_dialogues_depend_on_their_seeds_alone(engine, toy, problems):
     alone = play(engine, problems[::-1], 3, reversed(range(12)))
     assert [d.ids for d in among[-12:]] == [d.ids for d in alone[::-1]]
     assert [d.ids for d in among[-12:]] != [d.ids for d in play(engine, problems, 3, range(1, 13))]
+
+
+def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
+    """`python rollout.py`, on the engine that is there."""
+    arguments = [f"MODEL={toy / 'warm_start'}", f"PROBLEMS={toy / 'test.jsonl'}", "DIALOGUES=3", "MAX_ATTEMPTS=2"]
+    monkeypatch.setattr(sys, "argv", ["rollout.py", *arguments, "MIN_ATTEMPTS=2", "MAX_ATTEMPT_TOKENS=16"])
+    monkeypatch.setattr("plumbing.engine.Engine", lambda *_, **options: engine)
+    monkeypatch.setattr(engine, "shutdown", lambda: None)
+    runpy.run_path(str(ROOT / "rollout.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "rollout.MAX_ATTEMPTS = 2 (command line; the file says 5)" in said
+    for problem in load_problems(toy / "test.jsonl")[:3]:
+        assert problem["question"] in said and f"gold {problem['answer']}, reward" in said
+    assert said.count("[attempt 1: ") == 3 and 0 < said.count("[attempt 2: ") == said.count("1 attempts left")
 
 
 # An unusual model, in a process of its own ----------------------------------------------------------------------------

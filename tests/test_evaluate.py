@@ -1,6 +1,5 @@
 """evaluate.py: metrics of hand-made dialogues against numbers from other computations, and runs of the real engine."""
 
-import ast
 import csv
 import itertools
 import json
@@ -9,19 +8,15 @@ import random
 import re
 import signal
 import statistics
-import sys
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import evaluate
 import rollout
-from data.problems import load_problems
 from experiments import median, warm
 from plumbing import report
-from plumbing.constants import list_constants
 from plumbing.files import read_jsonl, to_json, to_line
-from tests.conftest import ROOT, run_python
+from tests.conftest import run_python
 from tests.test_nodes import start_nodes
 
 import numpy as np
@@ -248,18 +243,23 @@ def test_results_of_other_weights_are_refused(tmp_path):
 
 
 def test_the_fingerprint_covers_every_file_that_grades():
-    """They are grader.py and what it imports of plumbing, also indirectly, but for constants and files."""
-    grading, left = set(), ["grader.py"]
-    while left:
-        file = left.pop()
-        grading.add(file)
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            names = [alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)]
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module, *(f"{node.module}.{name}" for name in names)]
-            files = {name.replace(".", "/") + ".py" for name in names if name.startswith("plumbing.")}
-            left += [f for f in files - grading if (ROOT / f).is_file()]
-    assert set(evaluate.GRADING_FILES) == grading - {"plumbing/constants.py", "plumbing/files.py"}
+    """They are grader.py and what it imports of plumbing, but for constants and files."""
+    program = "import sys, grader; print(*(name for name in sys.modules if name.startswith('plumbing.')))"
+    imported = {name.removeprefix("plumbing.") for name in run_python("-c", program).stdout.split()}
+    assert set(evaluate.GRADING) == imported - {"constants", "files"} and evaluate.GRADING_FILES[0] == "grader.py"
+
+
+@pytest.mark.parametrize(
+    ("feedback", "protocol", "granted"),
+    [("verified", "paper", (3, 2, 1)), ("verified", "prefix", (3,)), ("intrinsic", "paper", (3,))],
+)
+def test_what_is_played(change, feedback, protocol, granted):
+    change(rollout, FEEDBACK=feedback, MAX_ATTEMPTS=3)
+    change(evaluate, PROTOCOL=protocol, SAMPLES=2, RESAMPLES=3)
+    items = evaluate.list_items({("b", name): {} for name in "pqr"})
+    assert len(set(items)) == len(items) and items[0].K == 3 and items[-1].control  # the longest are played first
+    expected = {(K, False, sample) for K in granted for sample in range(2)} | {(1, True, sample) for sample in range(3)}
+    assert Counter(item[2:] for item in items) == dict.fromkeys(expected, 3)
 
 
 # Runs of evaluate.py --------------------------------------------------------------------------------------------------
@@ -326,6 +326,8 @@ def test_evaluation_end_to_end(tiny, evaluated):
         for r in records:  # a random model is never right
             assert len(r["attempts"]) == (0 if r["id"] == "real/2" else r["K"])
             assert all(0 < a["tokens"] <= 32 for a in r["attempts"])
+        samples = [r["attempts"][0]["text"] for r in records if r["control"] and r["id"] == names[0]]
+        assert len(set(samples)) == SAMPLES
     one, two = ([a["text"] for r in records for a in r["attempts"]] for records in models.values())
     assert one != two
     assert sum("kept" in r for r in models["one"]) == 12  # these were not played again
@@ -343,24 +345,10 @@ def test_two_nodes_that_nobody_kills_give_the_same(tiny, evaluated, tmp_path):
         assert (tmp_path / "out" / name).read_text() == (tiny / "out" / name).read_text().replace(MARK, "")
 
 
-@pytest.fixture
-def call(monkeypatch):
-    """Calls evaluate.py's main() in this process, where it must not come to play; constants are restored afterwards."""
-    modules = {"evaluate": evaluate, "rollout": rollout, "report": report, "engine": evaluate.plumbing.engine}
-    for module, name, _ in list_constants(modules):
-        monkeypatch.setattr(modules[module], name, getattr(modules[module], name))
-    monkeypatch.setattr(evaluate, "evaluate_model", Mock(side_effect=AssertionError("it plays")))
-
-    def call(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        evaluate.main()
-
-    return call
-
-
-def test_second_call_plays_nothing(tiny, evaluated, call, capsys):
+def test_second_call_plays_nothing(tiny, evaluated, call, change, capsys):
+    change(evaluate, evaluate_model=None)
     before = {p: p.read_bytes() for p in (tiny / "out").iterdir()}
-    call(*list_arguments(tiny, tiny / "out"), "MAX_SEQUENCES=200")  # decides on speed only
+    call(evaluate, *list_arguments(tiny, tiny / "out"), "MAX_SEQUENCES=200")  # decides on speed only
     printed = capsys.readouterr().out
     assert printed.split("benchmark  ")[1] == evaluated.split("benchmark  ")[1]
     assert "engine.MAX_SEQUENCES = 200 (command line; the file says 512)" in printed
@@ -378,24 +366,7 @@ def test_second_call_plays_nothing(tiny, evaluated, call, capsys):
         (["MAX_ATTEMPTS=3", "PROMPT=single_turn"], "MAX_ATTEMPTS: 2 there, 3 now\n  PROMPT: multi_attempt there, "),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_played(tiny, evaluated, call, arguments, message):
+def test_bad_input_is_refused_before_anything_is_played(tiny, evaluated, call, change, arguments, message):
+    change(evaluate, evaluate_model=None)
     with pytest.raises(SystemExit, match=message):
-        call(*list_arguments(tiny, tiny / "out"), *arguments)
-
-
-@pytest.mark.parametrize("feedback", ["verified", "intrinsic"])
-def test_any_part_of_the_plan_gives_the_same_dialogues(toy, engine, change, feedback):
-    """What a dialogue becomes does not depend on what else is played: sampled ones, the prefix protocol, controls."""
-    change(rollout, FEEDBACK=feedback, MAX_ATTEMPTS=3)
-    change(evaluate, PROTOCOL="prefix", SAMPLES=2, RESAMPLES=3)
-    problems = {("test", p["id"]): p for p in load_problems(toy / "test.jsonl")[:12]}
-    items, records, part = evaluate.list_items(problems), [], []
-    assert [(i.K, i.control) for i in items] == [(3, False)] * 24 + [(1, True)] * 36 and len(set(items)) == 60
-    evaluate.play_items(engine, items, problems, records.append, "")
-    whole = {evaluate.item_of(r): r for r in records}
-    evaluate.play_items(engine, items[1::3], problems, part.append, "")
-    assert whole.keys() == set(items) and {evaluate.item_of(r) for r in part} == set(items[1::3])
-    assert all(r == whole[evaluate.item_of(r)] for r in part)
-    first, second = ({r["id"]: r["attempts"] for r in records if r["K"] == 3 and r["sample"] == i} for i in (0, 1))
-    assert first != second
-    assert feedback == "verified" or all(len(r["attempts"]) == r["K"] for r in records)
+        call(evaluate, *list_arguments(tiny, tiny / "out"), *arguments)

@@ -1,9 +1,11 @@
-"""plumbing/packing.py: rows hold what fits, ranks share evenly, and a dialogue sees nothing of its neighbours."""
+"""plumbing/packing.py: rows hold what fits, ranks share evenly, and a dialogue sees nothing of its neighbours.
+plumbing/ranks.py: what models are loaded, and how."""
 
 import itertools
 
 import ppo
 from plumbing import packing
+from plumbing.ranks import load_model
 from tests.test_ppo import SMALL, TOKENS, two_dialogues
 
 import pytest
@@ -65,3 +67,14 @@ def test_the_path_of_gpus_keeps_dialogues_apart(toy, ranks, change, tmp_path, kv
     got, _ = actor(micro)
     assert micro.positions[0].tolist() == [t for length in lengths for t in range(length)]  # from 0 in each
     assert micro.ids.shape == (1, sum(lengths)) and torch.allclose(got, expected, atol=1e-5)
+
+
+def test_there_is_no_dropout_and_no_attention_that_is_not_computed_here(toy, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(toy / "warm_start", attention_dropout=0.5)
+    lm.save_pretrained(tmp_path)
+    loaded, ids = load_model(str(tmp_path), "sdpa"), torch.tensor([[5, 9, 7, 11]])
+    assert loaded.training and torch.equal(loaded(ids).logits, loaded(ids).logits)
+    lm.config.update({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0})
+    lm.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="sliding_window is not computed here"):
+        load_model(str(tmp_path), "sdpa")

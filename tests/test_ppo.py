@@ -1,9 +1,8 @@
-"""ppo.py: GAE, losses and the gradients of a step against formulas written out here; groups, and that it learns."""
+"""ppo.py: GAE, losses and the gradients of a step against formulas written out here; groups, schedule, constants."""
 
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import ppo
 import rollout
@@ -122,40 +121,27 @@ def test_gae_is_its_definition_wherever_the_environment_speaks(actions, gaps, ga
 
 # Losses ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "value", "gradient"),
-    [
-        (1.1, 2.0, -2.2, -2.2),
-        (1.5, 2.0, -2.4, 0.0),  # the ratio has left 1 +- clip on the side of the gain
-        (0.5, 2.0, -1.0, -1.0),  # worse than before: not clipped
-        (0.5, -2.0, 1.6, 0.0),
-        (1.5, -2.0, 3.0, 3.0),
+    ("loss", "new", "old", "target", "expected", "gradient"),
+    [  # old is 0 to the policy, so new is the logarithm of the ratio; target: its advantage, the critic's return
+        (ppo.policy_loss, math.log(1.1), 0.0, 2.0, -2.2, -2.2),
+        (ppo.policy_loss, math.log(1.5), 0.0, 2.0, -2.4, 0.0),  # it has left 1 +- clip on the side of the gain
+        (ppo.policy_loss, math.log(0.5), 0.0, 2.0, -1.0, -1.0),  # worse than before: not clipped
+        (ppo.policy_loss, math.log(0.5), 0.0, -2.0, 1.6, 0.0),
+        (ppo.policy_loss, math.log(1.5), 0.0, -2.0, 3.0, 3.0),
+        (ppo.value_loss, 0.5, 0.5, 1.0, 0.5 * 0.5**2, -0.5),
+        (ppo.value_loss, 0.9, 0.5, 1.0, 0.5 * 0.3**2, 0.0),  # too far towards the return: the clipped error counts
+        (ppo.value_loss, 0.0, 0.5, 1.0, 0.5 * 1.0**2, -1.0),  # moved away: its own error counts
     ],
 )
-def test_policy_loss_and_its_gradient_by_cases(ratio, advantage, value, gradient):
-    """The second token is the environment's."""
-    logprobs = torch.tensor([math.log(ratio), 5.0], requires_grad=True)
-    loss, stats = ppo.policy_loss(logprobs, torch.zeros(2), torch.tensor([advantage, 9.0]), torch.tensor([1, 0]), 0.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(value, abs=1e-5)
-    assert logprobs.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-5)
-    assert stats["clipped"].item() == (gradient == 0.0)
-
-
-@pytest.mark.parametrize(
-    ("value", "target", "loss", "gradient"),
-    [
-        (0.5, 1.0, 0.5 * 0.5**2, -0.5),
-        (0.9, 1.0, 0.5 * 0.3**2, 0.0),  # from 0.5 too far towards the return: the clipped error counts
-        (0.0, 1.0, 0.5 * 1.0**2, -1.0),  # moved away: its own error counts
-    ],
-)
-def test_value_loss_and_its_gradient_by_cases(value, target, loss, gradient):
-    values = torch.tensor([value, math.nan], requires_grad=True)
-    old, target = torch.tensor([0.5, math.nan]), torch.tensor([target, math.nan])
-    got, _ = ppo.value_loss(values, old, target, torch.tensor([1, 0]), clip=0.2)
+def test_losses_and_their_gradients_by_cases(loss, new, old, target, expected, gradient):
+    """The second token is the environment's: it is not read."""
+    new = torch.tensor([new, math.nan], requires_grad=True)
+    old, target = torch.tensor([old, math.nan]), torch.tensor([target, math.nan])
+    got, stats = loss(new, old, target, torch.tensor([1, 0]), clip=0.2)
     got.backward()
-    assert got.item() == pytest.approx(loss, abs=1e-6)
-    assert values.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-6)
+    assert got.item() == pytest.approx(expected, abs=1e-5)
+    assert new.grad.tolist() == pytest.approx([gradient, 0.0], abs=1e-5)
+    assert stats["clipped" if loss is ppo.policy_loss else "value_clipped"].item() == (gradient == 0.0)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -164,15 +150,13 @@ def test_what_each_estimate_of_the_kl_does_to_the_gradient(estimator):
     torch.manual_seed(0)
     logits, q = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4).double().log_softmax(-1)
     p = logits.log_softmax(-1)
-    taken_with = p.detach().exp()
-    estimate = ppo.kl_estimate(p, q, estimator)
+    estimate, taken_with = ppo.kl_estimate(p, q, estimator), p.detach().exp()
     forward, backward = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()  # KL(policy || ref), KL(ref || policy)
-    if estimator != "k2":  # k2 is biased as an estimate; its gradient is not
-        assert (taken_with * estimate).sum().item() == pytest.approx(forward.item(), abs=1e-12)
     loss = (taken_with * estimate).sum()
+    if estimator != "k2":  # which is biased as an estimate; its gradient is not
+        assert loss.item() == pytest.approx(forward.item(), abs=1e-12)
     if estimator == "k1":  # in the reward: the policy gradient of its expectation; as a loss it would do nothing
-        (idle,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        assert idle.abs().max() < 1e-12
+        assert torch.autograd.grad(loss, logits, retain_graph=True)[0].abs().max() < 1e-12
         loss, _ = ppo.policy_loss(p, p.detach(), -estimate.detach(), torch.ones(4), 0.2, taken_with)
     (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (exact,) = torch.autograd.grad(backward if estimator == "k3" else forward, logits)
@@ -293,8 +277,8 @@ def test_logits_exist_for_a_chunk_at_a_time(toy, ranks, change):
 
 def test_gathered_weights_are_dropped_before_a_step_and_after_an_evaluation(toy, ranks, change):
     """A pass with those from before a step would be one with old weights."""
-    learner = make_learner(toy, change, lr=1e-3, MAX_TOKENS_PER_MICRO_BATCH=1, ROW_TOKENS=1)
-    sharded = []
+    options = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "ROW_TOKENS": 1, "EPOCHS": 2}
+    learner, sharded = make_learner(toy, change, lr=1e-3, **options), []
     for part in learner.parts:
         part.optimizer.register_step_pre_hook(lambda *_: sharded.append(all_sharded(learner)))
     dialogues = two_dialogues()
@@ -302,31 +286,31 @@ def test_gathered_weights_are_dropped_before_a_step_and_after_an_evaluation(toy,
     ppo.prepare(batch, dialogues, learner)
     assert all_sharded(learner)
     ppo.update(batch, learner, True)
-    assert sharded == [True, True]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path, dtype):
-    """In any order, of which two share the weights while the other two have a replica (HSDP), and all is offloaded.
-    Activations are recomputed and logits exist for one action. A dialogue is a micro-batch, of which some ranks have
-    more than others, who repeat their last one without effect. In float32 one process has larger parts; in bfloat16,
-    where these round otherwise, the same: gradients are added up in float32."""
-    change(ranks_module, GRADIENT_CHECKPOINTING=False)
-    parts = {"MAX_TOKENS_PER_MICRO_BATCH": 64} if dtype == "float32" else IN_PARTS
-    expected = find_gradients(make_learner(toy, change, dtype=dtype, **ON_RANKS, **parts), two_dialogues() * 3)
-    run_python(*TORCHRUN, 4, "-m", "tests.test_ppo", toy, dtype, tmp_path / "found")
-    for got, right in zip(torch.load(tmp_path / "found"), expected, strict=True):
-        assert got.keys() == right.keys()
-        for name, value in right.items():
-            got_value, value = torch.as_tensor(got[name]), torch.as_tensor(value)
-            assert got_value.allclose(value, rtol=0, atol=1e-4 * value.abs().max().item() + 1e-6), name
+    assert sharded == [True] * 4  # two models, two epochs
 
 
 ON_RANKS = {"MINI_BATCH": 6, "GRAD_CLIP": 1e9, "LOSS_MEAN": "attempts", "moved": 0.05}
 IN_PARTS = {"MAX_TOKENS_PER_MICRO_BATCH": 1, "ROW_TOKENS": 1, "LOGITS_CHUNK": 1}
 
 
-def run_rank(toy: str, dtype: str, found: str) -> None:
+def test_gradients_are_the_same_on_four_ranks(toy, ranks, change, tmp_path):
+    """In any order, of which two share the weights while the other two have a replica (HSDP), and all is offloaded.
+    Activations are recomputed and logits exist for one action. A dialogue is a micro-batch, of which some ranks have
+    more than others, who repeat their last one without effect. In float32 one process has larger parts; in bfloat16,
+    where these round otherwise, the same: gradients are added up in float32."""
+    change(ranks_module, GRADIENT_CHECKPOINTING=False)
+    run_python(*TORCHRUN, 4, "-m", "tests.test_ppo", toy, tmp_path / "found")
+    found = torch.load(tmp_path / "found")
+    for dtype, parts in (("float32", {"MAX_TOKENS_PER_MICRO_BATCH": 64}), ("bfloat16", IN_PARTS)):
+        expected = find_gradients(make_learner(toy, change, dtype=dtype, **ON_RANKS, **parts), two_dialogues() * 3)
+        for got, right in zip(found[dtype], expected, strict=True):
+            assert got.keys() == right.keys()
+            for name, value in right.items():
+                got_value, value = torch.as_tensor(got[name]), torch.as_tensor(value)
+                assert got_value.allclose(value, rtol=0, atol=1e-4 * value.abs().max().item() + 1e-6), (dtype, name)
+
+
+def run_rank(toy: str, found: str) -> None:
     """What each of the four does. The first saves the gradients."""
 
     def change(module, **values) -> None:
@@ -334,8 +318,10 @@ def run_rank(toy: str, dtype: str, found: str) -> None:
 
     change(ranks_module, OFFLOAD=True, SHARD_RANKS=2)
     ranks_module.start_ranks()
-    learner = make_learner(Path(toy), change, dtype=dtype, **ON_RANKS, **IN_PARTS)
-    result = find_gradients(learner, [*two_dialogues()[::-1], *two_dialogues() * 2])
+    result = {}
+    for dtype in ("float32", "bfloat16"):
+        learner = make_learner(Path(toy), change, dtype=dtype, **ON_RANKS, **IN_PARTS)
+        result[dtype] = find_gradients(learner, [*two_dialogues()[::-1], *two_dialogues() * 2])
     if torch.distributed.get_rank() == 0:
         torch.save(result, found)
     torch.distributed.destroy_process_group()
@@ -389,21 +375,7 @@ def test_attempts_of_another_policy_are_no_baseline(change, estimator, samples):
     assert [d.attempts[0].advantage for d in dialogues] == [(10 - 1.5) / 2, 0.0, -(10 - 1.5) / 2]
 
 
-# Learning -------------------------------------------------------------------------------------------------------------
-def test_ppo_solves_a_bandit(toy, ranks, change):
-    """Five answers of one token, one of which pays: the policy, asked for nothing else, comes to give it."""
-    constants = {"MINI_BATCH": 32, "EPOCHS": 2, "GRAD_CLIP": 1.0, "KL_COEF": (0.0,), "ENTROPY_COEF": 0.0}
-    learner = make_learner(toy, change, tokens=5, lr=3e-3, **constants)  # ids 0 to 4 are the vocabulary
-    answers = [dialogue([([7, 8], False), ([a], True)], ["correct" if a == 3 else "wrong"]) for a in range(5)]
-    chances = []
-    for _ in range(25):
-        batch, p = ppo.make_batch(answers), torch.zeros(5)
-        p[batch.ids[:, 2]] = ppo.evaluate_actions(learner.actor, batch)[:, 2].exp()
-        chances.append(p[3].item())
-        train_on([answers[a] for a in torch.multinomial(p, 32, replacement=True)], learner)
-    assert chances[0] < 0.6 and chances[-1] > 0.95
-
-
+# Steps ----------------------------------------------------------------------------------------------------------------
 def test_the_critic_warms_up_alone(toy, ranks, change):
     learner = make_learner(toy, change, lr=1e-3)
     actor, critic = copy_weights(learner.actor), copy_weights(learner.critic)
@@ -440,12 +412,8 @@ def test_a_sampler_that_disagrees_stops_the_run(toy, ranks, change):
 
 # Schedule, data order, constants --------------------------------------------------------------------------------------
 def test_learning_rates(change):
-    change(ppo, WARMUP=0.1, MIN_LR=0.1, ACTOR_LR=2.0, CRITIC_LR=4.0)
+    change(ppo, WARMUP=0.1, MIN_LR=0.1)
     assert [round(ppo.learning_rate(p), 6) for p in (0.05, 0.1, 0.55, 1.0)] == [0.5, 1.0, 0.55, 0.1]
-    groups = {name: [{}] for name in ("actor", "critic")}
-    parts = [SimpleNamespace(name=name, optimizer=SimpleNamespace(param_groups=g)) for name, g in groups.items()]
-    assert ppo.set_learning_rates(SimpleNamespace(parts=parts), 0.05) == {"actor_lr": 1.0, "critic_lr": 2.0}
-    assert groups == {"actor": [{"lr": 1.0}], "critic": [{"lr": 2.0}]}
 
 
 @pytest.mark.parametrize(
@@ -489,17 +457,20 @@ def test_paper_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("constants", "message"),
+    ("module", "constants", "message"),
     [
-        ({"STEPS": 0}, "would end without a step"),
-        ({"MINI_BATCH": 7}, "DIALOGUES=1024 must be a multiple of MINI_BATCH=7"),
-        ({"ESTIMATOR": "rloo"}, "SAMPLES_PER_PROMPT above 1"),
-        ({"ESTIMATOR": "reinforce", "KL_ESTIMATOR": "k1"}, "need a critic"),
+        (ppo, {"STEPS": 0}, "would end without a step"),
+        (ppo, {"MINI_BATCH": 7}, "DIALOGUES=1024 must be a multiple of MINI_BATCH=7"),
+        (ppo, {"ESTIMATOR": "rloo"}, "SAMPLES_PER_PROMPT above 1"),
+        (ppo, {"ESTIMATOR": "reinforce", "KL_ESTIMATOR": "k1"}, "need a critic"),
+        (rollout, {"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=5"),
+        (rollout, {"OFFLINE_ATTEMPTS": "x"}, "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one"),
+        (rollout, {"OFFLINE_ATTEMPTS": "x", "MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
     ],
 )
-def test_constants_that_do_not_fit_each_other(ranks, change, constants, message):
+def test_constants_that_do_not_fit_each_other(ranks, change, module, constants, message):
     ppo.check_constants()
-    change(ppo, **constants)
+    change(module, **constants)
     with pytest.raises(SystemExit, match=message):
         ppo.check_constants()
 

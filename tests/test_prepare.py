@@ -2,14 +2,15 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import random
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import grader
 from data import prepare
-from data.prepare import SOURCES, TRAINING, drop_duplicates, find_duplicates
+from data.prepare import PROGRAMS, SOURCES, TRAINING, drop_duplicates, find_duplicates
 from data.problems import load_problems, question_key
 from plumbing import sandbox
 from plumbing.files import to_line
@@ -21,17 +22,16 @@ import pytest
 
 
 # A hub in a folder ----------------------------------------------------------------------------------------------------
-def put(hub: Path, name: str, parts: dict[tuple[str | None, str], list[dict]]) -> None:
-    """A dataset as the hub stores it: Parquet files, and a README whose head names configurations and splits."""
-    head = "---\nconfigs:\n"
-    for config in dict.fromkeys(config for config, _ in parts):
-        head += f"- config_name: {config or 'default'}\n  data_files:\n"
-        for split in (split for c, split in parts if c == config):
-            file = f"{config or 'data'}/{split}-00000-of-00001.parquet"
-            (hub / name / file).parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(parts[config, split]), hub / name / file)
-            head += f"  - split: {split}\n    path: {config or 'data'}/{split}-*\n"
-    (hub / name / "README.md").write_text(head + "---\n# A copy\n")
+def put(hub: Path, source: prepare.Source, rows: list[dict]) -> None:
+    """A dataset as the hub stores it: Parquet files, which have rows in turn, and a README that names them."""
+    head, parts = "---\nconfigs:\n", len(source.configs) * len(source.splits)
+    for number, (config, split) in enumerate(itertools.product(source.configs, source.splits)):
+        file = hub / source.name / f"{config}-{split}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[number::parts]), file)
+        head += "" if number % len(source.splits) else f"- config_name: {config or 'default'}\n  data_files:\n"
+        head += f"  - split: {split}\n    path: {file.name}\n"
+    (hub / source.name / "README.md").write_text(head + "---\n# A copy\n")
 
 
 def boxed(answer: str) -> str:
@@ -47,8 +47,8 @@ def train_row(q: str, a: str) -> dict:
 
 
 def olympiad_row(q: str, a: str) -> dict:
-    row = {"id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "context": None, "modality": "Text-only"}
-    return row | {"unit": None, "error": None, "subfield": "Algebra", "subject": "Math", "language": "English"}
+    row = {"id": 1606, "question": q, "solution": ["s"], "final_answer": [a], "unit": None, "error": None}
+    return row | {"subfield": "Algebra", "subject": "Math"}
 
 
 # The columns of each source, for a question and the answer as that source writes it.
@@ -74,24 +74,18 @@ LAYOUTS = {
 }
 
 
+def make_rows(source: prepare.Source, pairs: Iterable[tuple[str, str]]) -> list[dict]:
+    """From questions and answers; those that have an id have different ones."""
+    rows = [LAYOUTS[source.name](question, answer) for question, answer in pairs]
+    return [row | {key: f"{row[key]}{i}" for key in ("id", "unique_id") if key in row} for i, row in enumerate(rows)]
+
+
 @pytest.fixture
-def hub(tmp_path, change) -> Path:
-    """An empty hub, and constants that say so; all are put back afterwards."""
-    change(prepare, HUB_MIRROR=str(tmp_path / "hub"), OUT=str(tmp_path / "out"), FORCE=False)
-    change(prepare, SETS=prepare.SETS, NEAR=prepare.NEAR)
+def hub(tmp_path, restored_constants) -> Path:
+    """An empty hub, and constants that say so."""
+    prepare.HUB_MIRROR, prepare.OUT = str(tmp_path / "hub"), str(tmp_path / "out")
     (tmp_path / "hub").mkdir()
     return tmp_path / "hub"
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Calls data/prepare.py with these arguments."""
-
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
-        prepare.main()
-
-    return run
 
 
 def expect_rows(change, rows: int, training: int = 14) -> None:
@@ -102,18 +96,15 @@ def expect_rows(change, rows: int, training: int = 14) -> None:
 
 @pytest.mark.parametrize(("name", "source"), [(n, s) for n, sources in SOURCES.items() for s in sources])
 def test_each_source_in_its_own_layout(hub, change, name, source):
-    parts = [(config, split) for config in source.configs for split in source.splits]
-    expect_rows(change, len(parts), len(parts))
-    row = LAYOUTS[source.name]("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")
-    rows = {part: [row] for part in parts}
-    if source.name.startswith("nlile"):  # the only one of several splits that names its rows
-        rows = {(None, split): [row | {"unique_id": split}] for split in ("train", "test")}
+    count = len(source.configs) * len(source.splits)
+    expect_rows(change, count, count)
+    rows = make_rows(source, [("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")] * count)
     if source.url:
-        rows[parts[0]].append(row | {"id": 1, "url": "x/2022_AMC_12A_Problems"})
-    put(hub, source.name, rows)
+        rows.append(rows[0] | {"id": "1", "url": "x/2022_AMC_12A_Problems"})
+    put(hub, source, rows)
     problems = prepare.load_set(name)
     found = [(p["question"], p["answer"], p["source"]) for p in problems]
-    assert found == [("What is $6 \\cdot 7$?", "42", source.name)] * len(parts)
+    assert found == [("What is $6 \\cdot 7$?", "42", source.name)] * count
     assert all(p["id"].startswith(f"{name}/") and p.get("level", 3) == 3 for p in problems)
 
 
@@ -137,11 +128,7 @@ def fill(hub: Path) -> None:
     """Every set's first source, two rows each; the training source has seven configurations of two splits."""
     for position, (name, golds) in enumerate(GOLDS.items()):
         source = SOURCES[name][0]
-        rows = [LAYOUTS[source.name](question(10 * position + i), gold) for i, gold in enumerate(golds)]
-        for i, row in enumerate(rows):
-            row |= {key: f"{row[key]}{i}" for key in ("id", "unique_id") if key in row}
-        put(hub, source.name, {(source.configs[0], source.splits[0]): rows})
-    source = SOURCES[TRAINING][0]
+        put(hub, source, make_rows(source, ((question(10 * position + i), gold) for i, gold in enumerate(golds))))
     rows = [train_row(question(100 + i), str(i)) for i in range(14)]
     math500 = question(20).upper().replace("HOW", "$\\textbf{how}$").replace(":", " , ")
     rows[1] |= {"problem": math500}  # its first, typed differently
@@ -150,14 +137,13 @@ def fill(hub: Path) -> None:
     rows[4] |= {"level": "Level 2"}
     rows[5] |= {"level": "Level ?"}
     rows[6] |= {"solution": "By symmetry it is 6."}
-    parts = [(config, split) for config in source.configs for split in source.splits]
-    put(hub, source.name, {part: [row] for part, row in zip(parts, rows, strict=True)})
+    put(hub, SOURCES[TRAINING][0], rows)
 
 
-def test_all_sets(hub, run, change, capsys):
+def test_all_sets_are_made_and_checked_when_they_are_there(hub, call, change, capsys):
     fill(hub)
     expect_rows(change, 2)
-    run()
+    call(prepare)
     said, out = capsys.readouterr().out, Path(prepare.OUT)
     for name, golds in GOLDS.items():
         problems = load_problems(out / f"{name}.jsonl")
@@ -170,76 +156,54 @@ def test_all_sets(hub, run, change, capsys):
     for reason in ("the same as in math500", "nearly as in olympiadbench", "the same as in math_train"):
         assert f"dropped 1, {reason}" in said
 
-
-def test_files_that_are_there_are_checked(hub, run, change, capsys):
-    fill(hub)
-    expect_rows(change, 2)
-    run()
-    file = Path(prepare.OUT) / "amc23.jsonl"
-    text = file.read_text()
-    change(prepare, HUB_MIRROR=str(hub / "gone"))
-    capsys.readouterr()
-    run()  # needs no hub
+    call(prepare, f"HUB_MIRROR={hub / 'gone'}")  # needs no hub
     assert capsys.readouterr().out.count("is there already") == 6
-    file.write_text(text.replace('"27"', '"72"'))
+    file, source = out / "amc23.jsonl", SOURCES["amc23"][0]
+    file.write_text(file.read_text().replace('"27"', '"72"'))
     with pytest.raises(SystemExit, match=r"amc23.jsonl: not as it was made; FORCE=1"):
-        run("SETS=aime24,amc23")
-    put(
-        hub,
-        "math-ai/amc23",
-        {(None, "test"): [LAYOUTS["math-ai/amc23"](question(100 + i), "27") | {"id": i} for i in (0, 7)]},
-    )
-    run("SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
+        call(prepare, "SETS=aime24,amc23")
+    put(hub, source, make_rows(source, [(question(100), "27"), (question(107), "27")]))
+    call(prepare, "SETS=amc23", "FORCE=1", f"HUB_MIRROR={hub}")
     with pytest.raises(SystemExit, match=r"math_train.jsonl: not as it was made"):  # it was cleaned of the old amc23
-        run(f"SETS={TRAINING}", "FORCE=0")
-    run(f"SETS={TRAINING}", "FORCE=1")
+        call(prepare, f"SETS={TRAINING}", "FORCE=0")
+    call(prepare, f"SETS={TRAINING}", "FORCE=1")
     assert "dropped 3, the same as in amc23" in capsys.readouterr().out
 
 
-def test_sources_are_tried_in_order_and_what_works_is_kept(hub, run, change, capsys):
+def test_sources_are_tried_in_order_and_what_works_is_kept(hub, call, change, capsys):
     fill(hub)
     expect_rows(change, 2)
-    put(hub, "HuggingFaceH4/aime_2024", {(None, "train"): [{"id": 1, "text": "q", "answer": "1"}] * 2})
-    put(hub, "Maxwell-Jia/AIME_2024", {(None, "train"): [LAYOUTS["Maxwell-Jia/AIME_2024"]("q", "1")] * 3})
+    first, second, last = SOURCES["aime24"]
+    put(hub, first, [{"id": 1, "text": "q", "answer": "1"}] * 2)
+    put(hub, second, make_rows(second, [("q", "1")] * 3))
+    amc, other = [make_rows(source, [("q", "1"), ("r", "2")]) for source in SOURCES["amc23"][:2]]
+    put(hub, SOURCES["amc23"][0], [amc[0], amc[1] | {"answer": "1.5"}])
+    put(hub, SOURCES["amc23"][1], [other[0], other[1] | {"question": " "}])
+    put(hub, SOURCES["amc23"][2], make_rows(SOURCES["amc23"][2], [("q", "1")]) * 2)
     with pytest.raises(SystemExit) as stop:
-        run()
+        call(prepare)
     for part in (
         "HuggingFaceH4/aime_2024: row 0 has no column question; it has id, text, answer",
         "Maxwell-Jia/AIME_2024: 3 rows where 2 are expected",
         f"math-ai/aime24: no folder {hub / 'math-ai/aime24'}",
+        "math-ai/amc23: the answer '1.5' is not an integer",
+        "zwhe99/amc23: row 1 has an empty question or answer",
+        "AI-MO/aimo-validation-amc: ids repeat",
         "hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir mirror/HuggingFaceH4/aime_2024",
         f"write {Path(prepare.OUT) / 'aime24.jsonl'} yourself",
-        "math_train: make aime24 first",
+        "math_train: make aime24, amc23 first",
     ):
         assert part in str(stop.value)
     made = {path.name for path in Path(prepare.OUT).iterdir()}
-    assert made == {*(f"{n}.jsonl" for n in GOLDS if n != "aime24"), "checksums.jsonl"}
-    # The last source turns up: the rest is made, and it is said why the others were not taken.
-    put(
-        hub,
-        "math-ai/aime24",
-        {(None, "test"): [LAYOUTS["math-ai/aime24"](question(i), "25") | {"id": i} for i in (0, 1)]},
-    )
-    run()
+    assert made == {*(f"{n}.jsonl" for n in GOLDS if n not in ("aime24", "amc23")), "checksums.jsonl"}
+    # Good ones turn up: the rest is made, and it is said why the others were not taken.
+    put(hub, SOURCES["amc23"][0], amc)
+    put(hub, last, make_rows(last, [(question(0), "25"), (question(1), "25")]))
+    call(prepare)
     said = capsys.readouterr().out
     assert "2 rows of math-ai/aime24, instead of\n    HuggingFaceH4/aime_2024: row 0" in said and "8 problems" in said
     with pytest.raises(SystemExit, match="no set gsm8k; there are aime24, amc23"):
-        run("SETS=gsm8k")
-
-
-@pytest.mark.parametrize(
-    ("rows", "reason"),
-    [
-        ([{"question": "q", "answer": "1.5", "url": ""}], "the answer '1.5' is not an integer"),
-        ([{"question": " ", "answer": "1", "url": ""}], "row 0 has an empty question or answer"),
-        ([{"id": 1, "question": "q", "answer": "1"}] * 2, "ids repeat"),
-    ],
-)
-def test_rows_that_are_not_as_expected(hub, change, rows, reason):
-    expect_rows(change, len(rows))
-    put(hub, "math-ai/amc23", {(None, "test"): rows})
-    with pytest.raises(prepare.Unavailable, match=reason):
-        prepare.load_set("amc23")
+        call(prepare, "SETS=gsm8k")
 
 
 # Programs -------------------------------------------------------------------------------------------------------------
@@ -261,33 +225,29 @@ HUMANEVAL = {
     "canonical_solution": "    return math.floor(x) + 1\n",
     "test": "def check(candidate):\n    assert candidate(5) == 6\n",
 }
-SETS = "SETS=humaneval,mbpp_prompts,mbpp_dev,mbpp_test,mbpp_train"
 
 
-def test_programs_with_their_published_split(hub, run, capsys):
-    """Ids 601 to 974 train, 511 to 600 dev, 11 to 510 test. What the others ask is dropped from training, counted."""
+def test_programs_with_their_published_split(hub, call, capsys):
+    """What the others ask is dropped from training, and counted."""
     rows = [mbpp_row(number) for number in range(1, 975)]
-    humaneval = [HUMANEVAL | {"task_id": f"HumanEval/{number}"} for number in range(164)]
     rows[602 - 1]["text"] = rows[20 - 1]["text"]  # of the test split
     rows[603 - 1]["text"] = "Write a function to give the volume of a cone number 603 times 363609."  # HumanEval's
-    splits = {"prompt": rows[:10], "test": rows[10:510], "validation": rows[510:600], "train": rows[600:]}
-    put(hub, "google-research-datasets/mbpp", {("full", split): part for split, part in splits.items()})
-    put(hub, "openai/openai_humaneval", {(None, "test"): humaneval})
-    run(SETS)
-    said, sets = capsys.readouterr().out, {}
-    for name in SETS.removeprefix("SETS=").split(","):
-        sets[name] = load_problems(Path(prepare.OUT) / f"{name}.jsonl")
-    ids = {name: [int(p["id"].partition("/")[2]) for p in problems] for name, problems in sets.items()}
-    assert ids["mbpp_prompts"] == list(range(1, 11)) and ids["mbpp_test"] == list(range(11, 511))
-    assert ids["mbpp_dev"] == list(range(511, 601)) and len(ids["humaneval"]) == 164
-    assert ids["mbpp_train"] == [number for number in range(601, 975) if number not in (602, 603)]
+    put(hub, prepare.MBPP[0], rows)
+    put(hub, PROGRAMS["humaneval"][0], [HUMANEVAL | {"task_id": f"HumanEval/{number}"} for number in range(164)])
+    call(prepare, f"SETS={','.join(PROGRAMS)}")
+    said = capsys.readouterr().out
+    sets = {name: load_problems(Path(prepare.OUT) / f"{name}.jsonl") for name in PROGRAMS}
+    ids = {name: sorted(int(p["id"].partition("/")[2]) for p in problems) for name, problems in sets.items()}
+    assert ids == {
+        "humaneval": list(range(164)),
+        "mbpp_prompts": list(range(1, 11)),
+        "mbpp_test": list(range(11, 511)),
+        "mbpp_dev": list(range(511, 601)),
+        "mbpp_train": [601, *range(604, 975)],
+    }
     assert "mbpp_train: dropped 1, the same as in mbpp_test" in said and "dropped 1, the same as in humaneval" in said
-    problem = sets["mbpp_train"][0]
-    assert problem["question"].split("\n") == [
-        rows[600]["text"],
-        *prepare.SHOWN.split("\n")[1:-1],
-        "assert f601(1) == 602",
-    ]
+    problem = next(p for p in sets["mbpp_train"] if p["id"] == "mbpp_train/601")
+    assert problem["question"] == f"{rows[600]['text']}{prepare.SHOWN}assert f601(1) == 602"
     assert problem["tests"] == [*rows[600]["test_list"], *rows[600]["challenge_test_list"]] and problem["public"] == 1
 
 
@@ -299,23 +259,14 @@ def test_programs_from_the_source_to_the_verdict(monkeypatch):
     assert (humaneval["public"], humaneval["id"], humaneval["given"]) == (2, "humaneval/7", "import math\n\n\n")
     if MISSING:
         monkeypatch.setattr(sandbox, "ISOLATION", "rlimits")
-    by_heart = "def above(x): return {2: 3, -1: 0}[x]"
     solution = HUMANEVAL["prompt"].removeprefix("import math") + HUMANEVAL["canonical_solution"]
-    for problem, program, status, told in (
-        (mbpp, mbpp_row(11)["code"], "correct", ""),
-        (mbpp, "def f11(x): return 12", "wrong", ""),
-        (mbpp, "def f11(x): return 0", "wrong", "assert f11(1) == 12\nAssertionError: the last call returned 0"),
-        (humaneval, solution, "correct", ""),
-        (humaneval, by_heart, "wrong", ""),
-        (
-            humaneval,
-            "def above(x): return 3",
-            "wrong",
-            "assert above(-1) == 0\nAssertionError: the last call returned 3",
-        ),
+    by_heart = "def above(x): return {2: 3, -1: 0}[x]"  # the public tests
+    for problem, program, status in (
+        (mbpp, mbpp_row(11)["code"], "correct"),
+        (humaneval, solution, "correct"),
+        (humaneval, by_heart, "wrong"),
     ):
-        verdict = grader.grade(f"```python\n{program}\n```", grader.read_gold(problem))
-        assert (verdict.status, verdict.told) == (status, told), program
+        assert grader.grade(f"```python\n{program}\n```", grader.read_gold(problem)).status == status, program
     with pytest.raises(ValueError, match="row 3 has no column test_list; it has task_id, text"):
         prepare.to_program("mbpp_dev", prepare.MBPP[0], 3, {"task_id": 1, "text": "?"})
 
@@ -377,13 +328,10 @@ def test_near_duplicates_against_all_pairs(change):
 
 
 def test_a_pattern_with_other_numbers_is_another_problem_in_training_but_not_beside_a_benchmark():
+    triangle = "In an isosceles right triangle, the altitude to the hypotenuse has length ${}$. What is the area of it?"
+
     def problem(name: str, number: int, answer: str) -> dict:
-        triangle = "In a certain isosceles right triangle, the altitude to the hypotenuse has length"
-        return {
-            "id": f"math_train/{name}",
-            "question": f"{triangle} ${number}$. What is the area of the triangle?",
-            "answer": answer,
-        }
+        return {"id": f"math_train/{name}", "question": triangle.format(number), "answer": answer}
 
     training = [problem("a", 4, "16"), problem("b", 6, "36"), problem("c", 4, "16.0"), problem("d", 5, r"\frac{72}{2}")]
     kept, dropped = drop_duplicates(training, [])
@@ -437,6 +385,7 @@ def test_numbers_and_tolerances(tmp_path):
         ("p.jsonl", '{"question": "q", "solution": "1"}', 'id p/1: "answer" .* there are solution'),
         ("p.jsonl", '{"question": "q", "answer": "1", "tolerance": "x"}', '"tolerance" must be a number'),
         ("p.jsonl", '{"id": "a", "question": "q", "answer": 1}\n' * 2, "line 2: id 'a' is there already"),
+        ("p.jsonl", '{"question": "q", "tests": ["f()"], "public": 2}', '"public" must say how many of the 1 tests'),
         ("p.csv", "question,answer\nq,1\nq,1,2\n", "p.csv, line 3: must be .* a row as long as the header"),
         ("p.csv", 'question,answer\nq,1\n"q,1\n', "p.csv, line 3: not CSV"),
         ("p.parquet", "not Parquet", "p.parquet: not PARQUET"),

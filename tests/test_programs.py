@@ -1,74 +1,58 @@
-"""The world of programs: its problems in the real sandbox, what authors and readers do, an evaluation, the table."""
+"""The world of programs: its problems, programs in the real sandbox, what authors and readers do, the table."""
 
-import json
 import random
+from collections import Counter
+from itertools import product
 
+import evaluate
 import grader
 import rollout
 from experiments import programs, told, warm
 from experiments.programs import list_fitting, list_functions, read_test, write_program
-from plumbing.files import read_jsonl
-from tests.conftest import run_python
+from tests.test_rollout import Scripted
 from tests.test_sandbox import isolated
 
 import pytest
 
 
-def find_right(problem: dict) -> tuple[int, ...]:
-    (values,) = list_fitting(map(read_test, problem["tests"]))
-    return values
-
-
-def test_tokens():
-    tokenizer = programs.make_tokenizer()
-    values = tuple(3 * x % 5 for x in range(10))
-    texts = [tokenizer.decode([token]) for token in tokenizer.encode(programs.response_text(values))]
-    assert texts == ["```python\ndef f(x, m=", "5", "): return ", "(x * 3)", " % m\n```", "<|im_end|>"]
-    text = programs.told_text((7, 1), 4)
-    assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == [
-        *text.partition("\nA")[:1],
-        "\n",
-        text[18:],
-    ]
-
-
-@isolated
-def test_the_right_function_is_paid_and_one_that_has_learned_the_public_tests_by_heart_is_not():
+def test_questions_are_held_out_and_leave_several_functions():
     train, test = (programs.make_problems(150, 7, held_out) for held_out in (False, True))
     assert not {p["question"] for p in train} & {p["question"] for p in test}
-    for problem in test[:3]:
-        cases, right = list(map(read_test, problem["tests"])), find_right(problem)
-        assert problem["question"].split("\n")[1:] == problem["tests"][: programs.SHOWN]
-        assert grader.grade(write_program(right), grader.read_gold(problem)).correct
-        by_heart = "def f(x):\n" + "".join(f"    if x == {x}: return {y}\n" for x, y in cases[: programs.PUBLIC])
-        verdict = grader.grade(f"```python\n{by_heart}```", grader.read_gold(problem))
-        assert verdict.status == "wrong" and verdict.failed.startswith(problem["tests"][programs.PUBLIC])
-        assert not verdict.told  # it failed a private test
+    assert all(p["question"].split("\n")[1:] == p["tests"][: programs.SHOWN] for p in test)
     possible = [len(list_fitting(map(read_test, p["tests"][: programs.SHOWN]))) for p in test]
-    assert 6 < sum(possible) / len(possible) < 16  # the question leaves several
+    assert 6 < sum(possible) / len(possible) < 16
 
 
 @isolated
-def test_a_dialogue_reads_as_the_authors_write_it(change):
-    """The prompt, a wrong program, and what the environment tells of its failing test."""
+def test_a_program_that_has_learned_the_public_tests_by_heart_is_wrong():
+    """And it is not told what it failed, a private test."""
+    (problem,) = programs.make_problems(1, 7, held_out=True)
+    lines = "".join(f"    if x == {x}: return {y}\n" for x, y in map(read_test, problem["tests"][: programs.PUBLIC]))
+    verdict = grader.grade(f"```python\ndef f(x):\n{lines}```", grader.read_gold(problem))
+    assert (verdict.status, verdict.told) == ("wrong", "") and verdict.failed.startswith(
+        problem["tests"][programs.PUBLIC]
+    )
+
+
+@isolated
+def test_a_dialogue_is_played_and_recorded_as_the_authors_write_it(change):
+    """The prompt, a wrong program, what the environment tells of its failing test, and a right one."""
     change(rollout, TOLD_CHARACTERS=100)
     change(programs, STAND_BY=0.0)
     chat, rng = rollout.make_chat(programs.make_tokenizer()), random.Random(5)
     rows = [row for _ in range(20) if (row := programs.draw_row(rng, 0, programs.SHOWN, 1, told=True))]
     prompt, wrong, feedback, right = (text for text, _ in rows[0])
     question = prompt.partition("user\n")[2].partition("<|im_end|>")[0]
-    assert right != wrong
-    right_values = next(v for v in list_functions() if right.startswith(write_program(v)))
-    told_case = next(read_test(line) for line in feedback.split("\n") if line.startswith("assert"))
-    shown = [read_test(line) for line in question.split("\n")[1:]]
-    assert all(right_values[x] == y for x, y in [*shown, told_case])
-    tests = [programs.write_test(case) for case in [*shown, told_case]]
-    left = int(prompt.partition("You have ")[2][0])
-    problem = {"id": "p", "question": question, "tests": tests, "public": 3}
-    dialogue = rollout.new_dialogue(chat, problem, left)
-    verdict = rollout.grade_attempt(chat, dialogue, chat.encode(wrong), [0.0] * 6, True).result()
-    assert rollout.give_feedback(chat, dialogue, verdict)
-    assert chat.decode(dialogue.ids) == prompt + wrong + feedback
+    tests = [line for line in f"{question}\n{feedback}".split("\n") if line.startswith("assert")]
+    assert len(tests) == programs.SHOWN + 1  # the last is that which was told
+    problem = {"id": "p", "question": question, "tests": tests, "public": len(tests)}
+    dialogue = rollout.new_dialogue(chat, problem, int(prompt.partition("You have ")[2][0]))
+    rollout.play(Scripted(chat, [[wrong, right]]), chat, [dialogue], [0], 1.0)
+    assert chat.decode(dialogue.ids) == prompt + wrong + feedback + right
+    first, second = evaluate.make_record(chat, dialogue, evaluate.Item("test", "p", 2, False, 0))["attempts"]
+    assert (first["status"], second["status"]) == ("wrong", "correct") and "failed" not in second
+    assert first["failed"].startswith(f"{tests[-1]}\nAssertionError") and first["failed"] in feedback
+    assert f"{first['answer']}<|im_end|>" == wrong
 
 
 @pytest.mark.parametrize("is_told", [False, True])
@@ -92,46 +76,20 @@ def test_authors_do_what_the_constants_say_and_see_no_held_out_question(is_told)
 def test_the_careful_reader_is_as_good_as_when_he_is_played():
     rng = random.Random(0)
     for problem in programs.make_problems(3, 3, True):
-        cases, right = list(map(read_test, problem["tests"])), find_right(problem)
+        cases, solved = list(map(read_test, problem["tests"])), Counter()
+        for is_told, _ in product((False, True), range(3000)):
+            possible = list_fitting(cases[: programs.SHOWN])
+            for attempt in range(1, 5):
+                values = rng.choice(sorted(possible))
+                failing = programs.find_failing(values, cases)
+                if not failing:
+                    solved.update((is_told, k) for k in range(attempt, 5))
+                    break
+                is_public = failing in cases[: programs.PUBLIC]
+                possible = possible & list_fitting([failing]) if is_told and is_public else possible - {values}
         for is_told in (False, True):
-            solved = [0] * 4
-            for _ in range(3000):
-                possible = list_fitting(cases[:2])
-                for attempt in range(4):
-                    values = rng.choice(sorted(possible))
-                    if values == right:
-                        solved[attempt] += 1
-                        break
-                    failing = programs.find_failing(values, cases[:6]) if is_told else None
-                    possible = possible & list_fitting([failing]) if failing else possible - {values}
-            played = [sum(solved[: k + 1]) / 3000 for k in range(4)]
+            played = [solved[is_told, k] / 3000 for k in range(1, 5)]
             assert programs.careful_accuracy(problem, 4, is_told) == pytest.approx(played, abs=0.04)
-
-
-@isolated
-def test_an_evaluation_runs_the_programs(tmp_path):
-    """evaluate.py, end to end: each verdict is what the function's values say, and the record says what failed."""
-    small = ["WARM_STEPS=120", "TRAIN_PROBLEMS=20", "TEST_PROBLEMS=12"]
-    run_python("-m", "experiments.programs", f"OUT={tmp_path}/world", *small)
-    paths = [f"MODEL={tmp_path}/world/warm_start", f"BENCHMARKS={tmp_path}/world/test.jsonl", f"OUT={tmp_path}/out"]
-    settings = ["TOLD_CHARACTERS=100", "MAX_ATTEMPTS=2", "PROTOCOL=prefix", "RESAMPLES=2", "MAX_ATTEMPT_TOKENS=16"]
-    run_python("evaluate.py", *paths, *settings)
-    problems = {p["id"]: p for p in read_jsonl(tmp_path / "world" / "test.jsonl")}
-    functions = {write_program(values): values for values in list_functions()}
-    records, programs_run = read_jsonl(tmp_path / "out" / "dialogues-warm_start.jsonl"), 0
-    for record in records:
-        cases = list(map(read_test, problems[record["id"]]["tests"]))
-        for attempt in record["attempts"]:
-            if attempt["text"] in functions:
-                programs_run += 1
-                failing = programs.find_failing(functions[attempt["text"]], cases)
-                assert (attempt["status"] == "correct") == (failing is None) == ("failed" not in attempt)
-                assert failing is None or attempt["failed"].startswith(programs.write_test(failing))
-    assert programs_run > 20
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    solved = [any(a["status"] == "correct" for a in r["attempts"]) for r in records if not r["control"]]
-    assert results["models"]["warm_start"]["test"]["accuracy"][1] == pytest.approx(sum(solved) / 12)
-    assert results["settings"]["TOLD_CHARACTERS"] == 100 and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_the_table_says_the_numbers():

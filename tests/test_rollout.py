@@ -1,22 +1,17 @@
-"""rollout.py: a dialogue to the letter, the attempt loop on a scripted engine, rewards, metrics, offline attempts, and
-the command line on the real engine."""
+"""rollout.py: a dialogue to the letter, the attempt loop on a scripted engine, rewards, metrics, offline attempts."""
 
 import itertools
 import math
-import runpy
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import Future
 
 import rollout
-from data.problems import load_problems
 from experiments import median
 from plumbing.chat import Chat
 from plumbing.engine import Sample
 from plumbing.files import append_jsonl
 from rollout import Attempt, Dialogue
-from tests.conftest import ROOT
 
 import pytest
 
@@ -268,43 +263,13 @@ def test_offline_attempts_are_those_at_these_problems(change, tmp_path):
 
 
 def test_offline_attempts_begin_their_share_of_the_dialogues(chat, change):
-    """And samples of a problem, which share the key, share the attempt."""
+    """By the key alone, which samples of a problem share."""
     change(rollout, OFFLINE_SHARE=0.3)
-    offline, counts = [{"text": "", "answer": answer, "status": "wrong"} for answer in "12"], Counter()
-    for index in range(600):
-        pair = [rollout.new_dialogue(chat, PROBLEM, 2) for _ in range(2)]
-        for d in pair:
-            rollout.begin_offline(chat, d, offline, "seed", index)
-        assert pair[0] == pair[1]
-        counts[pair[0].attempts[0].answer if pair[0].attempts else "none"] += 1
+    offline, begun = [{"text": "", "answer": answer, "status": "wrong"} for answer in "12"], []
+    for index in (*range(600), *range(600)):
+        begun.append(rollout.new_dialogue(chat, PROBLEM, 2))
+        rollout.begin_offline(chat, begun[-1], offline, "seed", index)
+    assert begun[:600] == begun[600:]
+    counts = Counter(d.attempts[0].answer if d.attempts else "none" for d in begun[:600])
     # Binomial, four standard deviations: 420 +- 45 without, 90 +- 35 of each of the two
     assert abs(counts["none"] - 420) < 45 and all(abs(counts[a] - 90) < 35 for a in "12")
-
-
-@pytest.mark.parametrize(
-    ("constants", "message"),
-    [
-        ({"MIN_ATTEMPTS": 6}, "MIN_ATTEMPTS=6 is more than MAX_ATTEMPTS=5"),
-        ({"OFFLINE_ATTEMPTS": "x"}, "OFFLINE_ATTEMPTS needs a REWARD that pays attempts one by one"),
-        ({"OFFLINE_ATTEMPTS": "x", "MAX_ATTEMPTS": 1}, "OFFLINE_ATTEMPTS needs MAX_ATTEMPTS of 2 or more"),
-    ],
-)
-def test_constants_that_do_not_fit_each_other(change, constants, message):
-    rollout.check_constants()
-    change(rollout, **constants)
-    with pytest.raises(SystemExit, match=message):
-        rollout.check_constants()
-
-
-def test_the_command_plays_and_shows(toy, engine, monkeypatch, capsys):
-    """`python rollout.py`, on the engine that is there."""
-    arguments = [f"MODEL={toy / 'warm_start'}", f"PROBLEMS={toy / 'test.jsonl'}", "DIALOGUES=3", "MAX_ATTEMPTS=2"]
-    monkeypatch.setattr(sys, "argv", ["rollout.py", *arguments, "MIN_ATTEMPTS=2", "MAX_ATTEMPT_TOKENS=16"])
-    monkeypatch.setattr("plumbing.engine.Engine", lambda *_, **options: engine)
-    monkeypatch.setattr(engine, "shutdown", lambda: None)
-    runpy.run_path(str(ROOT / "rollout.py"), run_name="__main__")
-    said = capsys.readouterr().out
-    assert "rollout.MAX_ATTEMPTS = 2 (command line; the file says 5)" in said
-    for problem in load_problems(toy / "test.jsonl")[:3]:
-        assert problem["question"] in said and f"gold {problem['answer']}, reward" in said
-    assert said.count("[attempt 1: ") == 3 and 0 < said.count("[attempt 2: ") == said.count("1 attempts left")

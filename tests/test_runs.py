@@ -80,7 +80,7 @@ def test_what_a_run_leaves(straight):
     from the trainer's weights after each update."""
     metrics = read_metrics(straight)
     dev = {row["step"]: row["dev_accuracy_at_3"] for row in metrics if "dev_accuracy_at_3" in row}
-    assert list(dev) == [2, 4, 6] and all(row["actor_lr"] > 0 for row in metrics)
+    assert list(dev) == [2, 4, 6] and all(row["critic_lr"] == 2 * row["actor_lr"] > 0 for row in metrics)
     assert all(row["sampler_mismatch"] < 1e-5 for row in metrics) and metrics[-1]["kl_k3"] > 1e-3
     best, policy = (load_weights(straight / name) for name in ("best", "policy"))
     is_last = max(dev, key=dev.get) == 6  # the first of equals
@@ -195,12 +195,8 @@ def test_logs_forget_what_was_not_saved(ranks, tmp_path):
     """Rows after the last checkpoint are dropped, and a row of a killed writer that was cut, here inside a character;
     the first of equals is best."""
     log = tmp_path / "metrics.jsonl"
-    rows = [
-        {"step": 8, "dev": 0.5},
-        {"step": 12, "text": "½\u2028\n"},
-        {"step": 16, "dev": 0.5},
-        {"step": 24, "dev": 0.4},
-    ]
+    rows = [{"step": 8, "dev": 0.5}, {"step": 12, "text": "½\u2028\n"}]
+    rows += [{"step": 16, "dev": 0.5}, {"step": 24, "dev": 0.4}]
     append_jsonl(log, [*rows, {"step": 32, "dev": 0.9, "text": "½"}])
     log.write_bytes(log.read_bytes()[:-4])
     assert read_jsonl(log) == rows and checkpoints.best_so_far(tmp_path, "dev") == (8, 0.5)

@@ -4,6 +4,7 @@ Without bubblewrap the tests of what isolation holds are skipped, and say so.
 """
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -13,11 +14,11 @@ import time
 from pathlib import Path
 
 import grader
-from data.problems import load_problems
 from plumbing import sandbox
+from plumbing.files import to_line
 from plumbing.sandbox import ProgramTests as Checks
 from plumbing.sandbox import run_tests
-from tests.conftest import ROOT, alone
+from tests.conftest import ROOT
 
 import pytest
 
@@ -206,21 +207,15 @@ def test_verdicts(program, status, failed, is_told, monkeypatch):
     assert verdict == grader.Verdict(answer, status == "correct", status, failed, failed if is_told else "")
 
 
-def test_the_command_reads_programs(tmp_path):
+def test_the_command_reads_programs(monkeypatch, capsys):
     rows = [{"response": f"```\n{program}\n```", "tests": TESTS.tests} for program, *_ in CASES[:3]]
     rows += [{"response": "\\boxed{}", "gold": "1"}, {"response": "x", "tests": ["assert"]}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    command = [sys.executable, "-c", f"from plumbing import sandbox; sandbox.ISOLATION = {sandbox.ISOLATION!r}\n"]
-    command[-1] += "import grader; grader.main()"
-    done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=ROOT, env=alone())
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(map(to_line, rows))))
+    with pytest.raises(SystemExit, match=r'line 5: "tests" are not Python \(invalid syntax'):
+        grader.main()
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["status"] for line in said] == ["correct", "wrong", "wrong", "wrong"]
     assert ["failed" in line for line in said] == [False, True, True, False] and said[3]["answer"] == ""
-    assert 'line 5: "tests" are not Python (invalid syntax)' in done.stderr
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"question": "?", "tests": ["assert f(1) == 2"], "public": 2}))
-    with pytest.raises(SystemExit, match='line 1, id p/1: "public" must say how many of the 1 tests are; mend or drop'):
-        load_problems(path)
 
 
 # Who waits for whom, and without isolation ----------------------------------------------------------------------------

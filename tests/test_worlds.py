@@ -1,20 +1,17 @@
 """The toy worlds, median.py and arrows.py: a tokenizer that loses nothing, right answers, an ideal that counting gives,
 authors who do what the constants say, and a folder that is whole or not there."""
 
-import json
 import random
 from collections import Counter
-from itertools import combinations
+from itertools import accumulate, combinations
 
-from experiments import arrows, median, warm
-from plumbing.files import read_jsonl
+from experiments import arrows, median, programs, warm
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-TOKENIZERS = {world: world.make_tokenizer() for world in (median, arrows)}
+TOKENIZERS = {world: world.make_tokenizer() for world in (median, arrows, programs)}
 
 
 # Tokenizers -----------------------------------------------------------------------------------------------------------
@@ -25,17 +22,25 @@ def test_any_text_survives_a_round_trip(text):
 
 
 @pytest.mark.parametrize(
-    ("world", "response", "texts"),
+    ("world", "text", "tokens"),
     [
         (median, median.response_text(12), ["It is \\boxed{", " 12", "}", "<|im_end|>"]),
         (arrows, arrows.response_text([3, 12]), [" 3→", " 12", " \\boxed{", " 12", "}", "<|im_end|>"]),
+        (
+            programs,
+            programs.response_text(tuple(3 * x % 5 for x in range(10))),
+            ["```python\ndef f(x, m=", "5", "): return ", "(x * 3)", " % m\n```", "<|im_end|>"],
+        ),
+        (
+            programs,
+            programs.told_text((7, 1), 4),
+            ["\nassert f(7) == 1", "\n", "AssertionError: the last call returned 4"],
+        ),
     ],
 )
-def test_a_number_is_one_token_wherever_it_stands(world, response, texts):
+def test_what_models_say_and_are_told_has_few_tokens(world, text, tokens):
     tokenizer = TOKENIZERS[world]
-    assert [tokenizer.decode([token]) for token in tokenizer.encode(response)] == texts
-    assert len(tokenizer.encode(" 12")) == 1
-    assert len(tokenizer.encode(warm.prompt_text("", 5) + warm.feedback_text(4))) < 30
+    assert [tokenizer.decode([token]) for token in tokenizer.encode(text)] == tokens
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token_id) == ("<|im_end|>", "<|endoftext|>", None)
 
 
@@ -61,7 +66,8 @@ def test_answers_at_the_ends_of_arrows():
 
 
 def test_probabilities_of_medians_are_what_counting_gives():
-    """Of all full lists that have the readable numbers in them, how many have each median."""
+    """Of all full lists that have the readable numbers in them, how many have each median. The ideal reader names the
+    likeliest first."""
     for seed in range(20):
         shown, _ = median.draw_list(random.Random(seed), median.LIST_LENGTH, median.UNREADABLE)
         readable = [number for number in shown if number is not None]
@@ -73,16 +79,8 @@ def test_probabilities_of_medians_are_what_counting_gives():
                     counts[sorted([*readable, *pair])[median.LIST_LENGTH // 2]] += 1
         expected = {answer: count / counts.total() for answer, count in counts.items()}
         assert median.median_probabilities(readable, median.UNREADABLE) == pytest.approx(expected)
-
-
-def test_the_ideal_reader_is_as_often_right_as_computed():
-    problems, right = median.make_problems(4000, 1, held_out=True), [0] * 5
-    for problem in problems:
-        probabilities = median.median_probabilities(*median.read_question(problem["question"]))
-        for k in range(5):
-            right[k] += int(problem["answer"]) in sorted(probabilities, key=probabilities.get, reverse=True)[: k + 1]
-    expected = median.ideal_accuracy((p["question"] for p in problems), 5)
-    assert [count / 4000 for count in right] == pytest.approx(expected, abs=0.03)  # about four standard errors
+        solved = list(accumulate(sorted(expected.values(), reverse=True)))[:5]
+        assert median.ideal_accuracy([median.write_question(shown)], 5)[: len(solved)] == pytest.approx(solved)
 
 
 # The warm start -------------------------------------------------------------------------------------------------------
@@ -118,33 +116,21 @@ def test_authors_of_arrows_do_what_the_constants_say(change, eager):
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
-def test_the_folder_opens_in_transformers(toy):
-    tokenizer = AutoTokenizer.from_pretrained(toy / "warm_start")
-    model = AutoModelForCausalLM.from_pretrained(toy / "warm_start")
-    test = read_jsonl(toy / "test.jsonl")
-    assert len(read_jsonl(toy / "train.jsonl")) == 300 and len(test) == 40
-    # The accuracy that was written down is what greedy answers have.
-    ids = tokenizer([warm.prompt_text(p["question"], 1) for p in test], return_tensors="pt")
-    said = tokenizer.batch_decode(model.generate(**ids, max_new_tokens=4, do_sample=False)[:, -4:])
-    right = sum(text == median.response_text(p["answer"]) for text, p in zip(said, test, strict=True))
-    assert json.loads((toy / "made.json").read_text())["warm_start_accuracy"] == pytest.approx(right / 40)
-
-
 def test_a_folder_is_made_once_or_not_at_all(tmp_path, change, capsys):
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
-    train = median.train_warm_start
+    train = programs.train_warm_start
     change(warm, TRAIN_PROBLEMS=10, TEST_PROBLEMS=10)
-    change(median, OUT=str(tmp_path / "toy"), WARM_STEPS=1, train_warm_start=stop)
+    change(programs, OUT=str(tmp_path / "toy"), WARM_STEPS=1, train_warm_start=stop)
     with pytest.raises(KeyboardInterrupt):
-        warm.make_world(median)
+        warm.make_world(programs)
     assert list(tmp_path.iterdir()) == []
-    change(median, train_warm_start=train)
-    warm.make_world(median)
-    change(median, train_warm_start=stop)
-    warm.make_world(median)
+    change(programs, train_warm_start=train)
+    warm.make_world(programs)
+    change(programs, train_warm_start=stop)
+    warm.make_world(programs)
     assert "is there already" in capsys.readouterr().out
     change(warm, SEED=1)
     with pytest.raises(SystemExit, match="made with other SEED"):
-        warm.make_world(median)
+        warm.make_world(programs)

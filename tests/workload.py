@@ -2,11 +2,9 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import grader
 import ppo
 import rollout
 from experiments.median import make_tokenizer
@@ -44,11 +42,6 @@ def keep_gradients(learner: ppo.Learner) -> dict[str, torch.Tensor]:
 def draw_length(shortest: int, longest: int, *key: int | str) -> int:
     """Log-uniform, which is a long tail; it depends on the key alone."""
     return round(shortest * (longest / shortest) ** (rollout.random_number("length", *key) / 2**31))
-
-
-def finish(right: bool) -> Future:
-    """A verdict that was drawn."""
-    return grader.finished(grader.Verdict(None, right, "correct" if right else "wrong"))
 
 
 def seconds_of(work: Callable[[], Any]) -> tuple[float, float]:
