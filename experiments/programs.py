@@ -114,18 +114,13 @@ def draw_cases(rng: random.Random) -> tuple[Values, list[Case]]:
     return values, [(x, values[x]) for x in rng.sample(range(ARGUMENTS), ARGUMENTS)]
 
 
-def make_problems(count: int, seed: int, held_out: bool) -> list[dict[str, Any]]:
-    """`count` problems, the questions of all of them held out from training or of none. Problems of the same question
-    may ask for different functions."""
-    part = "test" if held_out else "train"
-    rng, problems = random.Random(f"{seed} {part}"), []
-    while len(problems) < count:
-        _, cases = draw_cases(rng)
-        question = write_question(cases[:SHOWN])
-        if is_held_out(question, seed) == held_out:
-            problem = {"id": f"programs-{seed}-{part}-{len(problems)}", "question": question}
-            problems.append(problem | {"tests": list(map(write_test, cases)), "public": PUBLIC, "source": "programs"})
-    return problems
+def draw_problem(rng: random.Random) -> dict[str, Any]:
+    """Problems of the same question may ask for different functions."""
+    _, cases = draw_cases(rng)
+    return {"question": write_question(cases[:SHOWN]), "tests": list(map(write_test, cases)), "public": PUBLIC}
+
+
+make_problems = partial(warm.draw_problems, "programs", draw_problem, repeats=True)
 
 
 def read_test(test: str) -> Case:
@@ -196,7 +191,7 @@ def draw_row(rng: random.Random, seed: int, shown: int, failures: int, told: boo
 
 
 def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
-    """Rows of the same numbers of tests and failures."""
+    """Rows of the same numbers of tests and failures: first to write a function that passes tests, then dialogues."""
     shown, failures = rng.randint(1, PUBLIC), 0
     if step >= PRACTICE * WARM_STEPS:
         shown, failures = SHOWN, rng.randint(0, MOST_FAILURES)
@@ -204,12 +199,6 @@ def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
     while len(rows) < ROWS:
         rows += [row] if (row := draw_row(rng, seed, shown, failures, told)) else []
     return rows
-
-
-def train_warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Supervised training: first to write a function that passes tests, then what dialogues look like."""
-    rates = {"muon_until": MUON_UNTIL, "matrix_lr": MATRIX_LR, "lr": WARM_LR, "other_lr": EMBEDDING_LR}
-    return warm.train(tokenizer, seed, WARM_STEPS, partial(draw_batch, seed), **rates)
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> dict[str, Any]:
