@@ -59,23 +59,20 @@ def choose_rows() -> list[str]:
     return [name for name in ABLATIONS if name in (BASE, *wanted)]
 
 
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """World, trainings and evaluation of one seed: the value of each row and column, and its difference from the base,
     whose interval is known only when there are several seeds."""
-    rows, folder = choose_rows(), Path(OUT) / f"seed-{seed}"
+    folders = {row: folder / row.replace(" ", "_") for row in choose_rows()}
     world = runs.make_world("median", folder / "toy", f"SEED={seed}")
-    shared = ["PRESET=toy", f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
-    shared += [f"TOKEN_BUDGET={TOKEN_BUDGET}", "DEV_PROBLEMS=0"]
-    folders = {row: folder / row.replace(" ", "_") for row in rows}
-    runs.run_trainings([Training(f"seed {seed}, {row}", folders[row], [*shared, *ABLATIONS[row]]) for row in rows])
-    limit = runs.read_json(folders[BASE] / "config.json")["rollout.MAX_ATTEMPT_TOKENS"]  # as in training
-    arguments = [f"MAX_ATTEMPTS={MOST}", "RESAMPLES=0", f"MAX_ATTEMPT_TOKENS={limit}", f"SEED={seed}"]
-    policies = [folders[row] / "policy" for row in rows]
+    shared = ["PRESET=toy", f"TOKEN_BUDGET={TOKEN_BUDGET}", "DEV_PROBLEMS=0"]
+    runs.run_trainings([Training(row, run, seed, world, [*shared, *ABLATIONS[row]]) for row, run in folders.items()])
+    arguments = [f"MAX_ATTEMPTS={MOST}", "RESAMPLES=0", f"SEED={seed}"]
+    policies = [run / "policy" for run in folders.values()]
     models = runs.evaluate_models(policies, world, folder / "evaluation", arguments)["models"]
     values: dict[str, dict[str, float]] = {}
     differences: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        metrics = models[folders[row].name]["test"]["metrics"]
+    for row, run in folders.items():
+        metrics = models[run.name]["test"]["metrics"]
         values[row] = {column: metrics[metric]["value"][k - 1] for column, (metric, k) in COLUMNS.items()}
         differences[row] = {
             column: {"value": value - values[BASE][column], "low": None, "high": None}

@@ -16,7 +16,7 @@ import rollout
 from data.problems import load_problems
 from evaluate import wilson
 from experiments import median, runs
-from experiments.runs import Training, format_curve, format_share, read_json
+from experiments.runs import Training, format_curve, format_share
 from plumbing.chat import Chat
 from plumbing.engine import Engine
 from plumbing.files import read_jsonl, write_atomically
@@ -37,11 +37,10 @@ PAGE = Path("docs/results.md")  # receives the table of several seeds, between t
 MARKERS = ("<!-- reproduce:begin -->", "<!-- reproduce:end -->")
 FIGURES = Path("docs/figures")
 LEGEND = (
-    "Percent of the held-out questions that are solved within so many attempts (greedy; each number is a run of its "
-    "own). Resampled: pass@k of independent samples with one attempt each. Own again: told that its usual second "
-    "answer has failed, the model still gives it; other again: the same with another wrong number. Repeats: retries, "
-    "five attempts being granted, that give an answer which was given before in the same dialogue. What this shows, "
-    "and what it does not: docs/results.md."
+    "Percent of the held-out questions that are solved within so many attempts, greedy; resampled: pass@k of samples "
+    "with one attempt. Own again: told that its usual second answer has failed, the model still gives it; other again: "
+    "the same with another wrong number. Repeats: retries, five attempts being granted, that give an answer which was "
+    "given before in the same dialogue. What this shows, and what it does not: docs/results.md."
 )
 
 
@@ -89,24 +88,18 @@ def probe_model(name: str, model: Path, problems: list[dict], records: list[dict
 
 
 # One seed -------------------------------------------------------------------------------------------------------------
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """World, trainings, evaluation and probe of one seed."""
-    folder = Path(OUT) / f"seed-{seed}"
     world = runs.make_world("median", folder / "toy", f"SEED={seed}")
-    source = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
-    runs.run_trainings(
-        [Training(f"seed {seed}, {MODELS[arm]}", folder / arm, [*own, *source]) for arm, own in ARMS.items()]
-    )
+    runs.run_trainings([Training(MODELS[arm], folder / arm, seed, world, own) for arm, own in ARMS.items()])
     models = {arm: folder / arm / "policy" for arm in ARMS} | {"warm_start": world / "warm_start"}
-    limit = read_json(folder / "multi_attempt" / "config.json")["rollout.MAX_ATTEMPT_TOKENS"]  # as in training
-    arguments = [f"MAX_ATTEMPT_TOKENS={limit}", f"SEED={seed}"]
-    evaluation = runs.evaluate_models(models.values(), world, folder / "evaluation", arguments)
-    rollout.MAX_ATTEMPT_TOKENS = limit
+    evaluation = runs.evaluate_models(list(models.values()), world, folder / "evaluation", [f"SEED={seed}"])
+    rollout.MAX_ATTEMPT_TOKENS = evaluation["settings"]["MAX_ATTEMPT_TOKENS"]
     problems, probes = load_problems(world / "test.jsonl"), {}
     for name, model in models.items():
         records = read_jsonl(folder / "evaluation" / f"dialogues-{name}.jsonl")
         probes[name] = probe_model(MODELS[name], model, problems, records)
-    ideal = read_json(world / "made.json")["ideal_accuracy"]
+    ideal = runs.read_json(world / "made.json")["ideal_accuracy"]
     return {"models": evaluation["models"], "ideal": {"accuracy": ideal}, "probe": probes}
 
 

@@ -8,18 +8,16 @@ A question shows two tests and asks for a function that passes these and others;
     assert f(7) == 1                                     def f(x, m=5): return (x * 3) % m
     assert f(2) == 1                                     ```
 
-All functions that are asked for have this form: an expression of x and a constant (INNER), modulo m. They have few
-values, so about eleven of them pass the two tests that are shown, and no reader can know which one is meant. The other
-arguments are private tests, but for PUBLIC - SHOWN of them, which are not in the question and may be told when they
-fail (rollout.TOLD_CHARACTERS):
+All functions that are asked for are an expression of x and a constant (INNER), modulo m. About eleven of them pass the
+two tests that are shown, and no reader can know which one is meant. Of the other arguments some are public tests, which
+may be told when they fail (rollout.TOLD_CHARACTERS), and the others private:
 
     Your answer is incorrect. You have 4 attempts left. Try an alternative.
     assert f(5) == 0
     AssertionError: the last call returned 2
 
-"Incorrect" rules out one function, the failing case most of those that were possible: `careful_accuracy` says by how
-much. A program that answers by heart what it was told (`if x == 5: return 0`) fails the private tests.
-The folder OUT, and what is shared with the other worlds: warm.py.
+"Incorrect" rules out one function, the failing case most of them: `careful_accuracy` says by how much. A program that
+answers by heart what it was told (`if x == 5: return 0`) fails the private tests.
 """
 
 import random
@@ -84,7 +82,7 @@ def list_fitting(cases: Iterable[Case]) -> frozenset[Values]:
 
 
 def find_failing(values: Values, cases: Iterable[Case]) -> Case | None:
-    """The first of the tests that a function fails."""
+    """The first of the tests that a function does not pass."""
     return next((case for case in cases if values[case[0]] != case[1]), None)
 
 

@@ -2,9 +2,9 @@
 
 Everything that is done already is not done again, so an experiment that was stopped continues when it is called again.
 An experiment is a module (demo.py, score.py, ...) with its own constants, SEEDS and OUT among them, and with
-    LEGEND                  what the table shows
-    run_seed(seed)          -> the results of a seed
-    make_table(results)     -> the table, in Markdown
+    LEGEND                      what the table shows
+    run_seed(seed, folder)      -> the results of a seed
+    make_table(results)         -> the table, in Markdown
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,15 +50,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Training:
-    """A run of ppo.py as a child process.
+    """A run of ppo.py as a child process, from a world's warm start unless the arguments name another model.
 
-    label: of its progress bar. folder: of the run; its log is written next to it. after: the folder of a run that has
-    to be finished before this one starts.
+    folder: of the run; its log is written next to it. after: the folder of a run that has to be finished before this
+    one starts.
     """
 
-    def __init__(self, label: str, folder: Path, arguments: Sequence[str], after: Path | None = None):
-        self.label, self.folder, self.after = label, folder, after
-        self.arguments = [*arguments, *TRAINING.split(), f"RUN={os.path.relpath(folder, 'runs')}"]
+    def __init__(
+        self, name: str, folder: Path, seed: int, world: Path, arguments: Sequence[str], after: Path | None = None
+    ):
+        self.label, self.folder, self.after = f"seed {seed}, {name}", folder, after
+        self.arguments = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl", *arguments]
+        self.arguments += [*TRAINING.split(), f"RUN={os.path.relpath(folder, 'runs')}"]
         self.log = folder.with_name(f"{folder.name}.log")
         self.bar: tqdm | None = None
 
@@ -118,10 +121,13 @@ def run_trainings(trainings: Sequence[Training]) -> None:
             training.process.wait()
 
 
-def evaluate_models(models: Iterable[Path], world: Path, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run evaluate.py on the world's test problems -> its results.json."""
+def evaluate_models(models: Sequence[Path], world: Path, out: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run evaluate.py on the world's test problems, with prompts and limits as in the first model's training -> its
+    results.json."""
+    config = read_json(models[0].parent / "config.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(EVALUATION_RANKS), "evaluate.py"]
+    command += [f"{name}={config[f'rollout.{name}']}" for name in ("PROMPT", "FEEDBACK", "MAX_ATTEMPT_TOKENS")]
     command += [f"MODEL={','.join(map(str, models))}", f"BENCHMARKS={world}/test.jsonl", f"OUT={out}", *arguments]
     run_command(command, quiet=True)
     return read_json(out / "results.json")
@@ -141,10 +147,11 @@ def run_command(command: list[str], quiet: bool = False, **environment: str) -> 
 
 
 # Seeds ----------------------------------------------------------------------------------------------------------------
-def run_seeds(seeds: Sequence[int], run_seed: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+def run_seeds(experiment: ModuleType) -> dict[str, Any]:
     """Run each seed -> the mean results, with those of each seed under "seeds"."""
-    per_seed = {str(seed): run_seed(seed) for seed in seeds}
-    over = f"t over {len(seeds)} seeds" if len(seeds) > 1 else "Wilson or bootstrap over problems"
+    folder = Path(experiment.OUT)
+    per_seed = {str(seed): experiment.run_seed(seed, folder / f"seed-{seed}") for seed in experiment.SEEDS}
+    over = f"t over {len(per_seed)} seeds" if len(per_seed) > 1 else "Wilson or bootstrap over problems"
     return average_seeds(list(per_seed.values())) | {"seeds": per_seed, "interval": f"95 %, {over}"}
 
 
@@ -229,7 +236,7 @@ def main(experiment: ModuleType) -> dict[str, Any]:
         print(changed)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("\nstopped; the same command continues from here"))
-    out, results = Path(experiment.OUT), run_seeds(experiment.SEEDS, experiment.run_seed)
+    out, results = Path(experiment.OUT), run_seeds(experiment)
     results["minutes"] = round((time.monotonic() - begin) / 60, 1)
     command = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
     made = f"Made by `{command}`, {datetime.date.today()}; this call took {results['minutes']:.0f} minutes"

@@ -12,13 +12,13 @@ What the paper takes out one by one are further METHODS, each with SCoRe's budge
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.problems import load_problems
 from evaluate import wilson
 from experiments import runs
 from experiments.arrows import read_question
-from experiments.runs import Training, format_share, read_json
+from experiments.runs import Training, format_share
 from plumbing.files import read_jsonl
 from plumbing.report import Curve, color_models, draw, running_mean
 
@@ -31,33 +31,27 @@ METHODS: tuple[str, ...] = ("score_stage1", "score_stage2", "multi_turn", "singl
 WORLD: str = ""  # arguments for arrows.py, spaces between, such as "EAGER=0.3 CHAINS=1,2,2,3"
 STAGE_1: float = 0.5  # share of the tokens in stage I (not in the paper)
 
-
-class Method(NamedTuple):
-    """A run of ppo.py."""
-
-    name: str
-    arguments: str  # for ppo.py, spaces between
-    after: str = ""  # the stage I from whose policy it begins
-
-
 SCORE = "score_stage2"  # what the others are compared with
-RUNS = {  # in an order in which two at a time take equally long: half a budget and a whole one each
-    "score_stage1": Method("SCoRe's stage I", "PRESET=toy,score_stage1"),
+RUNS = {  # run -> its name, its arguments for ppo.py, and the stage I from whose policy it begins; "": the warm start.
+    # Their order is one in which two at a time take equally long: half a budget and a whole one each.
+    "score_stage1": ("SCoRe's stage I", ["PRESET=toy,score_stage1"], ""),
     # Half as many attempts in a dialogue: with twice as many dialogues an update sees as many tokens.
-    "single_turn": Method(
-        "single-turn RL", "PRESET=toy,multi_turn,single_turn MIN_ATTEMPTS=1 DIALOGUES=256 MINI_BATCH=128"
+    "single_turn": (
+        "single-turn RL",
+        ["PRESET=toy,multi_turn,single_turn", "MIN_ATTEMPTS=1", "DIALOGUES=256", "MINI_BATCH=128"],
+        "",
     ),
-    "multi_turn": Method("plain multi-turn RL", "PRESET=toy,multi_turn"),
-    SCORE: Method("SCoRe", "PRESET=toy,score_stage2", after="score_stage1"),
+    "multi_turn": ("plain multi-turn RL", ["PRESET=toy,multi_turn"], ""),
+    SCORE: ("SCoRe", ["PRESET=toy,score_stage2"], "score_stage1"),
     # Ablations: SCoRe with one change
-    "loose_stage1": Method("first attempts free in stage I", "PRESET=toy,score_stage1 KL_COEF=0.01"),
-    "alpha_0": Method("SCORE_ALPHA=0", "PRESET=toy,score_stage2 SCORE_ALPHA=0", after="score_stage1"),
-    "alpha_1": Method("SCORE_ALPHA=1", "PRESET=toy,score_stage2 SCORE_ALPHA=1", after="score_stage1"),
-    "loose_stage2": Method("... then stage II", "PRESET=toy,score_stage2", after="loose_stage1"),
-    "stage2_alone": Method("without stage I", "PRESET=toy,score_stage2"),
+    "loose_stage1": ("stage I with free first attempts", ["PRESET=toy,score_stage1", "KL_COEF=0.01"], ""),
+    "alpha_0": ("SCORE_ALPHA=0", ["PRESET=toy,score_stage2", "SCORE_ALPHA=0"], "score_stage1"),
+    "alpha_1": ("SCORE_ALPHA=1", ["PRESET=toy,score_stage2", "SCORE_ALPHA=1"], "score_stage1"),
+    "loose_stage2": ("first attempts free in stage I", ["PRESET=toy,score_stage2"], "loose_stage1"),
+    "stage2_alone": ("without stage I", ["PRESET=toy,score_stage2"], ""),
 }
-FIRST_STAGES = {method.after for method in RUNS.values() if method.after}
-NAMES = {run: method.name for run, method in RUNS.items()} | {"warm_start": "warm start"}
+FIRST_STAGES = ("score_stage1", "loose_stage1")
+NAMES = {run: name for run, (name, _, _) in RUNS.items()} | {"warm_start": "warm start"}
 COLUMNS = {  # of the table -> a metric of evaluate.py, and the attempt that it is about, from 0
     "Acc@t1": ("accuracy", 0),
     "Acc@t2": ("accuracy", 1),
@@ -77,42 +71,38 @@ LEGEND = (
 # One seed -------------------------------------------------------------------------------------------------------------
 def list_trainings(seed: int, world: Path, folder: Path) -> list[Training]:
     """The runs of METHODS."""
-    stage_1, warm_start, trainings = round(STAGE_1 * TOKEN_BUDGET), f"{world}/warm_start", []
-    for run, method in RUNS.items():
+    stage_1, trainings = round(STAGE_1 * TOKEN_BUDGET), []
+    for run, (name, own, first) in RUNS.items():
         if run not in METHODS:
             continue
-        tokens, start = stage_1 if run in FIRST_STAGES else TOKEN_BUDGET, [f"MODEL={warm_start}"]
-        if method.after:
+        tokens, start = stage_1 if run in FIRST_STAGES else TOKEN_BUDGET, list[str]()
+        if first:
             tokens -= stage_1
-            start = [f"MODEL={folder}/{method.after}/policy", f"REFERENCE={warm_start}"]
-        arguments = [f"SEED={seed}", f"TRAIN_DATA={world}/train.jsonl", "DEV_PROBLEMS=0", f"TOKEN_BUDGET={tokens}"]
-        arguments += [*start, *method.arguments.split()]
-        after = folder / method.after if method.after else None
-        trainings.append(Training(f"seed {seed}, {method.name}", folder / run, arguments, after))
+            start = [f"MODEL={folder}/{first}/policy", f"REFERENCE={world}/warm_start"]
+        arguments = [*own, *start, "DEV_PROBLEMS=0", f"TOKEN_BUDGET={tokens}"]
+        trainings.append(Training(name, folder / run, seed, world, arguments, folder / first if first else None))
     return trainings
 
 
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """World, trainings and evaluation of one seed."""
-    folder = Path(OUT) / f"seed-{seed}"
     world = runs.make_world("arrows", folder / "arrows", f"SEED={seed}", *WORLD.split())
     runs.run_trainings(list_trainings(seed, world, folder))
     names = [name for name in NAMES if name in METHODS or name == "warm_start"]
     names.sort(key=lambda name: name != SCORE)  # the first: evaluate.py takes it from each of the others
     models = [world / "warm_start" if name == "warm_start" else folder / name / "policy" for name in names]
-    config = read_json(folder / METHODS[-1] / "config.json")
-    settings = ("PROMPT", "FEEDBACK", "MAX_ATTEMPT_TOKENS")  # as in training
-    arguments = [*(f"{name}={config[f'rollout.{name}']}" for name in settings), "MAX_ATTEMPTS=2", "RESAMPLES=0"]
-    evaluation = runs.evaluate_models(models, world, folder / "evaluation", [*arguments, f"SEED={seed}"])
+    arguments = ["MAX_ATTEMPTS=2", "RESAMPLES=0", f"SEED={seed}"]
+    evaluation = runs.evaluate_models(models, world, folder / "evaluation", arguments)
     problems = load_problems(world / "test.jsonl")
     lengths = {problem["id"]: len(read_question(problem["question"])) - 1 for problem in problems}
     played = {name: read_jsonl(folder / "evaluation" / f"dialogues-{name}.jsonl") for name in names}
     return {
         "n": len(problems),
-        "ideal": read_json(world / "made.json")["ceilings"],
+        "ideal": runs.read_json(world / "made.json")["ceilings"],
         "models": {name: select_columns(evaluation["models"][name]["test"]) for name in names},
         "differences": select_differences(evaluation["comparisons"]),
         "by_arrows": {name: split_by_arrows(played[name], lengths) for name in names},
+        "places": np.linspace(0, TOKEN_BUDGET, PLACES).tolist(),
         "curves": {name: read_curves(folder, name) for name in names if name not in (*FIRST_STAGES, "warm_start")},
         "dialogues": show_dialogues(played, problems, lengths),
     }
@@ -153,7 +143,7 @@ def read_curves(folder: Path, name: str) -> dict[str, list[float]]:
     """{"accuracy_at_1", "accuracy_at_2"} of the sampled training dialogues, running means over a twentieth of the
     steps, at PLACES places of the token budget, from stage I on."""
     rows, tokens, before = [], [], 0
-    for run in filter(None, (RUNS[name].after, name)):
+    for run in filter(None, (RUNS[name][2], name)):
         steps = read_jsonl(folder / run / "metrics.jsonl")
         rows += steps
         tokens += [before + step["generated_tokens"] for step in steps]
@@ -162,13 +152,8 @@ def read_curves(folder: Path, name: str) -> dict[str, list[float]]:
     for metric in ("accuracy_at_1", "accuracy_at_2"):
         if metric in rows[0]:
             smooth = running_mean([row[metric] for row in rows], 1 + len(rows) // 20)
-            curves[metric] = np.interp(list_places(), tokens, smooth).tolist()
+            curves[metric] = np.interp(np.linspace(0, TOKEN_BUDGET, PLACES), tokens, smooth).tolist()
     return curves
-
-
-def list_places() -> list[float]:
-    """Of a learning curve, in tokens."""
-    return [TOKEN_BUDGET * (number + 0.5) / PLACES for number in range(PLACES)]
 
 
 def show_dialogues(played: dict[str, list[dict]], problems: list[dict], lengths: dict[str, int]) -> list[str]:
@@ -202,7 +187,7 @@ def draw_curves(results: dict[str, Any]) -> None:
     colors, panels = color_models(results["curves"]), {}
     for metric, title in ("accuracy_at_1", "Accuracy of first answers"), ("accuracy_at_2", "... of second answers"):
         panels[title] = [
-            Curve(NAMES[name], curves[metric], color=colors[name], steps=list_places())
+            Curve(NAMES[name], curves[metric], color=colors[name], steps=results["places"])
             for name, curves in results["curves"].items()
             if metric in curves
         ]

@@ -44,19 +44,17 @@ LEGEND = (
 )
 
 
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """World, trainings and evaluations of one seed."""
-    folder = Path(OUT) / f"seed-{seed}"
     world = runs.make_world("programs", folder / "programs", f"SEED={seed}", f"TEST_PROBLEMS={TEST_PROBLEMS}")
-    source = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
-    source += [f"TOKEN_BUDGET={TOKEN_BUDGET}", *SHARED]
-    runs.run_trainings([Training(f"seed {seed}, {arm}", folder / arm, [*source, *own]) for arm, own in ARMS.items()])
+    shared = [*SHARED, f"TOKEN_BUDGET={TOKEN_BUDGET}"]
+    runs.run_trainings([Training(arm, folder / arm, seed, world, [*shared, *own]) for arm, own in ARMS.items()])
     rows: dict[str, Any] = {}
     for told in (True, False):
         names = {row: model for row, (model, is_told) in ROWS.items() if is_told == told}
         models = [world / name if name == "warm_start" else folder / name / "policy" for name in names.values()]
-        arguments = [f"TOLD_CHARACTERS={TOLD if told else 0}", "MAX_ATTEMPT_TOKENS=16", f"MAX_ATTEMPTS={MOST}"]
-        arguments += ["PROTOCOL=prefix", "RESAMPLES=0", f"SEED={seed}"]
+        arguments = [f"TOLD_CHARACTERS={TOLD if told else 0}", f"MAX_ATTEMPTS={MOST}", f"SEED={seed}"]
+        arguments += ["PROTOCOL=prefix", "RESAMPLES=0"]
         out = folder / f"evaluation-{'told' if told else 'incorrect'}"
         found = runs.evaluate_models(models, world, out, arguments)["models"]
         rows |= {row: found[name]["test"] for row, name in names.items()}

@@ -199,8 +199,8 @@ def share_said(
 def make_world(world: ModuleType) -> None:
     """Make the folder OUT, whole or not at all: it is made elsewhere, and moved to its place at the end."""
     out = Path(world.OUT)
-    constants = snapshot({"world": world, "warm": sys.modules[__name__]})
-    settings = {name: json.loads(json.dumps(value)) for name, value in constants.items() if name != "world.OUT"}
+    settings = json.loads(json.dumps(snapshot({"world": world, "warm": sys.modules[__name__]})))  # as a file has them
+    del settings["world.OUT"]
     if out.exists():
         made = json.loads((out / "made.json").read_text(encoding="utf-8"))["settings"]
         differ = [name.partition(".")[2] for name, value in settings.items() if made.get(name, value) != value]

@@ -53,7 +53,7 @@ if given["MODEL"] != "stopped":
 def make_training(name: str, model: str, after: str = "") -> runs.Training:
     """Its ppo.py is STUB; the model says what becomes of it."""
     folder = Path("runs/demo")
-    return runs.Training(name, folder / name, [f"MODEL={model}"], folder / after if after else None)
+    return runs.Training(name, folder / name, 0, Path("w"), [f"MODEL={model}"], folder / after if after else None)
 
 
 @pytest.fixture
@@ -241,10 +241,10 @@ def test_ablations_show_what_was_measured(tmp_path, change):
         measured.append(models)
         return {"models": models}
 
-    change(ablations, OUT=str(tmp_path), ONLY="rloo")
-    change(runs, make_world=lambda *_: tmp_path, read_json=lambda path: {"rollout.MAX_ATTEMPT_TOKENS": 64})
+    change(ablations, OUT=str(tmp_path), ONLY="rloo", SEEDS=(1, 2))
+    change(runs, make_world=lambda *_: tmp_path)
     change(runs, run_trainings=lambda its: trained.update({t.folder.name: t for t in its}), evaluate_models=evaluate)
-    results = runs.run_seeds((1, 2), ablations.run_seed)
+    results = runs.run_seeds(ablations)
     base, rloo = (constants_of(trained[row].arguments) for row in ("base", "rloo"))
     different = {name for name in base if base[name] != rloo[name]}
     assert different == {"ppo.ESTIMATOR", "rollout.SAMPLES_PER_PROMPT", "ppo.RUN"} and base["ppo.SEED"] == 2
