@@ -39,7 +39,6 @@ SHINGLE: int = 3  # words in a row; questions are compared by their sets of such
 NEAR: Share = 0.7  # shared shingles over all of both questions, from which they count as duplicates; less drops more
 
 TRAINING = "math_train"
-CHECKSUMS = "checksums.jsonl"
 
 
 class Source(NamedTuple):
@@ -50,7 +49,6 @@ class Source(NamedTuple):
     answer: str  # the column of the gold answer, or of the solution that contains it
     splits: tuple[str, ...] = ("test",)
     configs: tuple[str | None, ...] = (None,)
-    url: str = ""  # take only rows whose "url" contains this
 
 
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
@@ -63,42 +61,31 @@ SOURCES = {
     "amc23": (
         Source("math-ai/amc23", 40, "answer"),
         Source("zwhe99/amc23", 40, "answer"),
-        Source("AI-MO/aimo-validation-amc", 40, "answer", ("train",), url="2023_AMC"),  # it has 2022 as well
     ),
     "math500": (
         Source("HuggingFaceH4/MATH-500", 500, "solution"),
         Source("math-ai/math500", 500, "answer"),
-        Source("nlile/hendrycks-MATH-benchmark", 500, "solution"),
     ),
     "minerva_math": (
         Source("svc-huggingface/minerva-math", 272, "solution"),
-        Source("knoveleng/Minerva-Math", 272, "solution", ("train",)),
         Source("math-ai/minervamath", 272, "answer"),
-        Source("zwhe99/simplerl-minerva-math", 272, "answer"),
     ),
     "olympiadbench": (  # 675 rows in the papers' files, one less in the authors' own
         Source("zwhe99/simplerl-OlympiadBench", 675, "final_answer"),
         Source("Hothan/OlympiadBench", 674, "final_answer", ("train",), ("OE_TO_maths_en_COMP",)),
-        Source("math-ai/olympiadbench", 674, "final_answer"),
     ),
     TRAINING: (  # all of MATH; the questions of MATH-500 are dropped as duplicates
         Source("EleutherAI/hendrycks_math", 12_500, "solution", ("train", "test"), tuple(SUBJECTS.split())),
         Source("DigitalLearningGmbH/MATH-lighteval", 12_500, "solution", ("train", "test")),
-        Source("nlile/hendrycks-MATH-benchmark", 12_500, "solution", ("train", "test")),
     ),
 }
-MBPP = (
-    Source("google-research-datasets/mbpp", 974, "test_list", ("train", "validation", "test", "prompt"), ("full",)),
-)
+MBPP = "google-research-datasets/mbpp"
 PROGRAMS = {
     "humaneval": (Source("openai/openai_humaneval", 164, "test"),),
-    **dict.fromkeys(("mbpp_prompts", "mbpp_dev", "mbpp_test", "mbpp_train"), MBPP),
-}
-MBPP_IDS = {  # the published split
-    "mbpp_prompts": range(1, 11),
-    "mbpp_test": range(11, 511),
-    "mbpp_dev": range(511, 601),
-    "mbpp_train": range(601, 975),
+    "mbpp_prompts": (Source(MBPP, 10, "test_list", ("prompt",), ("full",)),),
+    "mbpp_dev": (Source(MBPP, 90, "test_list", ("validation",), ("full",)),),
+    "mbpp_test": (Source(MBPP, 500, "test_list", ("test",), ("full",)),),
+    "mbpp_train": (Source(MBPP, 374, "test_list", ("train",), ("full",)),),
 }
 CLEANED_OF = {  # training set -> the sets whose questions must not be trained on
     TRAINING: [name for name in SOURCES if name != TRAINING],
@@ -148,12 +135,9 @@ GOLD: dict[str, Callable[[Any], str]] = {"aime24": to_integer, "amc23": to_integ
 
 
 def to_problem(name: str, source: Source, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    """A source's row as a line of data/<name>.jsonl. Raises ValueError if it is not as expected."""
+    """A source's row as a line of data/<name>.jsonl. Raises ValueError or KeyError if it is not as expected."""
     row = {column.lower(): value for column, value in row.items() if value is not None}
     question = next((c for c in COLUMNS["question"] if c in row), "question")
-    missing = [column for column in (question, source.answer) if column not in row]
-    if missing:
-        raise ValueError(f"row {number} has no column {' and '.join(missing)}; it has {', '.join(row)}")
     given = last_box(row["solution"]) if source.answer == "solution" else row[source.answer]
     problem: dict[str, Any] = {"id": f"{name}/{row.get('id', row.get('unique_id', number))}"}
     problem |= {"question": str(row[question]).strip(), "answer": GOLD.get(name, str)(given).strip()}
@@ -192,9 +176,6 @@ def list_examples(prompt: str, entry: str) -> list[str]:
 
 def to_program(name: str, source: Source, number: int, row: dict[str, Any]) -> dict[str, Any]:
     """to_problem() for programs. HumanEval's examples and MBPP's first test are public."""
-    columns = ("task_id", *(("prompt", "entry_point", "test") if name == "humaneval" else ("text", "test_list")))
-    if missing := [column for column in columns if column not in row]:
-        raise ValueError(f"row {number} has no column {' and '.join(missing)}; it has {', '.join(row)}")
     problem: dict[str, Any] = {"id": f"{name}/{str(row['task_id']).rpartition('/')[2]}"}
     if name == "humaneval":
         prompt, entry = row["prompt"], row["entry_point"]
@@ -214,18 +195,15 @@ def fetch(source: Source) -> list[dict[str, Any]]:
     """All rows of a source. Raises ValueError for another number of rows, and what `datasets` raises."""
     from datasets import load_dataset
 
-    path = Path(HUB_MIRROR, source.name)
+    path, rows = Path(HUB_MIRROR, source.name), []
     if HUB_MIRROR and not path.is_dir():
         raise FileNotFoundError(f"no folder {path}")
     # The cache of `datasets` confuses folders of the same name: with a mirror it gets a new place for every call.
     with tempfile.TemporaryDirectory() as own:
         name, cache = (str(path), own) if HUB_MIRROR else (source.name, None)
-        parts = [
-            load_dataset(name, config, split=split, cache_dir=cache)
-            for config in source.configs
-            for split in source.splits
-        ]
-        rows = [row for part in parts for row in part if source.url in str(row.get("url"))]
+        for config in source.configs:
+            for split in source.splits:
+                rows += load_dataset(name, config, split=split, cache_dir=cache)
     if len(rows) != source.rows:
         raise ValueError(f"{len(rows)} rows where {source.rows} are expected")
     return rows
@@ -241,29 +219,25 @@ def load_set(name: str) -> list[dict[str, Any]]:
     for source in (SOURCES | PROGRAMS)[name]:
         try:
             problems = [make(name, source, number, row) for number, row in enumerate(fetch(source))]
-            if name in MBPP_IDS:
-                problems = [p for p in problems if int(p["id"].partition("/")[2]) in MBPP_IDS[name]]
             if len({problem["id"] for problem in problems}) < len(problems):
                 raise ValueError("ids repeat")
             print(f"{name}: {len(problems)} rows of {source.name}{reasons and ', instead of'}{reasons}")
             return problems
-        except ConnectionError:
-            raise
-        except httpx.TransportError as error:  # `datasets` does not catch it; a proxy that refuses, for one
+        except (ConnectionError, httpx.TransportError) as error:  # a proxy that refuses, for one, `datasets` lets pass
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
-        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-            reasons += f"\n    {source.name}: {' '.join(str(error).split())[:300]}"
+        except (DatasetsError, OSError, ValueError, RuntimeError, KeyError) as error:
+            what = f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+            reasons += f"\n    {source.name}: {what}"
     raise Unavailable(f"no source worked{reasons}{describe_cure(name)}")
 
 
 def describe_cure(name: str) -> str:
     """How to get a set by hand."""
-    source, *others = (SOURCES | PROGRAMS)[name]
-    parts = ", ".join(["split " + " and ".join(source.splits), *filter(None, source.configs)])
+    source = (SOURCES | PROGRAMS)[name][0]
     return f"""
-  Either download it where there is a network ({parts}; columns {"/".join(COLUMNS["question"])}, {source.answer}):
+  Either download it where there is a network:
     hf download {source.name} --repo-type dataset --local-dir mirror/{source.name}
-  and say HUB_MIRROR=mirror here. The same set: {", ".join(other.name for other in others)}.
+  and say HUB_MIRROR=mirror here.
   Or write {Path(OUT, name)}.jsonl yourself, {source.rows} lines of {{"id", "question", "answer"}}."""
 
 
@@ -319,7 +293,10 @@ def drop_duplicates(training: Sequence[dict], benchmarks: Sequence[dict]) -> tup
     for position, problem in enumerate(training):
         hits = [(same, benchmarks[p]["id"].split("/")[0]) for p, same in of_benchmarks[position].items()]
         for p, same in of_training[position].items():
-            if p in kept and (same or has_same_gold(problem, kept[p])):
+            if p not in kept:
+                continue
+            mine, other = problem.get("answer"), kept[p].get("answer")  # None: with tests; each names its own function
+            if same or (mine and other and grader.is_equivalent(mine, other)):
                 hits.append((same, problem["id"].split("/")[0]))
         if hits:
             same, where = max(hits)
@@ -327,11 +304,6 @@ def drop_duplicates(training: Sequence[dict], benchmarks: Sequence[dict]) -> tup
         else:
             kept[position] = problem
     return list(kept.values()), dropped
-
-
-def has_same_gold(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two problems have the same answer; those with tests never do: each names its own function."""
-    return "answer" in a and grader.is_equivalent(a["answer"], b["answer"])
 
 
 # Main -----------------------------------------------------------------------------------------------------------------
@@ -356,37 +328,34 @@ def make_training_set(name: str, benchmarks: Sequence[dict]) -> list[dict]:
 
 
 def prepare(name: str) -> None:
-    """Make OUT/<name>.jsonl, or check the one that is there. Raises SystemExit if that one has been changed."""
-    path, record = Path(OUT, f"{name}.jsonl"), Path(OUT, CHECKSUMS)
-    made = {line["set"]: line for line in read_jsonl(record)}
-    now: dict[str, Any] = {"set": name}
-    benchmarks: list[dict] = []
-    if name in CLEANED_OF:
-        files = {other: Path(OUT, f"{other}.jsonl") for other in CLEANED_OF[name]}
-        if missing := [other for other, file in files.items() if not file.is_file()]:
-            raise Unavailable(f"make {', '.join(missing)} first: their questions must not be trained on")
-        sets = {other: load_problems(file) for other, file in files.items()}
-        benchmarks = [problem for problems in sets.values() for problem in problems]
-        now |= ({"LEVELS": list(LEVELS)} if name == TRAINING else {}) | {"SHINGLE": SHINGLE, "NEAR": NEAR}
-        now["cleaned of"] = {other: checksum(problems) for other, problems in sets.items()}
-
-    if path.is_file() and not FORCE:
-        problems, rows = load_problems(path), {source.rows for source in (SOURCES | PROGRAMS)[name]}
-        if name in MBPP_IDS:
-            rows = {len(MBPP_IDS[name])}
-        if name not in CLEANED_OF and len(problems) not in rows:
-            raise SystemExit(f"{path}: {len(problems)} rows where {rows} are expected; complete it, or say FORCE=1")
-        now |= {"rows": len(problems), "sha256": checksum(problems)}
-        if made.get(name, now) != now:
-            raise SystemExit(f"{path}: not as it was made; FORCE=1 makes it again\n  then {made[name]}\n  now  {now}")
-        note = "is there already" if name in made else "is there already, not made here"
+    """Make OUT/<name>.jsonl, or check the one that is there. Raises SystemExit if that one has been changed, or if a
+    training set was cleaned of other benchmarks than those that are there."""
+    path, record = Path(OUT, f"{name}.jsonl"), Path(OUT, "checksums.jsonl")
+    files = {other: Path(OUT, f"{other}.jsonl") for other in CLEANED_OF.get(name, [])}
+    if missing := [other for other, file in files.items() if not file.is_file()]:
+        raise Unavailable(f"make {', '.join(missing)} first: their questions must not be trained on")
+    sets = {other: load_problems(file) for other, file in files.items()}
+    is_there = path.is_file() and not FORCE
+    if is_there:
+        problems = load_problems(path)
+    elif sets:
+        problems = make_training_set(name, [problem for its in sets.values() for problem in its])
     else:
-        problems = make_training_set(name, benchmarks) if name in CLEANED_OF else load_set(name)
-        now |= {"rows": len(problems), "sha256": checksum(problems)}
+        problems = load_set(name)
+    now: dict[str, Any] = {"set": name, "rows": len(problems), "sha256": checksum(problems)}
+    if name == TRAINING:
+        now["LEVELS"] = list(LEVELS)
+    if sets:
+        hashes = {other: checksum(its) for other, its in sets.items()}
+        now |= {"SHINGLE": SHINGLE, "NEAR": NEAR, "cleaned of": hashes}
+    made = {line["set"]: line for line in read_jsonl(record)}
+    if not is_there:
         write_atomically(path, "".join(map(to_line, problems)))
         made[name] = now
         write_atomically(record, "".join(map(to_line, made.values())))
-        note = "made"
+    elif made.get(name, now) != now:
+        raise SystemExit(f"{path}: not as it was made; FORCE=1 makes it again\n  then {made[name]}\n  now  {now}")
+    note = "is there already" if is_there else "made"
     print(f"{path}: {len(problems)} problems, sha256 of questions and answers {now['sha256']}, {note}", flush=True)
 
 

@@ -46,8 +46,8 @@ COLUMNS = {  # of the table -> a metric of evaluate.py, and for how many allowed
 LEGEND = (
     f"Percent of the held-out questions solved within 1 and within {MOST} attempts, greedy; repeats: retries that give "
     "an answer which was given before in the same dialogue. Next to each is its difference from the base in points, "
-    "paired by seed. The last column names the differences whose 95 % t-interval over the seeds does not contain zero; "
-    "with that many intervals, about one in twenty would not even if nothing had an effect."
+    "paired by seed. The last column names the differences whose interval does not contain zero; with that many "
+    "intervals, about one in twenty would not even if nothing had an effect."
 )
 
 
@@ -59,28 +59,20 @@ def choose_rows() -> list[str]:
     return [name for name in ABLATIONS if name in (BASE, *wanted)]
 
 
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """World, trainings and evaluation of one seed: the value of each row and column, and its difference from the base,
     whose interval is known only when there are several seeds."""
-    rows, folder = choose_rows(), Path(OUT) / f"seed-{seed}"
-    world = runs.make_toy(seed, folder)
-    shared = ["PRESET=toy", f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
-    shared += [f"TOKEN_BUDGET={TOKEN_BUDGET}", "DEV_PROBLEMS=0"]
-    folders = {row: folder / row.replace(" ", "_") for row in rows}
-    runs.run_trainings(
-        [
-            Training(f"seed {seed}, {row} ({number} of {len(rows)})", folders[row], [*shared, *ABLATIONS[row]])
-            for number, row in enumerate(rows, 1)
-        ]
-    )
-    limit = runs.read_config(folders[BASE])["rollout.MAX_ATTEMPT_TOKENS"]  # as in training
-    arguments = [f"MAX_ATTEMPTS={MOST}", "RESAMPLES=0", f"MAX_ATTEMPT_TOKENS={limit}", f"SEED={seed}"]
-    policies = [folders[row] / "policy" for row in rows]
+    folders = {row: folder / row.replace(" ", "_") for row in choose_rows()}
+    world = runs.make_world("median", folder / "toy", f"SEED={seed}")
+    shared = ["PRESET=toy", f"TOKEN_BUDGET={TOKEN_BUDGET}", "DEV_PROBLEMS=0"]
+    runs.run_trainings([Training(row, run, seed, world, [*shared, *ABLATIONS[row]]) for row, run in folders.items()])
+    arguments = [f"MAX_ATTEMPTS={MOST}", "RESAMPLES=0", f"SEED={seed}"]
+    policies = [run / "policy" for run in folders.values()]
     models = runs.evaluate_models(policies, world, folder / "evaluation", arguments)["models"]
     values: dict[str, dict[str, float]] = {}
     differences: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        metrics = models[folders[row].name]["test"]["metrics"]
+    for row, run in folders.items():
+        metrics = models[run.name]["test"]["metrics"]
         values[row] = {column: metrics[metric]["value"][k - 1] for column, (metric, k) in COLUMNS.items()}
         differences[row] = {
             column: {"value": value - values[BASE][column], "low": None, "high": None}
@@ -92,28 +84,17 @@ def run_seed(seed: int) -> dict[str, Any]:
 def make_table(results: dict[str, Any]) -> str:
     """Markdown, in percent and points."""
     rows = [["change", *(head for column in COLUMNS for head in (column, "from base")), "beyond noise"]]
-    several = len(results["seeds"]) > 1
+    nothing = "within noise" if len(results["seeds"]) > 1 else "one seed: unknown"
     for row, values in results["values"].items():
         cells, beyond = [], []
         for column, value in values.items():
             x = results["differences"][row][column]
-            difference = runs.format_share(**x, sign="+") if several else f"{100 * x['value']:+.1f}"
-            if several and (x["low"] > 0 or x["high"] < 0):
+            cells += [f"{100 * value:.1f}", "" if row == BASE else runs.format_share(**x, sign="+")]
+            if x["low"] is not None and not x["low"] <= 0 <= x["high"]:
                 beyond.append(column)
-            cells += [f"{100 * value:.1f}", "" if row == BASE else difference]
-        nothing = "within noise" if several else "one seed: unknown"
         rows.append([row, *cells, "" if row == BASE else ", ".join(beyond) or nothing])
     return runs.format_table(rows)
 
 
-def main() -> None:
-    runs.start({"ablations": sys.modules[__name__], "runs": runs})
-    choose_rows()  # a wrong name stops before there is work done
-    results = runs.run_seeds(SEEDS, run_seed, Path(OUT))
-    results |= {"token_budget": TOKEN_BUDGET, "arguments": {row: ABLATIONS[row] for row in results["values"]}}
-    words = f"{LEGEND} {TOKEN_BUDGET:,} generated tokens a run; seeds {', '.join(results['seeds'])}."
-    runs.write_report(Path(OUT), results, make_table(results), words)
-
-
 if __name__ == "__main__":
-    main()
+    runs.main(sys.modules[__name__])

@@ -86,9 +86,9 @@ def read_question(question: str) -> list[int]:
     return chain
 
 
-def draw_problem(rng: random.Random) -> tuple[str, int]:
+def draw_problem(rng: random.Random) -> dict[str, str]:
     arrows, chain = draw_chains(rng)
-    return write_question(arrows, chain[0]), chain[-1]
+    return {"question": write_question(arrows, chain[0]), "answer": str(chain[-1])}
 
 
 make_problems = partial(warm.draw_problems, "arrows", draw_problem)
@@ -158,15 +158,10 @@ def draw_dialogues(rng: random.Random, seed: int, watchful: float) -> list[Row]:
 
 
 def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
+    """First to find a number's arrow in a table, then what dialogues look like."""
     if step < PRACTICE * WARM_STEPS:
         return draw_practice(rng)
     return draw_dialogues(rng, seed, WATCHFUL[step >= WATCHFUL_UNTIL * WARM_STEPS])
-
-
-def train_warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Supervised training: first to find a number's arrow in a table, then what dialogues look like."""
-    rates = {"muon_until": MUON_UNTIL, "matrix_lr": MATRIX_LR, "lr": WARM_LR, "other_lr": EMBEDDING_LR}
-    return warm.train(tokenizer, seed, WARM_STEPS, partial(draw_batch, seed), **rates)
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> dict[str, Any]:

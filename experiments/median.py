@@ -37,8 +37,11 @@ BLANK: str = "_"  # how an unreadable number looks
 # The warm start
 WARM_STEPS: int = 1000  # about a minute on two cores
 MUON_UNTIL: float = 0.25  # share of the steps in which Muon, not AdamW, updates the layers' matrices
-MATRIX_LR: float = 2e-2  # peak, of Muon; with AdamW from the start one seed in three stays on a plateau
-WARM_LR: float = 4e-3  # peak, of AdamW, which updates everything else and, later, the matrices as well
+# With AdamW from the start one seed in three stays on a plateau. But PPO often turned a model that Muon had trained to
+# the end into a fixed order of answers, which ignores what has failed; never one that AdamW had trained further.
+MATRIX_LR: float = 2e-2  # peak, of Muon
+WARM_LR: float = 4e-3  # peak, of AdamW on the matrices
+EMBEDDING_LR: float = 4e-3  # peak, of AdamW on embeddings and norms
 SINGLE_ROWS: int = 128  # dialogues in a batch of single attempts
 DIALOGUE_ROWS: int = 64  # dialogues in a batch of several attempts
 DIALOGUE_SHARE: float = 0.6  # share of batches with several attempts
@@ -71,9 +74,9 @@ def read_question(question: str) -> tuple[list[int], int]:
     return [int(word) for word in words if word != BLANK], words.count(BLANK)
 
 
-def draw_problem(rng: random.Random) -> tuple[str, int]:
+def draw_problem(rng: random.Random) -> dict[str, str]:
     shown, answer = draw_list(rng, LIST_LENGTH, UNREADABLE)
-    return write_question(shown), answer
+    return {"question": write_question(shown), "answer": str(answer)}
 
 
 make_problems = partial(warm.draw_problems, "toy", draw_problem)
@@ -139,8 +142,9 @@ def draw_answers(
     return answers
 
 
-def draw_dialogues(rng: random.Random, seed: int, sharpness: float) -> list[Row]:
+def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
     """Dialogues of one length."""
+    sharpness = SHARPNESS[step >= SHARP_UNTIL * WARM_STEPS]
     length, unreadable = rng.choice(CURRICULUM)
     failures = rng.randint(1, MOST_FAILURES) if rng.random() < DIALOGUE_SHARE else 0
     plain = rng.random() < PLAIN_SHARE
@@ -157,20 +161,6 @@ def draw_dialogues(rng: random.Random, seed: int, sharpness: float) -> list[Row]
             row += [(response_text(answer), trained), (feedback_text(None if plain else left), False)]
         rows.append(row[:-1])  # the last attempt gets no feedback
     return rows
-
-
-def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
-    return draw_dialogues(rng, seed, SHARPNESS[step >= SHARP_UNTIL * WARM_STEPS])
-
-
-def train_warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Supervised training on responses: the format, the skill as far as it can be had, and what dialogues look like.
-
-    Muon gets every seed off the plateau. But PPO often turned a model that Muon had trained to the end into a fixed
-    order of answers, which ignores what has failed; it never did so after AdamW had trained the model further.
-    """
-    rates = {"muon_until": MUON_UNTIL, "matrix_lr": MATRIX_LR, "lr": WARM_LR, "other_lr": WARM_LR}
-    return warm.train(tokenizer, seed, WARM_STEPS, partial(draw_batch, seed), **rates)
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ All else is computed by the functions of the stages: ids, mask, verdicts, reward
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import ppo
@@ -55,18 +56,15 @@ def prepare(batch: ppo.Batch, attempts: Sequence[tuple]) -> tuple[torch.Tensor, 
 # What is printed ------------------------------------------------------------------------------------------------------
 def describe_ids(chat: Chat, dialogue: Dialogue) -> list[str]:
     """A line for each action; environment tokens that follow each other share one."""
-    lines, at, last = [], 0, len(dialogue.ids)
-    while at < last:
-        end = at + 1
-        while not dialogue.mask[at] and end < last and not dialogue.mask[end]:
-            end += 1
-        text = chat.decode(dialogue.ids[at:end]).replace("\n", "\\n")
+    lines, mask = [], dialogue.mask
+    starts = [t for t in range(len(mask)) if t == 0 or mask[t] or mask[t - 1]]
+    for start, end in pairwise([*starts, len(mask)]):
+        text = chat.decode(dialogue.ids[start:end]).replace("\n", "\\n")
         text = text if len(text) < 62 else f"{text[:26]} ... {text[-30:]}"
-        place = f"{at}" if end == at + 1 else f"{at}..{end - 1}"
-        ids = f"{dialogue.ids[at]}" if end == at + 1 else f"{end - at} ids"
-        number = f"{dialogue.logprobs[at]:7.2f}" if dialogue.mask[at] else " " * 7
-        lines.append(f"{place:>7} {ids:>7} {dialogue.mask[at]} {number}  {text}")
-        at = end
+        place, ids, number = f"{start}..{end - 1}", f"{end - start} ids", ""
+        if mask[start]:
+            place, ids, number = f"{start}", f"{dialogue.ids[start]}", f"{dialogue.logprobs[start]:.2f}"
+        lines.append(f"{place:>7} {ids:>7} {mask[start]} {number:>7}  {text}")
     return lines
 
 
@@ -127,34 +125,26 @@ def draw_figures(chat: Chat, batch: ppo.Batch) -> None:
     left, row, most = 0.0, 0, batch.advantages.abs().max().item()
     for token, is_action, advantage in zip(batch.ids[0].tolist(), batch.mask[0], batch.advantages[0], strict=True):
         text = chat.decode([token]).replace("\n", "⏎").replace("$", "\\$")
-        width = 0.9 * len(text) + 1.2
-        if left + width > 120:
+        if left + len(text) > 130:
             left, row = 0.0, row + 1
         color = "#0072B2" if advantage > 0 else "#D55E00"
-        face = {"facecolor": color, "alpha": 0.15 + 0.6 * abs(advantage.item()) / most} if is_action else {}
-        box = plt.Rectangle((left, -row), width, 0.8, edgecolor="#999999", **(face or {"facecolor": "#eeeeee"}))
-        axes.add_patch(box)
-        axes.text(left + width / 2, 0.4 - row, text, ha="center", va="center", fontsize=7, family="monospace")
-        left += width
-    axes.set(xlim=(0, 122), ylim=(-row - 0.1, 1))
+        face = (color, 0.15 + 0.6 * abs(advantage.item()) / most) if is_action else "#eeeeee"
+        box = {"facecolor": face, "edgecolor": "#999999", "pad": 3}
+        axes.text(left, -row, text, fontsize=7, family="monospace", bbox=box)
+        left += len(text) + 2
+    axes.set(xlim=(0, 145), ylim=(-row - 0.3, 0.7))
     axes.axis("off")
-    save(figure, "dialogue")
-    figure, pair = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained", sharex=True)
+    figure.savefig(Path(FIGURES, "dialogue.svg"), metadata={"Date": None})
+    figure, pair = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     ratio = torch.linspace(0.5, 1.5, 201)
-    for axes, advantage, title in zip(
-        pair, (1.0, -1.0), ("a good action (A = 1)", "a bad action (A = -1)"), strict=True
-    ):
-        clipped = ratio.clamp(1 - ppo.CLIP, 1 + ppo.CLIP) * advantage
-        axes.plot(ratio, ratio * advantage, ":", color="#555555", label="ratio x A")
-        axes.plot(ratio, torch.minimum(ratio * advantage, clipped), color="#0072B2", label="what PPO maximises")
+    for axes, good, title in (pair[0], 1, "a good action (A = 1)"), (pair[1], -1, "a bad action (A = -1)"):
+        clipped = ratio.clamp(1 - ppo.CLIP, 1 + ppo.CLIP) * good
+        axes.plot(ratio, ratio * good, ":", color="#555555", label="ratio x A")
+        axes.plot(ratio, torch.minimum(ratio * good, clipped), color="#0072B2", label="what PPO maximises")
         axes.set(title=title, xlabel="ratio: probability now / when sampled")
         axes.spines[["top", "right"]].set_visible(False)
     pair[0].legend(frameon=False)
-    save(figure, "clip")
-
-
-def save(figure, stem: str) -> None:
-    figure.savefig(Path(FIGURES) / f"{stem}.svg", metadata={"Date": None})
+    figure.savefig(Path(FIGURES, "clip.svg"), metadata={"Date": None})
 
 
 def main() -> None:

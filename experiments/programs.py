@@ -8,18 +8,16 @@ A question shows two tests and asks for a function that passes these and others;
     assert f(7) == 1                                     def f(x, m=5): return (x * 3) % m
     assert f(2) == 1                                     ```
 
-All functions that are asked for have this form: an expression of x and a constant (INNER), modulo m. They have few
-values, so about eleven of them pass the two tests that are shown, and no reader can know which one is meant. The other
-arguments are private tests, but for PUBLIC - SHOWN of them, which are not in the question and may be told when they
-fail (rollout.TOLD_CHARACTERS):
+All functions that are asked for are an expression of x and a constant (INNER), modulo m. About eleven of them pass the
+two tests that are shown, and no reader can know which one is meant. Of the other arguments some are public tests, which
+may be told when they fail (rollout.TOLD_CHARACTERS), and the others private:
 
     Your answer is incorrect. You have 4 attempts left. Try an alternative.
     assert f(5) == 0
     AssertionError: the last call returned 2
 
-"Incorrect" rules out one function, the failing case most of those that were possible: `careful_accuracy` says by how
-much. A program that answers by heart what it was told (`if x == 5: return 0`) fails the private tests.
-The folder OUT, and what is shared with the other worlds: warm.py.
+"Incorrect" rules out one function, the failing case most of them: `careful_accuracy` says by how much. A program that
+answers by heart what it was told (`if x == 5: return 0`) fails the private tests.
 """
 
 import random
@@ -84,7 +82,7 @@ def list_fitting(cases: Iterable[Case]) -> frozenset[Values]:
 
 
 def find_failing(values: Values, cases: Iterable[Case]) -> Case | None:
-    """The first of the tests that a function fails."""
+    """The first of the tests that a function does not pass."""
     return next((case for case in cases if values[case[0]] != case[1]), None)
 
 
@@ -114,18 +112,13 @@ def draw_cases(rng: random.Random) -> tuple[Values, list[Case]]:
     return values, [(x, values[x]) for x in rng.sample(range(ARGUMENTS), ARGUMENTS)]
 
 
-def make_problems(count: int, seed: int, held_out: bool) -> list[dict[str, Any]]:
-    """`count` problems, the questions of all of them held out from training or of none. Problems of the same question
-    may ask for different functions."""
-    part = "test" if held_out else "train"
-    rng, problems = random.Random(f"{seed} {part}"), []
-    while len(problems) < count:
-        _, cases = draw_cases(rng)
-        question = write_question(cases[:SHOWN])
-        if is_held_out(question, seed) == held_out:
-            problem = {"id": f"programs-{seed}-{part}-{len(problems)}", "question": question}
-            problems.append(problem | {"tests": list(map(write_test, cases)), "public": PUBLIC, "source": "programs"})
-    return problems
+def draw_problem(rng: random.Random) -> dict[str, Any]:
+    """Problems of the same question may ask for different functions."""
+    _, cases = draw_cases(rng)
+    return {"question": write_question(cases[:SHOWN]), "tests": list(map(write_test, cases)), "public": PUBLIC}
+
+
+make_problems = partial(warm.draw_problems, "programs", draw_problem, repeats=True)
 
 
 def read_test(test: str) -> Case:
@@ -196,7 +189,7 @@ def draw_row(rng: random.Random, seed: int, shown: int, failures: int, told: boo
 
 
 def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
-    """Rows of the same numbers of tests and failures."""
+    """Rows of the same numbers of tests and failures: first to write a function that passes tests, then dialogues."""
     shown, failures = rng.randint(1, PUBLIC), 0
     if step >= PRACTICE * WARM_STEPS:
         shown, failures = SHOWN, rng.randint(0, MOST_FAILURES)
@@ -204,12 +197,6 @@ def draw_batch(seed: int, rng: random.Random, step: int) -> list[Row]:
     while len(rows) < ROWS:
         rows += [row] if (row := draw_row(rng, seed, shown, failures, told)) else []
     return rows
-
-
-def train_warm_start(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Supervised training: first to write a function that passes tests, then what dialogues look like."""
-    rates = {"muon_until": MUON_UNTIL, "matrix_lr": MATRIX_LR, "lr": WARM_LR, "other_lr": EMBEDDING_LR}
-    return warm.train(tokenizer, seed, WARM_STEPS, partial(draw_batch, seed), **rates)
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[dict]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ attempts and "incorrect" alone, and PPO with one attempt, each with the same bud
 them on held-out questions. Every program runs in the sandbox, which takes most of the time.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from experiments import runs
-from experiments.runs import Training, format_share
+from experiments.runs import Training, format_curve, format_share
 
 SEEDS: tuple[int, ...] = (0,)  # each has its own questions, its own held-out ones, and its own training
 OUT: str = "runs/told"  # folder of the results
@@ -45,60 +44,38 @@ LEGEND = (
 )
 
 
-def run_seed(seed: int) -> dict[str, Any]:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """World, trainings and evaluations of one seed."""
-    folder = Path(OUT) / f"seed-{seed}"
     world = runs.make_world("programs", folder / "programs", f"SEED={seed}", f"TEST_PROBLEMS={TEST_PROBLEMS}")
-    source = [f"SEED={seed}", f"MODEL={world}/warm_start", f"TRAIN_DATA={world}/train.jsonl"]
-    source += [f"TOKEN_BUDGET={TOKEN_BUDGET}", *SHARED]
-    runs.run_trainings([Training(f"seed {seed}, {arm}", folder / arm, [*source, *own]) for arm, own in ARMS.items()])
-    curves: dict[str, Any] = {}
+    shared = [*SHARED, f"TOKEN_BUDGET={TOKEN_BUDGET}"]
+    runs.run_trainings([Training(arm, folder / arm, seed, world, [*shared, *own]) for arm, own in ARMS.items()])
+    rows: dict[str, Any] = {}
     for told in (True, False):
-        names = [model for model, is_told in ROWS.values() if is_told == told]
-        models = [world / name if name == "warm_start" else folder / name / "policy" for name in names]
-        arguments = [f"TOLD_CHARACTERS={TOLD if told else 0}", "MAX_ATTEMPT_TOKENS=16", f"MAX_ATTEMPTS={MOST}"]
-        arguments += ["PROTOCOL=prefix", "RESAMPLES=0", f"SEED={seed}"]
+        names = {row: model for row, (model, is_told) in ROWS.items() if is_told == told}
+        models = [world / name if name == "warm_start" else folder / name / "policy" for name in names.values()]
+        arguments = [f"TOLD_CHARACTERS={TOLD if told else 0}", f"MAX_ATTEMPTS={MOST}", f"SEED={seed}"]
+        arguments += ["PROTOCOL=prefix", "RESAMPLES=0"]
         out = folder / f"evaluation-{'told' if told else 'incorrect'}"
-        curves |= {
-            (name, told): its for name, its in runs.evaluate_models(models, world, out, arguments)["models"].items()
-        }
-    careful = json.loads((world / "made.json").read_text(encoding="utf-8"))["careful"]
-    rows = {
-        row: {bound: curves[key]["test"][bound] for bound in ("accuracy", "low", "high")} for row, key in ROWS.items()
-    }
-    told, untold = (rows[row]["accuracy"] for row in list(ROWS)[:2])
-    gain = [a - b for a, b in zip(told, untold, strict=True)]
-    return {
-        "n": TEST_PROBLEMS,
-        "rows": rows,
-        "difference": {"accuracy": gain, "low": [None] * MOST, "high": [None] * MOST},  # known over several seeds
-        "readers": {name: careful[name] for name in READERS},
-    }
+        found = runs.evaluate_models(models, world, out, arguments)["models"]
+        rows |= {row: found[name]["test"] for row, name in names.items()}
+    pairs = zip(rows["RL, told"]["accuracy"], rows["RL, incorrect alone"]["accuracy"], strict=True)
+    gain = {
+        "accuracy": [a - b for a, b in pairs],
+        "low": [None] * MOST,
+        "high": [None] * MOST,
+    }  # of several seeds alone
+    readers = runs.read_json(world / "made.json")["careful"]
+    return {"n": TEST_PROBLEMS, "rows": rows, "difference": gain, "readers": readers}
 
 
 def make_table(results: dict[str, Any]) -> str:
     """Markdown, in percent."""
-
-    def cells(curve: dict[str, Any], sign: str = "") -> list[str]:
-        return [
-            f"{100 * value:{sign}.1f}" if low is None else format_share(value, low, high, sign)
-            for value, low, high in zip(curve["accuracy"], curve["low"], curve["high"], strict=True)
-        ]
-
     table = [["attempts", *map(str, range(1, MOST + 1))]]
-    table += [[row, *cells(curve)] for row, curve in results["rows"].items()]
-    table.append(["told minus incorrect alone (RL)", *cells(results["difference"], "+")])
-    for name, label in READERS.items():
-        table.append([label, *(f"{100 * accuracy:.1f}" for accuracy in results["readers"][name])])
+    table += [[row, *format_curve(results["rows"][row])] for row in ROWS]
+    table.append(["told minus incorrect alone (RL)", *format_curve(results["difference"], "+")])
+    table += [[label, *map(format_share, results["readers"][name])] for name, label in READERS.items()]
     return runs.format_table(table)
 
 
-def main() -> None:
-    runs.start({"told": sys.modules[__name__], "runs": runs})
-    results = runs.run_seeds(SEEDS, run_seed, Path(OUT))
-    words = f"{LEGEND} Intervals: {results['interval']}. {TOKEN_BUDGET:,} generated tokens a training."
-    runs.write_report(Path(OUT), results, make_table(results), words)
-
-
 if __name__ == "__main__":
-    main()
+    runs.main(sys.modules[__name__])

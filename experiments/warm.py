@@ -1,9 +1,9 @@
 """What the toy worlds share: held-out questions, a tokenizer, a tiny Qwen2, its warm start, and the folder.
 
-A world is a module (median.py, arrows.py) with its own constants, OUT among them, and with
+A world is a module (median.py, arrows.py, programs.py) with its own constants and with
     make_problems(count, seed, held_out)         see draw_problems
     make_tokenizer()
-    train_warm_start(tokenizer, seed)            supervised training on what its authors write
+    draw_batch(seed, rng, step)                  what its authors write, for a step of the warm start
     measure(model, tokenizer, test problems)     what made.json says about the result
 
 The folder OUT receives:
@@ -15,10 +15,9 @@ The folder OUT receives:
 import hashlib
 import json
 import math
-import os
 import random
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 SEED: int = 0  # decides the questions, which of them are held out, and the initial weights
 TRAIN_PROBLEMS: int = 20_000
@@ -73,18 +72,19 @@ def is_held_out(question: str, seed: int) -> bool:
 
 
 def draw_problems(
-    source: str, draw: Callable[[random.Random], tuple[str, int]], count: int, seed: int, held_out: bool
+    source: str, draw: Callable[[random.Random], dict], count: int, seed: int, held_out: bool, repeats: bool = False
 ) -> list[dict]:
-    """`count` different problems, all of them held out from training or none. draw(rng) -> question, answer."""
-    part = "test" if held_out else "train"
+    """`count` problems, the questions of all of them held out from training or of none. draw(rng) -> what a problem
+    asks. repeats: whether several may ask the same question."""
+    part, asked, problems = "test" if held_out else "train", set[str](), list[dict]()
     rng = random.Random(f"{seed} {part}")
-    problems: dict[str, dict] = {}
     while len(problems) < count:
-        question, answer = draw(rng)
-        if is_held_out(question, seed) == held_out and question not in problems:
-            name = f"{source}-{seed}-{part}-{len(problems)}"
-            problems[question] = {"id": name, "question": question, "answer": str(answer), "source": source}
-    return list(problems.values())
+        problem = draw(rng)
+        question = problem["question"]
+        if is_held_out(question, seed) == held_out and (repeats or question not in asked):
+            asked.add(question)
+            problems.append({"id": f"{source}-{seed}-{part}-{len(problems)}"} | problem | {"source": source})
+    return problems
 
 
 # Texts and tokens -----------------------------------------------------------------------------------------------------
@@ -156,29 +156,27 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
     return Qwen2ForCausalLM(config)
 
 
-def train(
-    tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, draw_batch: Callable[[random.Random, int], list[Row]],
-    muon_until: float, matrix_lr: float, lr: float, other_lr: float,
-) -> Qwen2ForCausalLM:  # fmt: skip
-    """A new model, trained on draw_batch(rng, step). The peak learning rates are those of Muon on the layers' matrices,
-    for the first muon_until of the steps; of AdamW on them after that; and of AdamW on everything else."""
+def train_warm_start(world: ModuleType, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    """A new model, after supervised training on WARM_STEPS batches of the world's authors."""
     model = make_model(tokenizer, seed)
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, weight_decay=0.01)
     adamw_matrices = torch.optim.AdamW(matrices, betas=(0.9, 0.98), weight_decay=0.01)
     adamw_others = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)
-    rng = random.Random(f"{seed} warm")
+    rng, steps = random.Random(f"{seed} warm"), world.WARM_STEPS
     for step in tqdm(range(steps), desc="warm start", unit="step"):
-        ids, actions, labels = encode_batch(tokenizer, draw_batch(rng, step))  # (B, T), (A,), (B, A)
+        ids, actions, labels = encode_batch(tokenizer, world.draw_batch(seed, rng, step))  # (B, T), (A,), (B, A)
         logits = model(ids, logits_to_keep=actions - 1).logits  # (B, A, V)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        of_matrices, peak = (muon, matrix_lr) if step < muon_until * steps else (adamw_matrices, lr)
+        of_matrices, peak = adamw_matrices, world.WARM_LR
+        if step < world.MUON_UNTIL * steps:
+            of_matrices, peak = muon, world.MATRIX_LR
         share = min(1.0, (step + 1) / WARM_UP) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         of_matrices.param_groups[0]["lr"] = peak * share
-        adamw_others.param_groups[0]["lr"] = other_lr * share
+        adamw_others.param_groups[0]["lr"] = world.EMBEDDING_LR * share
         of_matrices.step()
         adamw_others.step()
         model.zero_grad()
@@ -199,33 +197,31 @@ def share_said(
 
 # The folder -----------------------------------------------------------------------------------------------------------
 def make_world(world: ModuleType) -> None:
-    """Make the folder OUT, whole or not at all: it is made under another name, which is changed at the end."""
+    """Make the folder OUT, whole or not at all: it is made elsewhere, and moved to its place at the end."""
     out = Path(world.OUT)
-    constants = snapshot({"world": world, "warm": sys.modules[__name__]})
-    settings = {name: json.loads(json.dumps(value)) for name, value in constants.items() if name != "world.OUT"}
+    settings = json.loads(json.dumps(snapshot({"world": world, "warm": sys.modules[__name__]})))  # as a file has them
+    del settings["world.OUT"]
     if out.exists():
         made = json.loads((out / "made.json").read_text(encoding="utf-8"))["settings"]
-        differ = [name.partition(".")[2] for name, value in settings.items() if made.get(name) != value]
+        differ = [name.partition(".")[2] for name, value in settings.items() if made.get(name, value) != value]
         if differ:
             raise SystemExit(f"{out} was made with other {', '.join(differ)}: delete it or choose another OUT")
         print(f"{out} is there already")
         return
-    beside = out.with_name(f"{out.name}.making-{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as beside:
+        folder = Path(beside, out.name)
+        tokenizer = world.make_tokenizer()
+        tokenizer.save_pretrained(folder / "warm_start")
         train = world.make_problems(TRAIN_PROBLEMS, SEED, held_out=False)
         test = world.make_problems(TEST_PROBLEMS, SEED, held_out=True)
         for name, problems in ("train", train), ("test", test):
-            (beside / f"{name}.jsonl").write_text("".join(map(to_line, problems)), encoding="utf-8")
-        world.make_tokenizer().save_pretrained(beside / "warm_start")
-        tokenizer = AutoTokenizer.from_pretrained(beside / "warm_start")  # as the stages will open it
-        model = world.train_warm_start(tokenizer, SEED)
-        model.save_pretrained(beside / "warm_start")
+            (folder / f"{name}.jsonl").write_text("".join(map(to_line, problems)), encoding="utf-8")
+        model = train_warm_start(world, tokenizer, SEED)
+        model.save_pretrained(folder / "warm_start")
         measured = world.measure(model, tokenizer, test)
-        (beside / "made.json").write_text(json.dumps({"settings": settings} | measured, indent=1) + "\n", "utf-8")
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # what is left if something failed
+        (folder / "made.json").write_text(json.dumps({"settings": settings} | measured, indent=1) + "\n", "utf-8")
+        folder.rename(out)
     print(f"{len(test)} held-out problems:", json.dumps(measured))
 
 

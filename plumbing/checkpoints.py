@@ -102,9 +102,7 @@ def load(folder: Path, parts: list[Part]) -> tuple[int, int]:
     try:
         dcp.load(state, checkpoint_id=there[-1])
     except (Exception, CheckpointException) as error:  # whatever a damaged or foreign file makes of its reader
-        cure = (
-            f"delete it and start again; the run then resumes from {there[-2].name}" if there[1:] else "delete the run"
-        )
+        cure = f"delete it; the run then resumes from {there[-2].name}" if there[1:] else "delete the run"
         raise SystemExit(f"{there[-1]} is damaged or of another model ({last_line(error)}): {cure}") from error
     for name, model, optimizer in parts:
         weights, moments = state["parts"][name]["model"], state["parts"][name]["optimizer"]
@@ -135,9 +133,7 @@ def export(folder: Path, lm: nn.Module, weights: Iterable[tuple[str, Tensor]], t
 def best_so_far(folder: Path, metric: str) -> tuple[int, float]:
     """(step, value) of the highest metric in the log, the first of equals; (0, -1) where there is none. Rank 0's log
     decides for all ranks."""
-    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if metric in row]
-    nothing: dict[str, Any] = {metric: -1.0, "step": 0}
-    best = max(rows, key=lambda row: (row[metric], -row["step"]), default=nothing)
-    found = [(best["step"], best[metric])]
+    steps = [(row["step"], row[metric]) for row in read_jsonl(folder / "metrics.jsonl") if metric in row]
+    found = [max(steps, key=lambda step: step[1], default=(0, -1.0))]  # max() takes the first of equals
     dist.broadcast_object_list(found, src=0)
     return found[0]

@@ -153,13 +153,10 @@ def set_constants(arguments: Sequence[str], modules: Modules, presets: Presets |
 # What a run keeps: config.json ----------------------------------------------------------------------------------------
 def code_version() -> str:
     """The commit of the code that runs, "..., edited" if files differ from it; "unknown" outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12"]
+    command += ["--dirty=, edited", "--exclude=*"]  # no tag in place of the commit
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (", edited" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -219,12 +219,8 @@ def examine(requests: IO[str], replies: IO[str], case: IO[str], verdict: IO[str]
         print(nonce, file=verdict, flush=True)
     except BaseException as error:  # noqa: BLE001  whatever ends a test before its end
         said = str(error) or (f"the last call returned {last[0]!r}" if last else "")
-        print(
-            "failed",
-            f"{type(error).__name__}: {said}".removesuffix(": ")[:MAX_ERROR].encode("utf-8", "replace").hex(),
-            file=verdict,
-            flush=True,
-        )
+        line = f"{type(error).__name__}: {said}".removesuffix(": ")[:MAX_ERROR]
+        print("failed", line.encode("utf-8", "replace").hex(), file=verdict, flush=True)
 
 
 # Both -----------------------------------------------------------------------------------------------------------------

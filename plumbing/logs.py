@@ -1,6 +1,5 @@
 """What a run says of itself: metrics.jsonl, TensorBoard, a line on the terminal, the time of each phase, its plan."""
 
-import importlib.util
 import math
 import os
 import time
@@ -57,8 +56,6 @@ class Log:
         for file in ("metrics.jsonl", "dialogues.jsonl", "tokens.jsonl"):
             drop_rows_after(folder / file, step)
         if TRACK == "wandb":
-            if not importlib.util.find_spec("wandb"):
-                raise SystemExit("TRACK=wandb: Weights & Biases is not installed (pip install wandb)")
             import wandb
 
             run = {"name": name, "id": name.replace("/", "-"), "resume": "allow"}
@@ -71,7 +68,6 @@ class Log:
         self.bar = tqdm(total=1.0, initial=progress, desc=name, bar_format=shown)
 
     def write(self, metrics: dict[str, float], progress: float) -> None:
-        # JSON has no NaN; a metric that is not finite is null.
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.append("metrics.jsonl", [row])
         for name, value in row.items():
@@ -116,8 +112,8 @@ def describe_tokens(batch: Any, row: int, tokenizer: Any, step: int) -> dict[str
     described["tokens"] = [tokenizer.decode([token]) for token in dialogue.ids]
     described["mask"] = dialogue.mask
     for name in ("advantages", "values", "returns"):
-        column = getattr(batch, name)[row, : len(dialogue.ids)]  # (T,)
-        described[name] = [round(x, 4) for x in column.tolist()]
+        column = getattr(batch, name)[row, : len(dialogue.ids)].tolist()  # (T,)
+        described[name] = [round(x, 4) if math.isfinite(x) else None for x in column]  # JSON has no NaN
     return described
 
 

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,10 +130,8 @@ def list_warnings(results: dict[str, Any]) -> list[str]:
     for name, benchmarks in results["models"].items():
         for benchmark, r in benchmarks.items():
             if share := r["metrics"]["out_of_context"]["value"][-1]:
-                what = f"{share:.1%} of the dialogues of {settings['MAX_ATTEMPTS']} attempts"
-                lines.append(
-                    f"{name} on {benchmark}: CONTEXT={settings['CONTEXT']} ended {what} early; they count as wrong"
-                )
+                what = f"{share:.1%} of the dialogues of {settings['MAX_ATTEMPTS']} attempts early; they count as wrong"
+                lines.append(f"{name} on {benchmark}: CONTEXT={settings['CONTEXT']} ended {what}")
     return lines
 
 
@@ -166,8 +163,8 @@ def accuracy_curves(models: dict[str, dict[str, dict[str, Any]]]) -> dict[str, l
 
 
 def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy", step_label: str = "training step") -> None:
-    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. A curve is named at its end.
-    step_label: of the x axis where curves have steps."""
+    """Write a figure, {title: curves} of its panels, to out/stem.png and out/stem.svg. step_label: of the x axis where
+    curves have steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,44 +175,36 @@ def draw(panels: dict[str, list[Curve]], out: Path, stem: str = "accuracy", step
     rows = math.ceil(len(panels) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)  # inches, so that a title keeps its distance from the panel above
-    for number, (axes, (title, lines)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-        by_step = any(curve.steps is not None for curve in lines)
-        places = [curve.steps or range(1, len(curve.accuracy) + 1) for curve in lines]
-        from_below = zip(reversed(lines), reversed(places), strict=True)  # the first curve comes to lie on top
-        for order, (curve, x) in enumerate(from_below, 2):
-            if curve.low is not None and curve.high is not None:
-                axes.fill_between(x, curve.low, curve.high, color=curve.color, alpha=0.13, linewidth=0, zorder=order)
-            mark = "o" if curve.line == "-" and not by_step else None
-            look = {"color": curve.color, "marker": mark, "markersize": 4, "linewidth": 0.8 if curve.faint else 1.8}
-            look["alpha"] = 0.3 if curve.faint else 1.0
-            name = f"curve-{number}-{len(lines) + 1 - order}"  # in the SVG: the panel, and the curve in it
-            axes.plot(x, curve.accuracy, curve.line, **look, zorder=order, gid=name)
-        last = max(x[-1] for x in places)
-        if by_step:
-            axes.set(title=title, xlabel=step_label, xmargin=0)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        else:
-            top = min(1.0, max(max(curve.high or curve.accuracy) for curve in lines) * 1.08 + 0.01)
-            axes.set(title=title, xlabel="allowed attempts", ylabel="accuracy", xticks=range(1, int(last) + 1))
-            axes.set(xlim=(0.9, last + 0.1), ylim=(0, top))
-        named = [(curve, x) for curve, x in zip(lines, places, strict=True) if curve.label]
-        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-        heights = spread([curve.accuracy[-1] for curve, _ in named], 0.062 * (top - bottom))
-        for (curve, x), height in zip(named, heights, strict=True):
-            end = (x[-1] + 0.01 * (right - left), curve.accuracy[-1])
-            leader = {"arrowstyle": "-", "color": curve.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
-            place = {"xytext": (last + 0.05 * (right - left), height), "va": "center", "arrowprops": leader}
-            axes.annotate(curve.label, end, color=curve.color, annotation_clip=False, **place)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        axes.set(title=title, xlabel=step_label if any(curve.steps for curve in curves) else "allowed attempts")
+        draw_panel(axes, curves)
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
-    for kind in ("png", "svg"):
-        beside = out / f".{stem}.writing.{kind}"
-        figure.savefig(beside, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-        beside.rename(out / f"{stem}.{kind}")
+    figure.savefig(out / f"{stem}.png", dpi=160)
+    figure.savefig(out / f"{stem}.svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def draw_panel(axes: Any, curves: Sequence[Curve]) -> None:
+    """The curves, with the first on top, each named where it ends."""
+    for curve in reversed(curves):
+        x = curve.steps or range(1, len(curve.accuracy) + 1)
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(x, curve.low, curve.high, color=curve.color, alpha=0.13, linewidth=0)
+        look: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if curve.faint else {"linewidth": 1.8}
+        mark = "o" if curve.line == "-" and not curve.steps else None
+        axes.plot(x, curve.accuracy, curve.line, color=curve.color, marker=mark, markersize=4, **look)
+    axes.margins(x=0.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if not any(curve.steps for curve in curves):
+        axes.set(ylabel="accuracy", ylim=(0, min(1.0, axes.get_ylim()[1])))
+    named, (bottom, top) = [curve for curve in curves if curve.label], axes.get_ylim()
+    heights = spread([curve.accuracy[-1] for curve in named], 0.062 * (top - bottom))
+    beside = axes.get_yaxis_transform()  # x as a share of the width, y as it is
+    for curve, height in zip(named, heights, strict=True):
+        axes.text(1.01, height, curve.label, color=curve.color, transform=beside, va="center")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -281,7 +270,8 @@ def write_files(
         draw(panels, out, "training")
         figures["training"] = "Training, by step: running means over a twentieth of the run, and the steps themselves."
     data = page_data(results, problems, records, find_repeats)
-    data["tokens"] = {name: read_last_rows(folder.parent / "tokens.jsonl") for name, folder in folders.items()}
+    tokens = {name: read_jsonl(folder.parent / "tokens.jsonl") for name, folder in folders.items()}
+    data["tokens"] = {name: rows[-REPORT_TOKENS:] for name, rows in tokens.items()}
     write_atomically(out / "report.html", make_page(out, data, figures))
 
 
@@ -304,22 +294,12 @@ def page_data(
                 played[r["benchmark"], r["id"]].append([name, attempts])
     size = sum(len(attempt[0]) for each in played.values() for _, attempts in each for attempt in attempts)
     shown = list(problems)[:: max(1, math.ceil(size / REPORT_CHARACTERS))]
-    rows = [[*key, problems[key]["question"], write_gold(problems[key]), played[key]] for key in shown]
+    rows = []
+    for key in shown:
+        problem = problems[key]
+        gold = problem["answer"] if "answer" in problem else "\n".join(["```", *problem["tests"], "```"])
+        rows.append([*key, problem["question"], gold, played[key]])
     return {"results": results, "metrics": METRICS, "problems": rows, "left_out": len(problems) - len(shown)}
-
-
-def write_gold(problem: dict[str, Any]) -> str:
-    """The right answer to a problem; of one that asks for a program the tests, as a code block."""
-    return problem["answer"] if "answer" in problem else "\n".join(["```", *problem["tests"], "```"])
-
-
-def read_last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last whole lines of a training run's tokens.jsonl; none if there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:  # bytes: a run may still be writing, and the file end inside a character
-        lines = deque((line for line in file if line.endswith(b"\n")), maxlen=REPORT_TOKENS)
-    return [json.loads(line, parse_constant=lambda name: None) for line in lines]  # browsers cannot read NaN
 
 
 def make_page(out: Path, data: dict[str, Any], figures: dict[str, str]) -> str:

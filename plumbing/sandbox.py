@@ -73,14 +73,12 @@ def read_tests(row: dict[str, Any]) -> ProgramTests:
     tests = ProgramTests(**{name: row[name] for name in ProgramTests._fields if row.get(name) is not None})
     if not isinstance(tests.tests, list) or not tests.tests or not all(isinstance(test, str) for test in tests.tests):
         raise ValueError(f'"tests" must be a list of Python statements, not {str(tests.tests)[:40]!r}')
-    if not isinstance(tests.setup, str) or not isinstance(tests.given, str):
-        raise ValueError('"setup" and "given" must be Python code')
     if tests.public not in range(len(tests.tests) + 1):
         raise ValueError(f'"public" must say how many of the {len(tests.tests)} tests are')
     for name, code in (("given", tests.given), ("setup", tests.setup), *(("tests", test) for test in tests.tests)):
         try:
             compile(code, name, "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, TypeError) as error:
             raise ValueError(f'"{name}" are not Python ({getattr(error, "msg", error)})') from error
     return tests
 

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,15 +24,20 @@ import pytest
 
 # A hub in a folder ----------------------------------------------------------------------------------------------------
 def put(hub: Path, source: prepare.Source, rows: list[dict]) -> None:
-    """A dataset as the hub stores it: Parquet files, which have rows in turn, and a README that names them."""
-    head, parts = "---\nconfigs:\n", len(source.configs) * len(source.splits)
-    for number, (config, split) in enumerate(itertools.product(source.configs, source.splits)):
-        file = hub / source.name / f"{config}-{split}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[number::parts]), file)
-        head += "" if number % len(source.splits) else f"- config_name: {config or 'default'}\n  data_files:\n"
-        head += f"  - split: {split}\n    path: {file.name}\n"
-    (hub / source.name / "README.md").write_text(head + "---\n# A copy\n")
+    """A source's rows, which its files have in turn."""
+    parts = list(itertools.product(source.configs, source.splits))
+    put_parts(hub, source.name, {part: rows[number :: len(parts)] for number, part in enumerate(parts)})
+
+
+def put_parts(hub: Path, name: str, parts: dict[tuple[str | None, str], list[dict]]) -> None:
+    """A dataset as the hub stores it: a Parquet file for each (configuration, split), and a README that names them."""
+    files: dict[str, str] = defaultdict(str)
+    (hub / name).mkdir(parents=True, exist_ok=True)
+    for (config, split), rows in parts.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), hub / name / f"{config}-{split}.parquet")
+        files[config or "default"] += f"  - split: {split}\n    path: {config}-{split}.parquet\n"
+    head = "".join(f"- config_name: {config}\n  data_files:\n{its}" for config, its in files.items())
+    (hub / name / "README.md").write_text(f"---\nconfigs:\n{head}---\n# A copy\n")
 
 
 def boxed(answer: str) -> str:
@@ -58,17 +64,12 @@ LAYOUTS = {
     "math-ai/aime24": lambda q, a: {"id": 60, "problem": q, "solution": f"\\boxed{{{a}}}", "url": ""},
     "math-ai/amc23": lambda q, a: {"id": 0, "question": q, "answer": a, "url": "x/2023_AMC_12A_Problems"},
     "zwhe99/amc23": lambda q, a: {"id": 0, "question": q, "answer": float(a)},
-    "AI-MO/aimo-validation-amc": lambda q, a: {"id": 0, "problem": q, "answer": float(a), "url": "x/2023_AMC_12A"},
     "HuggingFaceH4/MATH-500": math_row,
     "math-ai/math500": lambda q, a: {"problem": q, "answer": a, "level": 3, "unique_id": "test/1.json"},
-    "nlile/hendrycks-MATH-benchmark": math_row,
     "svc-huggingface/minerva-math": lambda q, a: {"problem": q, "solution": boxed(a), "type": "Physics", "idx": 0},
-    "knoveleng/Minerva-Math": lambda q, a: {"problem": q, "solution": boxed(a)},
     "math-ai/minervamath": lambda q, a: {"question": q, "answer": a},
-    "zwhe99/simplerl-minerva-math": lambda q, a: {"problem": q, "solution": "?", "answer": a},
     "zwhe99/simplerl-OlympiadBench": olympiad_row,
     "Hothan/OlympiadBench": olympiad_row,
-    "math-ai/olympiadbench": olympiad_row,
     "EleutherAI/hendrycks_math": train_row,
     "DigitalLearningGmbH/MATH-lighteval": train_row,
 }
@@ -98,10 +99,7 @@ def expect_rows(change, rows: int, training: int = 14) -> None:
 def test_each_source_in_its_own_layout(hub, change, name, source):
     count = len(source.configs) * len(source.splits)
     expect_rows(change, count, count)
-    rows = make_rows(source, [("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")] * count)
-    if source.url:
-        rows.append(rows[0] | {"id": "1", "url": "x/2022_AMC_12A_Problems"})
-    put(hub, source, rows)
+    put(hub, source, make_rows(source, [("  What is $6 \\cdot 7$?\n", "042" if name == "aime24" else "42")] * count))
     problems = prepare.load_set(name)
     found = [(p["question"], p["answer"], p["source"]) for p in problems]
     assert found == [("What is $6 \\cdot 7$?", "42", source.name)] * count
@@ -179,16 +177,14 @@ def test_sources_are_tried_in_order_and_what_works_is_kept(hub, call, change, ca
     amc, other = [make_rows(source, [("q", "1"), ("r", "2")]) for source in SOURCES["amc23"][:2]]
     put(hub, SOURCES["amc23"][0], [amc[0], amc[1] | {"answer": "1.5"}])
     put(hub, SOURCES["amc23"][1], [other[0], other[1] | {"question": " "}])
-    put(hub, SOURCES["amc23"][2], make_rows(SOURCES["amc23"][2], [("q", "1")]) * 2)
     with pytest.raises(SystemExit) as stop:
         call(prepare)
     for part in (
-        "HuggingFaceH4/aime_2024: row 0 has no column question; it has id, text, answer",
+        "HuggingFaceH4/aime_2024: no column 'question'",
         "Maxwell-Jia/AIME_2024: 3 rows where 2 are expected",
         f"math-ai/aime24: no folder {hub / 'math-ai/aime24'}",
         "math-ai/amc23: the answer '1.5' is not an integer",
         "zwhe99/amc23: row 1 has an empty question or answer",
-        "AI-MO/aimo-validation-amc: ids repeat",
         "hf download HuggingFaceH4/aime_2024 --repo-type dataset --local-dir mirror/HuggingFaceH4/aime_2024",
         f"write {Path(prepare.OUT) / 'aime24.jsonl'} yourself",
         "math_train: make aime24, amc23 first",
@@ -201,7 +197,9 @@ def test_sources_are_tried_in_order_and_what_works_is_kept(hub, call, change, ca
     put(hub, last, make_rows(last, [(question(0), "25"), (question(1), "25")]))
     call(prepare)
     said = capsys.readouterr().out
-    assert "2 rows of math-ai/aime24, instead of\n    HuggingFaceH4/aime_2024: row 0" in said and "8 problems" in said
+    assert (
+        "2 rows of math-ai/aime24, instead of\n    HuggingFaceH4/aime_2024: no column" in said and "8 problems" in said
+    )
     with pytest.raises(SystemExit, match="no set gsm8k; there are aime24, amc23"):
         call(prepare, "SETS=gsm8k")
 
@@ -232,7 +230,8 @@ def test_programs_with_their_published_split(hub, call, capsys):
     rows = [mbpp_row(number) for number in range(1, 975)]
     rows[602 - 1]["text"] = rows[20 - 1]["text"]  # of the test split
     rows[603 - 1]["text"] = "Write a function to give the volume of a cone number 603 times 363609."  # HumanEval's
-    put(hub, prepare.MBPP[0], rows)
+    splits = {"prompt": rows[:10], "test": rows[10:510], "validation": rows[510:600], "train": rows[600:]}
+    put_parts(hub, prepare.MBPP, {("full", split): part for split, part in splits.items()})
     put(hub, PROGRAMS["humaneval"][0], [HUMANEVAL | {"task_id": f"HumanEval/{number}"} for number in range(164)])
     call(prepare, f"SETS={','.join(PROGRAMS)}")
     said = capsys.readouterr().out
@@ -253,7 +252,8 @@ def test_programs_with_their_published_split(hub, call, capsys):
 
 def test_programs_from_the_source_to_the_verdict(monkeypatch):
     """Each source's own solution is right; the examples in a docstring are public tests, check() is private."""
-    mbpp = prepare.to_program("mbpp_test", prepare.MBPP[0], 0, mbpp_row(11))
+    mbpp_source = prepare.PROGRAMS["mbpp_test"][0]
+    mbpp = prepare.to_program("mbpp_test", mbpp_source, 0, mbpp_row(11))
     humaneval = prepare.to_program("humaneval", prepare.PROGRAMS["humaneval"][0], 0, HUMANEVAL)
     assert humaneval["tests"] == ["assert above(2) == 3", "assert above(-1) == 0", "check(above)"]
     assert (humaneval["public"], humaneval["id"], humaneval["given"]) == (2, "humaneval/7", "import math\n\n\n")
@@ -267,8 +267,8 @@ def test_programs_from_the_source_to_the_verdict(monkeypatch):
         (humaneval, by_heart, "wrong"),
     ):
         assert grader.grade(f"```python\n{program}\n```", grader.read_gold(problem)).status == status, program
-    with pytest.raises(ValueError, match="row 3 has no column test_list; it has task_id, text"):
-        prepare.to_program("mbpp_dev", prepare.MBPP[0], 3, {"task_id": 1, "text": "?"})
+    with pytest.raises(KeyError, match="test_list"):
+        prepare.to_program("mbpp_dev", PROGRAMS["mbpp_dev"][0], 3, {"task_id": 1, "text": "?"})
 
 
 # Gold answers and the grader ------------------------------------------------------------------------------------------

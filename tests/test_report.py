@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -47,7 +46,7 @@ FIRST = [
 SECOND = [played("easy", "e/1", WRONG, RIGHT), played("easy", "e/2", WRONG, AGAIN, WRONG), played("hard", "h/1")]
 TOKENS = {
     "step": 8, "id": "t/1", "gold": "7", "max_attempts": 2, "tokens": ["What", " is", "\n", "It", HOSTILE],
-    "mask": [0, 0, 0, 1, 1], "advantages": [0, 0, 0, -0.5, 2.0], "values": [0, 0, 0, math.nan, -0.125],
+    "mask": [0, 0, 0, 1, 1], "advantages": [0, 0, 0, -0.5, 2.0], "values": [0, 0, 0, None, -0.125],
     "returns": [0, 0, 0, -0.25, 1.875], "attempts": [{"status": "wrong", "answer": None, "reward": -1.0}],
 }  # fmt: skip
 
@@ -119,7 +118,6 @@ def test_page_carries_the_results_and_runs_its_own_script_alone(made):
     repeats = [[*WRONG.values(), False, ""], [*AGAIN.values(), True, ""], [*RIGHT.values(), False, ""]]
     assert data["problems"][2][4][0] == ["first", repeats]
     assert [line["step"] for line in data["tokens"]["first"]] == [7, 8]  # the third line is still being written
-    assert data["tokens"]["first"][0]["values"][3] is None  # NaN, which browsers cannot read
     assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in text  # the policy allows this one
     assert not re.search(r"__[A-Z_]+__|(?:src|href)\s*=\s*[\"']?(?:https?:)?//", text)  # all filled in
     assert "document.title" not in text  # what models said is in the data alone

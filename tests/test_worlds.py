@@ -87,7 +87,7 @@ def test_probabilities_of_medians_are_what_counting_gives():
 def test_the_warm_start_trains_on_responses_and_never_on_a_held_out_question():
     tokenizer, rng = TOKENIZERS[median], random.Random(0)
     for _ in range(20):
-        rows = median.draw_dialogues(rng, seed=0, sharpness=1.0)
+        rows = median.draw_batch(0, rng, median.WARM_STEPS)
         ids, actions, labels = warm.encode_batch(tokenizer, rows)
         for row, row_labels, parts in zip(ids, labels, rows, strict=True):
             question = parts[0][0].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
@@ -120,15 +120,15 @@ def test_a_folder_is_made_once_or_not_at_all(tmp_path, change, capsys):
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
-    train = programs.train_warm_start
-    change(warm, TRAIN_PROBLEMS=10, TEST_PROBLEMS=10)
-    change(programs, OUT=str(tmp_path / "toy"), WARM_STEPS=1, train_warm_start=stop)
+    train = warm.train_warm_start
+    change(warm, TRAIN_PROBLEMS=10, TEST_PROBLEMS=10, train_warm_start=stop)
+    change(programs, OUT=str(tmp_path / "toy"), WARM_STEPS=1)
     with pytest.raises(KeyboardInterrupt):
         warm.make_world(programs)
     assert list(tmp_path.iterdir()) == []
-    change(programs, train_warm_start=train)
+    change(warm, train_warm_start=train)
     warm.make_world(programs)
-    change(programs, train_warm_start=stop)
+    change(warm, train_warm_start=stop)
     warm.make_world(programs)
     assert "is there already" in capsys.readouterr().out
     change(warm, SEED=1)
