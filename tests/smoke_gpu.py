@@ -1,52 +1,59 @@
-"""Does what was only read hold on one GPU? A Markdown table, whose rows say so.
+"""The first ten minutes on one GPU: does what was only read hold there? A Markdown table, whose rows say so.
 
     .venv-cuda/bin/python tests/smoke_gpu.py                             # after `make cuda`; random weights, no network
     python tests/smoke_gpu.py STAGE=engine MODEL=Qwen/Qwen2.5-Math-1.5B  # one stage, real weights
     python tests/smoke_gpu.py PRESET=cpu                                 # in small, where there is no GPU
 
-Each stage is a process of its own, in which nothing is left of the one before; `gradient` needs no vLLM. Speed, MFU and
-memory beside its plan: tests/bench_ppo.py. What one GPU cannot show: NCCL between ranks, HSDP.
+Each stage is a process of its own, in which nothing is left of the one before; those before `engine` need no vLLM.
+What one GPU cannot show: NCCL between ranks, HSDP.
 """
 
+import contextlib
 import gc
 import itertools
 import math
 import os
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
 import rollout
 from experiments.median import make_problems
-from plumbing import engine, ranks
+from plumbing import engine, logs, packing, ranks
 from plumbing.chat import Chat, load_tokenizer
 from plumbing.constants import set_constants
 from plumbing.engine import Engine
+from plumbing.files import append_jsonl, read_jsonl
 from rollout import Dialogue
 from tests import bench_ppo as bench
 from tests.workload import keep_gradients
 
-STAGE: Literal["", "gradient", "engine"] = ""  # "" = both, one after the other
-MODEL: str = ""  # of the stage engine; "" = random weights in bench_ppo.py's shape, and a tokenizer of bytes
+STAGE: Literal["", "attention", "gradient", "update", "engine", "resume"] = ""  # "" = all, one after the other
+MODEL: str = ""  # of engine and resume; "" = random weights in bench_ppo.py's shape, and a tokenizer of bytes
 PRESET: str = "gpu" if torch.cuda.is_available() else "cpu"
+HEAD_SIZE: int = 128  # of the attention that is measured alone, with bench_ppo.py's HEADS and KV_HEADS
 QUESTIONS: int = 64  # that the engine plays at a time
 ROUNDS: int = 3  # of playing, learning and transferring
-MODULES = {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"DIALOGUES": 256, "MAX_ATTEMPT_TOKENS": 256, "MAX_ATTEMPTS": 3},
     "cpu": bench.PRESETS["cpu"] | {
-        "QUESTIONS": 8, "MAX_ATTEMPT_TOKENS": 24, "MAX_ATTEMPTS": 2, "DIALOGUES": 8, "MINI_BATCH": 4, "LONGEST": 256,
+        "HEAD_SIZE": 32, "QUESTIONS": 8, "MAX_ATTEMPT_TOKENS": 24, "MAX_ATTEMPTS": 2, "DIALOGUES": 8, "MINI_BATCH": 4,
+        "LONGEST": 256, "REPEATS": 1,
     },
 }  # fmt: skip
 
@@ -61,6 +68,32 @@ def check(what: str, value: float, low: float = -math.inf, high: float = math.in
 
 
 # Stage A: the trainer alone -------------------------------------------------------------------------------------------
+def try_attention(folder: Path) -> None:
+    """packing.varlen_attention in bfloat16 against each dialogue alone in float32, forward and gradients."""
+    lengths, heads, fewer = [1, 77, 512, 3, 300], bench.HEADS, bench.KV_HEADS
+    boundaries = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(ranks.device(), torch.int32)
+    torch.manual_seed(0)
+    shapes = [(1, n, sum(lengths), HEAD_SIZE) for n in (heads, fewer, fewer, heads)]
+    *inputs, grad = (torch.randn(shape, device=ranks.device()).bfloat16() for shape in shapes)
+
+    def alone(*inputs: Tensor) -> Tensor:
+        parts = zip(*(x.split(lengths, 2) for x in inputs), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True) for x in parts], 2)
+
+    def kernel(*inputs: Tensor) -> Tensor:
+        options = {"scaling": HEAD_SIZE**-0.5, "boundaries": boundaries, "longest": max(lengths)}
+        return packing.varlen_attention(SimpleNamespace(), *inputs, None, **options)[0].transpose(1, 2)
+
+    def run(attention: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = attention(*leaves)
+        out.backward(grad.to(dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    pairs = zip(run(kernel, torch.bfloat16), run(alone, torch.float32), strict=True)
+    check("largest relative error", max(relative_error(*pair) for pair in pairs), high=0.02)
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -88,6 +121,28 @@ def try_gradient(folder: Path) -> None:
     found, expected = (first_gradients(dtype, dialogues) for dtype in (ppo.COMPUTE_DTYPE, "float32"))
     for name, right in expected.items():
         check(f"relative error of the {name}'s first gradient", relative_error(found[name], right), high=0.1)
+
+
+def try_update(folder: Path) -> None:
+    """The whole update of a rollout: its speed, with padded rows and without, and its memory against the plan."""
+    engine.GPU_MEMORY, ppo.MAX_MISMATCH = 0.0, math.inf  # no engine here; nobody sampled the dialogues
+    ppo.MODEL = bench.random_model(folder)
+    plan = logs.memory_plan(ppo.MODEL, ppo.COMPUTE_DTYPE, critic=True, reference=True)
+    print(plan, flush=True)  # where it does not fit: LAYERS=14
+    learner, dialogues = ppo.Learner.load(bench.TOKENS), bench.draw_dialogues()
+    bench.our_update(learner, dialogues)  # the first is slower
+    took: dict[int, list[float]] = {bench.VOCABULARY: [], bench.TOKENS: []}
+    for _ in range(bench.REPEATS):
+        for tokens, seconds in took.items():
+            learner.actor.tokens = learner.reference.tokens = tokens
+            seconds.append(bench.seconds_of(lambda: bench.our_update(learner, dialogues))[0])
+    whole, cut = map(statistics.median, took.values())
+    flops = logs.update_flops(learner.actor.lm, dialogues, critic=True, reference=True, epochs=ppo.EPOCHS)
+    most = float(plan.partition("at most ")[2].split()[0])
+    check("tokens/s", sum(len(d.ids) for d in dialogues) / cut)
+    check(f"MFU, of {logs.PEAK_TFLOPS:g} TFLOPS", flops / cut / logs.PEAK_TFLOPS / 1e12, low=0.4, on_gpu=True)
+    check("speed with padded rows / without", whole / cut, low=0.95, on_gpu=True)
+    check("peak of memory / the plan's", ranks.peak_memory() / most, 0.5, 1.0, on_gpu=True)
 
 
 # Stage B: with the engine ---------------------------------------------------------------------------------------------
@@ -165,12 +220,36 @@ def try_engine(folder: Path) -> None:
     second.shutdown()
 
 
+def try_resume(folder: Path) -> None:
+    """Two steps of ppo.py, killed after the first and started again."""
+    problems, run = folder / "problems.jsonl", folder / "runs" / "smoke"
+    append_jsonl(problems, make_problems(100, 0, False))
+    command = [sys.executable, ppo.__file__, f"TRAIN_DATA={problems}", f"MODEL={MODEL or bench.random_model(folder)}"]
+    command += ["RUN=smoke", "STEPS=2", "SAVE_EVERY=1", "DIALOGUES=16", "MINI_BATCH=8", "DEV_PROBLEMS=8", "TRACK="]
+    command += [f"MAX_ATTEMPT_TOKENS={rollout.MAX_ATTEMPT_TOKENS}", f"COMPUTE_DTYPE={ppo.COMPUTE_DTYPE}"]
+    first = subprocess.Popen(command, cwd=folder, stdout=sys.stderr, start_new_session=True)
+    while first.poll() is None and not (run / "checkpoints" / "step-000001").is_dir():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(timeout=0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    check("exit code of the first, which is killed", first.wait(), -signal.SIGKILL, -signal.SIGKILL)
+    second = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
+    check("exit code of the second", second.returncode, 0, 0)
+    steps = [row["step"] for row in read_jsonl(run / "metrics.jsonl")]
+    is_whole = "resumes after step 1" in second.stdout and steps == [1, 2] and (run / "policy").is_dir()
+    check("it resumes after the first step and leaves both rows and a policy", is_whole, low=1)
+
+
 # All of them ----------------------------------------------------------------------------------------------------------
-STAGES: dict[str, Callable[[Path], None]] = {"gradient": try_gradient, "engine": try_engine}
+STAGES: dict[str, Callable[[Path], None]] = {
+    "attention": try_attention, "gradient": try_gradient, "update": try_update, "engine": try_engine,
+    "resume": try_resume,
+}  # fmt: skip
 
 
 def run_stage() -> None:
-    ranks.start_ranks()
+    if STAGE != "resume":
+        ranks.start_ranks()
     with tempfile.TemporaryDirectory() as folder:
         STAGES[STAGE](Path(folder))
     if dist.is_initialized():
@@ -187,12 +266,13 @@ def run_apart(stage: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    changes = set_constants(arguments, MODULES, PRESETS)
+    changes = set_constants(arguments, {"smoke": sys.modules[__name__], "bench": bench} | ppo.MODULES, PRESETS)
     if STAGE:
         run_stage()
         return
     print(changes, flush=True)
-    rows = [row for stage in STAGES for row in run_apart(stage)]
+    stages = [stage for stage in STAGES if stage != "attention" or packing.has_kernel("bfloat16")]
+    rows = [row for stage in stages for row in run_apart(stage)]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     command = " ".join(["tests/smoke_gpu.py", *arguments])
     print(f"\n{time.strftime('%Y-%m-%d')}, {card}, torch {torch.__version__}: `{command}`")
