@@ -133,8 +133,8 @@ def make_table(results: dict[str, Any]) -> str:
 def renew_page(text: str) -> None:
     """Put the table between the markers of PAGE, and the figure into FIGURES."""
     begin, end = MARKERS
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
+    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
     write_atomically(PAGE, f"{before}{begin}\n\n{text}\n{end}{after}")
     for kind in ("png", "svg"):
         shutil.copy(Path(OUT) / f"accuracy.{kind}", FIGURES / f"toy.{kind}")
