@@ -1,9 +1,9 @@
 """The value of a tree to many digits, and whether two trees have the same values.
 
-How many: twice as many bits as all numbers in both answers have together, and 2 GUARD_BITS more. A value on the way that
-is larger than 2^(bits / 4), or smaller than 2^-(bits / 4) and not 0, is beyond what is computed. Hence one rule says what is
-zero: a sum whose terms cancel to less than half of the digits. Two constants are equal if their difference is zero in
-this sense, two expressions if they are equal at every point of a fixed list (choose_points).
+How many: twice as many bits as all numbers in both answers have together, and 2 GUARD_BITS more. A value on the way
+that is larger than 2^(bits / 4), or smaller than 2^-(bits / 4) and not 0, is beyond what is computed. Hence one rule
+says what is zero: a sum whose terms cancel to less than half of the digits. Two constants are equal if their difference
+is zero in this sense, two expressions if they are equal at every point of a fixed list (choose_points).
 
 Work is counted, not timed: each evaluation costs tree nodes x bits^2. A verdict that needs more than its Budget ends in
 OutOfWork, on every machine and under any load at the same place.
@@ -300,8 +300,8 @@ def is_close(decimal: Node, exact: Node, budget: Budget, error: float = 0.99) ->
 
 
 def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
-    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits; of
-    16 digits, as a computer prints them, the last one may be another.
+    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits;
+    of 16 digits, as a computer prints them, the last one may be another.
 
     >>> third = tree.number(Fraction(1, 3))
     >>> [is_rounded(tree.number(Fraction(text)), third, Budget()) for text in ("0.333333333333", "0.333333333334")]

@@ -77,7 +77,7 @@ RULES = r"""
 3 \pmod 7 == 3 == 3 \mod 7 == x \equiv 3 \pmod{7} != 3 \pmod 5 != 4 \pmod 7
 8 == \text{The answer is } 8 == x = 8 == = 8 == 8 apples
 \text{east} == East == EAST == \textbf{east} == east. == \mathbf{east}
-\text{4:30 p.m.} == 4:30 P.M. == 4:30 pm != \frac{2}{15} != 4:30 a.m. != 4:31 p.m.
+\text{4:30 p.m.} == 4:30 P.M. == 4:30 pm != 4:30 a.m. != 4:31 p.m.
 1\text{ day }2\text{ hours }30\text{ minutes} == 26.5\text{ hours}
 2\text{ hours }30\text{ minutes} == 150\text{ minutes} == 2.5\text{ hours} == 2\text{ hours and }30\text{ minutes}
     != 2.3\text{ hours} != 5\text{ MW}
@@ -182,7 +182,7 @@ Is $\frac12$ or $\frac13$ larger? | \frac{1}{2} == \frac12 == 1/2
 in order from least to greatest | f(2),f(1) == f(2)<f(1)
 - | f(2),f(1) != f(2)>f(1)
 in decreasing order | f(2),f(1) == f(2)>f(1)
-Find $a$ and $h$. | 2,-1 != -1,2 == h=-1, a=2
+- | 2,-1 == h=-1, a=2
 Find the ordered pair. | (1,2) != 1<x<2
 Write it in base $5$. | 204_5 == 204
 What is the wavelength in angstroms? | 6630 != 6630\text{ nm} == 6630\,\AA
