@@ -8,10 +8,11 @@ What "correct" means here:
   the list 1, 2; so are boxes with "or" or "alternatively" between them, which therefore is not one of its values.
 - Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001, 0.5 is not 50. Two exceptions: a
   tolerance that a problem's own data states, and a decimal of 12 digits or more that rounds an exact value.
-- 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
-- A value without a unit has any; but where the question asks for a unit, or names one of the same quantity, only that.
-  Two units must be the same; degrees, radians, percent and 2 hours 30 minutes are converted, so 50\% is 50 and 0.5 (but
-  no length, for that would pay the question's 3 feet for 36 inches). "mod 7" is ignored beside 0 to 6.
+- 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3; "two
+  thirds", "negative 5" and "5 million" are numbers.
+- A value without a unit has any; but where the question names units of the same quantity, only one of them. Two units
+  must be the same; degrees, radians, percent and 2 hours 30 minutes are converted, so 50\% is 50 and 0.5 (but no
+  length, for that would pay the question's 3 feet for 36 inches). "mod 7" is ignored beside 0 to 6.
 - Words beside a value are ignored only if they are known to be harmless: the list BEFORE, units, what is counted
   (COUNTED, and what the question counts), "quadrant" where the question says "which quadrant". Any other word makes the
   answer wrong: not, thousand, half of, at least, over. After the letter of a choice, words must be the question's.
@@ -314,7 +315,7 @@ def is_same_text(a: str, b: str) -> bool:
         words = []
         for tokens in (one, other):
             values = [token.value.casefold() for token in tokens if token.kind == "name" or token.value not in FILLERS]
-            words.append("".join(map(singular, values[1:] if values[0] == "a" else values)))
+            words.append("".join(map(singular, values[1:] if values[:1] == ["a"] else values)))
         return words[0] == words[1]
     return bool(one) and one == other
 

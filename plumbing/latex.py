@@ -240,8 +240,6 @@ class Reader:
                 value = tree.power(value, self.exponent())
             elif sign == "!":
                 value = tree.call("double_factorial" if self.accept("!") else "factorial", value)
-                if self.peek().value == "!":
-                    raise Unreadable("three factorials")
             elif value.kind != "unit":
                 value = Node("unit", (value, "percent" if sign == "%" else "degree"))
             else:
@@ -309,8 +307,6 @@ class Reader:
             return value
         if self.peek().value in SCALES:  # 5 million
             return tree.multiply(value, tree.number(SCALES[self.take().value]))
-        if self.accept("_"):
-            return read_based(text, self.plain_group())
         start, part = self.at, tree.ONE
         if text.isdigit() and self.accept(r"\frac"):
             part = tree.divide(self.argument(), self.argument())
