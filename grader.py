@@ -8,10 +8,11 @@ What "correct" means here:
   the list 1, 2; so are boxes with "or" or "alternatively" between them, which therefore is not one of its values.
 - Equal means mathematically equal, exactly. 1/3 is not 0.333, 0.1 is not 0.10001, 0.5 is not 50. Two exceptions: a
   tolerance that a problem's own data states, and a decimal of 12 digits or more that rounds an exact value.
-- 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3.
-- A value without a unit has any; but where the question asks for a unit, or names one of the same quantity, only that.
-  Two units must be the same; degrees, radians, percent and 2 hours 30 minutes are converted, so 50\% is 50 and 0.5 (but
-  no length, for that would pay the question's 3 feet for 36 inches). "mod 7" is ignored beside 0 to 6.
+- 4.5e33, 4.5 \times 10^{33} and 10^{33} \cdot 4.5 are one number; 3\frac{3}{4} is a sum; 0.\overline{3} is 1/3; "two
+  thirds", "negative 5" and "5 million" are numbers.
+- A value without a unit has any; but where the question names units of the same quantity, only one of them. Two units
+  must be the same; degrees, radians, percent and 2 hours 30 minutes are converted, so 50\% is 50 and 0.5 (but no
+  length, for that would pay the question's 3 feet for 36 inches). "mod 7" is ignored beside 0 to 6.
 - Words beside a value are ignored only if they are known to be harmless: the list BEFORE, units, what is counted
   (COUNTED, and what the question counts), "quadrant" where the question says "which quadrant". Any other word makes the
   answer wrong: not, thousand, half of, at least, over. After the letter of a choice, words must be the question's.
@@ -43,7 +44,6 @@ A program is right when it passes all of its tests, which plumbing/sandbox.py ru
 """
 
 import functools
-import itertools
 import json
 import logging
 import re
@@ -54,11 +54,11 @@ from typing import Any
 
 from plumbing import numeric, sandbox, tree
 from plumbing.constants import Count
-from plumbing.latex import MAX_CHARS, MAX_ITEMS, read_answer
-from plumbing.question import Question, list_pieces, read_product, read_question
+from plumbing.latex import MAX_CHARS, read_answer, split_name
+from plumbing.question import NO_UNIT, Question, convert_mixed, list_pieces, read_question, singular
 from plumbing.sandbox import ProgramTests
-from plumbing.tokens import NO_UNIT, UNICODE_TABLE, singular, tokenize
-from plumbing.tree import NO_SCALAR, Node, is_long_name, is_name, is_region, is_set_of_reals, list_elements
+from plumbing.tokens import replace_unicode, tokenize
+from plumbing.tree import NO_SCALAR, Node, is_name, is_region, is_set_of_reals, is_sum_of_letters, list_elements
 
 RUN_SECONDS: Count = 5  # by the clock on the wall; for a program with all of its tests
 RUN_MEMORY: Count = 1024  # MiB; of a program
@@ -131,10 +131,6 @@ CLAUSE = re.compile(  # and (n \in \mathbb{Z})
     r"\b(?:where|such that|for (?:all|any|some|every|each|integers?))\b|\\forall\b|(?<![A-Za-z])\([a-z] ?\\in\b"
 )
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,/])(?! \d+(?![\d/]))")
-CALL = re.compile(  # a function with its argument: \sin x, P(X = 2), \text{Var}(X), f^{-1}(3)
-    r"\\(?:lim|log|ln|gcd|lcm|max|min|det|Pr|arg|deg|(?:arc)?(?:sin|cos|tan|cot|sec|csc))(?![a-z])"
-    r"|(?:\\(?:text|math[a-z]+|operatorname)\{\w+\}|[A-Z]\w*|[fgh]|[a-z]{3,})['_^{}\w-]*\s*(?:\\left)?[(\[]"
-)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -144,7 +140,7 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
     >>> tidy_answer(r"$\boxed{1,234}.$")
     '1234'
     """
-    text = answer.translate(UNICODE_TABLE).strip().rstrip("\\")
+    text = replace_unicode(answer).strip().rstrip("\\")
     while match := FENCES.fullmatch(text.rstrip(" .,;")):
         text = next(part for part in match.groups() if part is not None).strip()
     text = text.lstrip(" ,;:").rstrip(" .,;:\\")
@@ -154,15 +150,6 @@ def tidy_answer(answer: str, thousands: bool = True) -> str:
     if thousands and not re.search(r"[(\[]|\\\{", text):  # (1,234) is a pair
         text = THOUSANDS.sub(lambda m: re.sub(r"[ ,]", "", m[0]), text)
     return re.sub(r"^\](?=.*,)|(?<=\w)\[$", lambda m: ")" if m.start() else "(", text)  # ]0,1[ is (0,1)
-
-
-def split_name(text: str) -> tuple[str, str]:
-    """What stands before the first "=" that is outside brackets, and what follows it: P(X = 2), 1/2."""
-    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
-    at = next(
-        (at for at, (sign, depth) in enumerate(zip(text, depths, strict=True)) if sign == "=" and not depth), None
-    )
-    return (text[:at].strip(), text[at + 1 :].strip()) if at else ("", "")
 
 
 # Two trees -> the same answer or not ----------------------------------------------------------------------------------
@@ -187,22 +174,23 @@ class Judge:
 
     def is_same(self, a: Node, b: Node) -> bool:
         """Whether two trees are the same answer."""
-        kinds = {a.kind, b.kind}
         if a == b:
             return True
-        self.budget.spend(10, 0)
+        kinds = {a.kind, b.kind}
         for one, other in ((a, b), (b, a)):
             if one.kind == "rel" and r"\approx" in one.args[0]:
                 exact = self.drop_rounded(one)
                 return exact is not None and self.is_same(exact, other)
-        if kinds & {"said", "unit", "mixed"}:
+            if forms := convert_mixed(one):
+                return any(self.is_same(form, other) for form in forms[: 1 if other.kind == "num" else None])
+        if kinds & {"said", "unit"}:
             return self.is_same_quantity(a, b)
         left, right = self.split_definition(a), self.split_definition(b)
         if (
             left and right and self.is_same(left[1], right[1])
         ):  # f(x) and y can stand for each other, f(x) and g(x) cannot
             (name, _), (other, _) = left, right
-            if name == other or {name.kind, other.kind} == {"opaque", "sym"}:
+            if name == other or {name.kind, other.kind} == {"text", "sym"}:
                 return True
         if bool(left) != bool(right) and kinds != {"rel"}:
             return self.is_same(left[1] if left else a, right[1] if right else b)
@@ -235,23 +223,15 @@ class Judge:
         """Values with units. A value without one has the unit that the question asks for or names, if any, else the
         other's; only degrees, radians, percent and mixed units (2 hours 30 minutes) are converted."""
         left, right = self.question.split_quantity(a), self.question.split_quantity(b)
-        if left and right and left[1] != NO_UNIT == right[1]:
-            right = read_product(b) or right
-        if left and right and right[1] != NO_UNIT == left[1]:
-            left = read_product(a) or left
         if not left or not right:
             return False
         (value_a, unit_a), (value_b, unit_b) = left, right
-        units = {unit_a, unit_b}
-        if (value_a.kind == "ratio") != (value_b.kind == "ratio"):  # 4:30 p.m. is no fraction
-            return False
-        if len(units) == 1:
+        if unit_a == unit_b:
             return self.is_same(value_a, value_b)
-        if "mixed" in (a.kind, b.kind) and unit_a.powers == unit_b.powers:
-            return self.is_same(tree.multiply(value_a, tree.number(unit_a.size / unit_b.size)), value_b)
-        if not all(map(self.question.allows, units - {NO_UNIT})):
+        units = {unit_a, unit_b} - {NO_UNIT}
+        if not all(map(self.question.allows, units)):
             return False
-        if NO_UNIT in units and self.is_same(value_a, value_b):
+        if len(units) == 1 and self.is_same(value_a, value_b):
             return True
         scale_a, scale_b = (numeric.SCALES.get(unit.powers[0][0] if unit.powers else "") for unit in (unit_a, unit_b))
         if not scale_a or not scale_b or {value_a.kind, value_b.kind} & NO_SCALAR:
@@ -271,62 +251,44 @@ class Judge:
         return (name, value) if named or not tree.find_unknowns(*values) else None
 
     def is_same_point(self, named: Node, other: Node) -> bool | None:
-        """x = 1, y = 2 is the point (1, 2), or the list 1, 2: values in the order of their letters, or of the question.
+        """x = 1, y = 2 is the point (1, 2), or the list 1, 2: values in the order of their letters, Greek ones last.
         f(1) < f(2) is the list f(1), f(2). None if these are no such pair."""
         if other.kind not in ("tuple", "list") or any(x.kind == "rel" for x in other.args if isinstance(x, Node)):
             return None
         values = list(other.args[2:] if other.kind == "tuple" else other.args)
         if named.kind == "rel" and set(named.args[0]) == {"<"} and other.kind == "list":
-            terms = list(named.args[1:])[:: -1 if self.question.is_decreasing else 1]
-            return len(terms) == len(values) and all(map(self.is_same, terms, values))
-        pairs = [self.split_definition(item) for item in named.args] if named.kind == "list" else []
-        names = [pair[0] for pair in pairs if pair]
-        if len(names) < 2 or len(names) != len(pairs) or len({str(name)[:30] for name in names}) < len(names):
-            return None
-        letters = [str(name.args[0]) for name in names]
-        order = self.question.names
-        if set(order) != set(letters):
-            order = sorted(letters, key=lambda letter: letter.replace("\\", "~"))  # Greek letters last
-        found = [pair[1] for letter in order if (pair := pairs[letters.index(letter)])]
+            found = list(named.args[1:])[:: -1 if self.question.is_decreasing else 1]
+        else:
+            pairs = [self.split_definition(item) for item in named.args] if named.kind == "list" else []
+            by_name = {str(pair[0].args[0]).replace("\\", "~"): pair[1] for pair in pairs if pair}
+            if len(by_name) < 2 or len(by_name) < len(pairs):
+                return None
+            found = [by_name[name] for name in sorted(by_name)]
         return len(found) == len(values) and all(map(self.is_same, found, values))
 
     def has_same_elements(self, a: Node, b: Node) -> bool:
         """Sets: each element of one is in the other; where the question asks for an order, one by one."""
         left, right = list_elements(a), list_elements(b)
-        if max(len(left), len(right)) > MAX_ITEMS:
-            return False
-        asked = self.question.is_ordered or len(self.question.names) == len(right) > 1
-        if asked and a.kind == b.kind == "list" and len(left) == len(right):
+        if self.question.is_ordered and a.kind == b.kind == "list" and len(left) == len(right):
             return all(map(self.is_same, left, right))
-        if len(left) == len(right) == 1:
-            return self.is_same(left[0], right[0])
-
-        def is_among(x: Node, others: list[Node]) -> bool:  # {1} is 1, but not within {{1}, {2}}
-            return any(x == y or ((x.kind == "set") == (y.kind == "set") and self.is_same(x, y)) for y in others)
-
-        return all(is_among(x, right) for x in left) and all(is_among(y, left) for y in right)
+        return all(any(self.is_same(x, y) for y in right) for x in left) and all(
+            any(self.is_same(x, y) for x in left) for y in right
+        )
 
     # Relations and sets of numbers
     def is_same_relation(self, a: Node, b: Node) -> bool:
-        """Equations up to a factor that is not zero, inequalities up to a positive one or by their solutions."""
+        """Equations up to a factor that is not zero, inequalities up to a positive one."""
         (signs_a, *terms_a), (signs_b, *terms_b) = a.args, b.args
         if signs_a != signs_b:
             return False
-        if all(self.is_same(x, y) for x, y in zip(terms_a, terms_b, strict=True)):
-            return True
-        parts = {part.kind for term in terms_a + terms_b for part in tree.iterate_parts(term)}
-        if len(signs_a) > 1 or parts & NO_SCALAR:
-            return signs_a == ("=",) and self.is_same(terms_a[0], terms_b[1]) and self.is_same(terms_a[1], terms_b[0])
+        if len(signs_a) > 1:
+            return all(map(self.is_same, terms_a, terms_b))
         side_a, side_b = (tree.add(first, tree.negative(second)) for first, second in (terms_a, terms_b))
-        positive = signs_a[0] in tree.FLIPPED.values()
-        return numeric.are_proportional(side_a, side_b, positive, self.budget)
+        return numeric.are_proportional(side_a, side_b, signs_a != ("=",), self.budget)
 
     def is_same_region(self, a: Node, b: Node) -> bool:
-        """Sets of numbers, unions, inequalities: part by part, or by their members."""
+        """Sets of real numbers, unions, inequalities, by their members."""
         if a.kind == b.kind == "rel" and self.is_same_relation(a, b):
-            return True
-        a, b = (tree.REALS if node.kind == "clause" else node for node in (a, b))
-        if {a.kind, b.kind} <= {"union", "list"} and self.has_same_elements(Node("list", a.args), Node("list", b.args)):
             return True
         if not is_set_of_reals(a) or not is_set_of_reals(b) or len(tree.find_unknowns(a, b)) > 1:
             return False
@@ -336,7 +298,6 @@ class Judge:
 
 
 # Two answers -> right or wrong ----------------------------------------------------------------------------------------
-PLAIN_NUMBER = re.compile(r"\s*([+-]?)0*(\d*)(?:\.(\d*?)0*)?\s*")
 LABEL = re.compile(  # (B) 27, \textbf{(B)} 27, B. 27, Option B
     r"(?:\\(?:text|textbf|mathrm|mathbf) ?\{)? ?(?:(?:option|choice) )?(?:\(([A-H])\)|([A-H])[).:]|([A-H])(?=\}?$))"
     r"(?:[\s~}:$]|\\[ ,;:!]|\\q?quad)*(?:(?<=[\s~}:,;!d$])(-?(?:[A-Za-z\d({|]|\\(?:[dt]?frac|sqrt|pi|text|[$({])).*))?",
@@ -347,15 +308,6 @@ FILLERS = ("the", "an", "answer", "is")  # words that no text needs
 DECIMAL_COMMA = re.compile(r"\s*-?(?:\d+,\d\d+|0,\d+)\s*")  # 1,22 is 1.22 where a decimal answers it
 
 
-def split_number(text: str) -> tuple[str, ...] | None:
-    """Sign, digits and decimals of a number without any dress; of any length, for they are compared as text."""
-    match = PLAIN_NUMBER.fullmatch(text)
-    if not match or not any(character.isdigit() for character in text):
-        return None
-    sign, digits, decimals = (part or "" for part in match.groups())
-    return ("-" if sign == "-" and digits + decimals else "", digits, decimals)
-
-
 def is_same_text(a: str, b: str) -> bool:
     """Whether two texts have the same tokens; words in any case, and without their articles."""
     one, other = (list(tokenize(text)) for text in (a, b))
@@ -363,7 +315,7 @@ def is_same_text(a: str, b: str) -> bool:
         words = []
         for tokens in (one, other):
             values = [token.value.casefold() for token in tokens if token.kind == "name" or token.value not in FILLERS]
-            words.append("".join(map(singular, values[1:] if values[0] == "a" else values)))
+            words.append("".join(map(singular, values[1:] if values[:1] == ["a"] else values)))
         return words[0] == words[1]
     return bool(one) and one == other
 
@@ -376,22 +328,8 @@ def split_label(text: str) -> tuple[str, str]:
     return (match[1] or match[2] or match[3]).upper(), match[4] or ""
 
 
-def drop_name(text: str, other: str, question: Question | None = None) -> str:
-    """The value of P(X = 2) = 1/2 where the other answer has no "="; with a question also that of m + n = 5, or of what
-    the question has before the "="."""
-    name, value = split_name(text)
-    if not value or split_name(other)[1] or ("=" in value and re.search(r",|\b(?:or|and)\b", value)):
-        return text
-    is_asked = question is not None and list_pieces(name)[0] in question.pieces
-    node = read_answer(name) if question is not None else None
-    return value if is_asked or CALL.match(name) or (node and is_long_name(node)) else text
-
-
 def is_right(answer: str, gold: str, tolerance: float | None = None, question: str = "") -> bool:
     """Whether an answer is right; OutOfWork where that takes too much to find out."""
-    number_a, number_b = split_number(answer), split_number(gold)
-    if number_a and number_b and tolerance is None:
-        return number_a == number_b
     if max(len(answer), len(gold)) > MAX_CHARS:
         return bool(gold.strip()) and answer.strip() == gold.strip()
     text_a, text_b = tidy_answer(answer), tidy_answer(gold)
@@ -405,14 +343,19 @@ def is_right(answer: str, gold: str, tolerance: float | None = None, question: s
         value = read_answer(tidy_answer(rest_a))
         is_value = not rest_a or (value is not None and value.kind not in NO_SCALAR)
         return letter_a == letter_b and (is_value or rest_a.strip(" $.}") in question or not question)
-    text_a, text_b = drop_name(tidy_answer(rest_a or text_a), text_b, about), drop_name(text_b, text_a)
+    text_a = tidy_answer(rest_a or text_a)
+    name, after = split_name(text_a)
+    if after and list_pieces(name)[0] in about.pieces and not split_name(text_b)[1]:
+        text_a = after
     a, b = read_answer(text_a), read_answer(text_b)
     if a is None or b is None:
         return False
     if {a.kind, b.kind} == {"list", "num"} and "," in answer + gold:  # 123,456 is also the list 123, 456
         a, b = (read_answer(tidy_answer(text, thousands=False)) or node for text, node in ((answer, a), (gold, b)))
-        if DECIMAL_COMMA.fullmatch(answer) and split_number(answer.replace(",", ".")) == split_number(gold):
+        if DECIMAL_COMMA.fullmatch(answer) and read_answer(answer.replace(",", ".")) == b:
             return True
+    if a.kind == "rel" != b.kind and (a.args[1].kind == "text" or is_sum_of_letters(a.args[1])):
+        text_a, a = after, a.args[-1]
     judge = Judge(about)
     near, exact = (split[0] if (split := about.split_quantity(node)) else node for node in (a, b))
     is_near = tolerance is not None and numeric.are_within(near, exact, tolerance, judge.budget)

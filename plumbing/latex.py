@@ -10,13 +10,37 @@ import re
 from fractions import Fraction
 
 from plumbing import tree
-from plumbing.tokens import BASES, END, GREEK, Token, read_unit, read_words, tokenize
+from plumbing.tokens import END, GREEK, Token, tokenize
 from plumbing.tree import Node, Unreadable
 
 MAX_DEPTH: int = 40  # nesting of brackets, fractions, exponents and functions that the reader follows
 MAX_ITEMS: int = 100  # items of a list, cells of a matrix
 MAX_CHARS: int = 1000  # longer answers are only compared as text; the longest gold of the usual sets has 210
 MAX_SIGNS: int = 4  # \pm signs in one answer; each doubles the values
+
+
+# Number words, names -------------------------------------------------------------------------------------------------
+SMALL = tree.words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")
+SMALL += tree.words("sixteen seventeen eighteen nineteen")
+TENS = tree.words("twenty thirty forty fifty sixty seventy eighty ninety")
+NUMERALS = {word: at for at, word in enumerate(SMALL)} | {word: 10 * at for at, word in enumerate(TENS, 2)}
+BASES = {word: str(at) for word, at in NUMERALS.items() if 1 < at < 17} | {"binary": "2"}
+PARTS = tree.words("half third quarter fifth sixth seventh eighth ninth tenth")
+SCALES = {"hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6), "billion": Fraction(10**9)}
+SCALES |= {name: Fraction(1, at) for at, word in enumerate(PARTS, 2) for name in (word, word + "s")}
+SCALES |= {"halves": Fraction(1, 2), "fourth": Fraction(1, 4), "fourths": Fraction(1, 4)}
+CALL = re.compile(  # what may stand before "=": a function with its argument (\sin x, P(X = 2), f^{-1}(3)), words
+    r"\\(?:lim|log|ln|gcd|lcm|max|min|det|Pr|arg|deg|(?:arc)?(?:sin|cos|tan|cot|sec|csc))(?![a-z])"
+    r"|(?:\\(?:text|math[a-z]+|operatorname)\{\w+\}|[A-Z]\w*|[fgh]|[a-z]{3,})['_^{}\w-]*\s*(?:\\left)?[(\[]"
+    r"|\\(?:text|mathrm)\{[\w ]*[a-z]{2}[\w ]*\}\s*$|[A-Za-z]{5,}\s*$"
+)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """What stands before the first "=" that is outside brackets, and what follows it: P(X = 2), 1/2."""
+    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
+    at = next((at for at, depth in enumerate(depths) if text[at] == "=" and not depth), 0)
+    return (text[:at].strip(), text[at + 1 :].strip()) if at else ("", "")
 
 
 # Tokens -> tree -------------------------------------------------------------------------------------------------------
@@ -40,18 +64,26 @@ REAL_NUMBERS = re.compile(r"(?:x is )?(?:all |any |the )*reals?(?: numbers?)?(?:
 BOUNDS = {"greater than": "<", "larger than": "<", "less than": ">", "smaller than": ">"}
 
 
-def is_mixed(first: Node, second: Node) -> bool:
-    """2 hours (and) 30 minutes"""
-    first = first.args[-1] if first.kind == "mixed" else first
-    if first.kind != "said" or second.kind != "said":
-        return False
-    larger, smaller = read_unit(first.args[2]), read_unit(second.args[2])
-    return bool(larger and smaller and larger.powers == smaller.powers and larger.size > smaller.size)
-
-
 def read_based(digits: str, base: str) -> Node:
     base = BASES.get(base, base)
     return tree.number(int(digits)) if base == "10" and digits.isdigit() else Node("based", (digits, base))
+
+
+def read_words(words: list[str]) -> Node:
+    """Words alone: a number, perhaps of things (twenty-five, two thirds, three million, five apples), or a text."""
+    value, used = Fraction(0), 0
+    for word in words:
+        if word in NUMERALS and (not used or (value and value % 10 == 0)):
+            value += NUMERALS[word]
+        elif used and word in SCALES:
+            value *= SCALES[word]
+        else:
+            break
+        used += 1
+    if not used:
+        return Node("text", (" ".join(words),))
+    rest = " ".join(words[used:])
+    return Node("said", (tree.number(value), "", rest)) if rest else tree.number(value)
 
 
 class Reader:
@@ -94,9 +126,7 @@ class Reader:
             items.append(self.item())
             if len(items) > MAX_ITEMS:
                 raise Unreadable("too many items")
-            if len(items) > 1 and is_mixed(items[-2], items[-1]):
-                items[-2:] = [Node("mixed", tuple(items[-2:]))]
-            goes_on = items[-1].kind in ("said", "mixed") and self.peek().kind == "num"
+            goes_on = items[-1].kind == "said" and self.peek().kind == "num"  # 2 hours 30 minutes
             if self.peek().value not in (",", ";") and not goes_on:
                 return items
 
@@ -113,13 +143,13 @@ class Reader:
         self.accept(":")  # Answer: 5
         if match := REAL_NUMBERS.fullmatch(" ".join(words)):
             return self.real_numbers(match[1])
-        if words and self.peek().value in ("=", r"\approx"):  # Area = 5
-            return self.with_unit((), self.relation(Node("text", (" ".join(words),))))
         if words and (self.peek().kind == "end" or self.peek().value in ENDS):
             return read_words(words)
         if self.accept(r"\$"):
             words.append("dollar")
-        return self.with_unit(tuple(words), self.relation())
+        is_negative = words[-1:] in (["minus"], ["negative"])
+        value = tree.negative(self.relation()) if is_negative else self.relation()
+        return self.with_unit(words[: -1 if is_negative else None], value)
 
     def real_numbers(self, limit: str | None) -> Node:
         """All real numbers, perhaps except some, or greater than one."""
@@ -130,7 +160,7 @@ class Reader:
         excluded = [item.args[-1] if item.kind == "rel" else item for item in self.items("")]  # 3, or x = 3
         return Node("minus", (tree.REALS, Node("set", tuple(excluded))))
 
-    def with_unit(self, before: tuple[str, ...], value: Node) -> Node:
+    def with_unit(self, before: list[str], value: Node) -> Node:
         """A value with the words before it and what stands after it: a unit, or words, or what cannot be read."""
         start, depth = self.at, 0
         while self.peek().kind != "end" and (depth or self.peek().value not in ENDS):
@@ -141,10 +171,9 @@ class Reader:
         after = " ".join(UNIT_COMMANDS.get(token.value, token.value) for token in self.tokens[start : self.at])
         return Node("said", (value, " ".join(before), after)) if before or after else value
 
-    def relation(self, first: Node | None = None) -> Node:
-        if not first:
-            self.accept("=", r"\approx")  # "= 5"
-        terms, signs = [first or self.ratio()], []
+    def relation(self) -> Node:
+        self.accept("=", r"\approx")  # "= 5"
+        terms, signs = [self.ratio()], []
         while sign := self.accept(*RELATIONS):
             signs.append(sign)
             words = [] if self.peek().value.isupper() else self.words()
@@ -211,8 +240,6 @@ class Reader:
                 value = tree.power(value, self.exponent())
             elif sign == "!":
                 value = tree.call("double_factorial" if self.accept("!") else "factorial", value)
-                if self.peek().value == "!":
-                    raise Unreadable("three factorials")
             elif value.kind != "unit":
                 value = Node("unit", (value, "percent" if sign == "%" else "degree"))
             else:
@@ -278,8 +305,8 @@ class Reader:
             return tree.add(value, tree.number(Fraction(int(period), 10**places * (10 ** len(period) - 1))))
         if is_argument:
             return value
-        if self.accept("_"):
-            return read_based(text, self.plain_group())
+        if self.peek().value in SCALES:  # 5 million
+            return tree.multiply(value, tree.number(SCALES[self.take().value]))
         start, part = self.at, tree.ONE
         if text.isdigit() and self.accept(r"\frac"):
             part = tree.divide(self.argument(), self.argument())
@@ -398,6 +425,10 @@ def read_tree(text: str) -> Node:
     """The tree of a text; raises Unreadable where the reader does not know what it means."""
     if based := DIGITS_WITH_BASE.fullmatch(re.sub(r"\\(?:text|mathrm)(?=\{)|[{} $]", "", text)):
         return read_based(*based.groups())
+    name, value = split_name(text)
+    if "=" not in value and CALL.match(name):
+        name = "".join(token.value for token in tokenize(name))
+        return tree.make_relation(["="], [Node("text", (name,)), read_tree(value)])
     reader = Reader(text)
     items = reader.items("")
     if reader.peek().kind != "end" or not items:

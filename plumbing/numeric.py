@@ -1,9 +1,9 @@
-"""The value of a tree to as many digits as a comparison takes, and whether two trees have the same values.
+"""The value of a tree to many digits, and whether two trees have the same values.
 
-How many digits: twice as many bits as all numbers in both answers have together, and GUARD_BITS. If a value on the way
-is very large or very small (e^{-700} beside 1), once more with four times its size in bits on top. One rule then says
-what is zero: a sum whose terms cancel to less than half of the digits. Two constants are equal if their difference is
-zero in this sense, two expressions if they are equal at every point of a fixed list (choose_value).
+How many: twice as many bits as all numbers in both answers have together, and 2 GUARD_BITS more. A value on the way
+that is larger than 2^(bits / 4), or smaller than 2^-(bits / 4) and not 0, is beyond what is computed. Hence one rule
+says what is zero: a sum whose terms cancel to less than half of the digits. Two constants are equal if their difference
+is zero in this sense, two expressions if they are equal at every point of a fixed list (choose_points).
 
 Work is counted, not timed: each evaluation costs tree nodes x bits^2. A verdict that needs more than its Budget ends in
 OutOfWork, on every machine and under any load at the same place.
@@ -11,6 +11,7 @@ OutOfWork, on every machine and under any load at the same place.
 
 import itertools
 import operator
+import random
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +19,12 @@ from fractions import Fraction
 from typing import Any
 
 from plumbing import tree
-from plumbing.tree import MAX_BITS, MAX_FACTORIAL, Node
+from plumbing.tree import MAX_FACTORIAL, Node
 
 import mpmath
 
 MAX_WORK: float = 1.5e9  # tree nodes x bits^2 of one verdict: some 50 ms
-BASE_BITS: int = 300  # added to the bits that a node is charged for: what a node costs however few its bits are
-MAX_PEAK: int = 300  # at points where values are larger than 2^{300} or smaller than 2^{-300} nothing is compared
-GUARD_BITS: int = 192  # agreement beyond what the numbers in the answers can explain
+GUARD_BITS: int = 400  # agreement beyond what the numbers in the answers can explain
 MAX_PLACES: int = 40  # of a decimal that may be a rounded value
 MP = mpmath.MPContext()  # its precision changes from one evaluation to the next, hence
 LOCK = threading.Lock()  # one verdict at a time
@@ -52,7 +51,7 @@ class Budget:
         self.left = MAX_WORK
 
     def spend(self, nodes: int, bits: int) -> None:
-        self.left -= nodes * (bits + BASE_BITS) ** 2
+        self.left -= nodes * bits**2
         if self.left < 0:
             raise OutOfWork
 
@@ -78,7 +77,7 @@ def round_with(name: str) -> Callable[[Any], Any]:
 def raise_to(base: Any, exponent: Any) -> Any:
     if not base and MP.re(exponent) <= 0:
         raise Undefined("0 to a power that is not positive")
-    if base and abs(base) != 1 and abs(exponent) * (abs(MP.mag(base)) + 1) > 4 * MAX_BITS:
+    if base and abs(base) != 1 and abs(exponent) * (abs(MP.mag(base)) + 1) > MP.prec:
         raise TooLarge
     return MP.power(base, exponent)
 
@@ -104,18 +103,19 @@ def count_with(exact: Callable[..., int]) -> Callable[..., Any]:
 
 
 def circular(name: str) -> Callable[[Any], Any]:
-    """sin, cos, tan, ...: their zeros are zero, as those of sums are; at poles they are undefined."""
+    """sin, cos, tan, ...: their zeros are zero, as those of sums are."""
 
     def apply(value: Any) -> Any:
-        if abs(value) > MP.ldexp(1, 4 * MAX_BITS):
-            raise TooLarge
         result = getattr(MP, name)(value)
-        noise = MP.ldexp(max(1, abs(value)), -MP.prec // 2)
-        if abs(result) > 1 / noise:
-            raise Undefined("a pole")
-        return MP.zero if abs(result) < noise else result
+        return MP.zero if abs(result) < MP.ldexp(max(1, abs(value)), -MP.prec // 2) else result
 
     return apply
+
+
+def unknown_function(name: str, *values: Any) -> Any:
+    """f(x): a fixed function without symmetries stands for any."""
+    seed = MP.mpf(zlib.crc32(name.encode())) / 2**24
+    return seed + MP.fsum(MP.cos(seed * value + at) for at, value in enumerate(values, 1))
 
 
 RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the values of its parts
@@ -136,82 +136,57 @@ RULES: dict[str, Callable[..., Any]] = {  # how a node is computed from the valu
 }
 
 
-def combine_values(node: Node, parts: list[Any]) -> Any:
-    """The value of a node from those of its parts."""
-    name = node.args[0] if node.kind == "call" else node.kind
-    if node.kind == "opaque":  # an unknown function: any fixed one that has no symmetries
-        seed = MP.mpf(zlib.crc32(node.args[0].encode())) / 2**24
-        return seed + MP.fsum(MP.cos(seed * part + at) for at, part in enumerate(parts, 1))
-    rule = RULES.get(name) or (node.kind == "call" and getattr(MP, name, None))
-    if not rule:
+def to_float(value: Fraction) -> Any:
+    return MP.mpf(value.numerator) / value.denominator
+
+
+def has_pole(node: Node, values: dict[Node, Fraction], real: bool) -> bool:
+    """Whether a factor is the factorial of a negative whole number, 1 over which is 0 by custom: n!/(n - 3)!"""
+    factorials = [part for part in (node, *node.args) if isinstance(part, Node) and part.args[:1] == ("factorial",)]
+    found = [compute(part.args[1], values, real) for part in factorials if node.kind in ("call", "mul")]
+    return any(MP.isint(value) and MP.re(value) < 0 for value in found)
+
+
+def compute(node: Node, values: dict[Node, Fraction], real: bool) -> Any:
+    """The value of a tree at a point; Undefined outside the (real) domain."""
+    kind, args = node
+    if kind == "num":
+        return to_float(args[0])
+    if node in values:
+        return to_float(values[node])
+    if kind == "const" and args[0] != "oo":
+        return {"pi": +MP.pi, "e": +MP.e, "i": MP.j}[args[0]]
+    if kind == "unit":
+        return compute(tree.multiply(args[0], SCALES[args[1]]), values, real)
+    if kind == "pow" and args[1] == tree.MINUS_ONE and has_pole(args[0], values, real):
+        return MP.zero
+    name = args[0] if kind == "call" else kind
+    parts = [compute(arg, values, real) for arg in args if isinstance(arg, Node)]
+    rule = RULES.get(name) or (kind == "call" and getattr(MP, name, None))
+    if not rule and kind != "opaque":
         raise Undefined(name)
     try:
-        return rule(*parts)
+        value = rule(*parts) if rule else unknown_function(args[0], *parts)
     except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:  # all are of mpmath
         raise Undefined(name) from error
-
-
-class Evaluation:
-    """One tree at one point: the values of its unknowns, and the largest size in bits of a value on the way."""
-
-    def __init__(self, values: dict[Node, Fraction], real: bool) -> None:
-        self.values, self.real, self.peak = values, real, 0
-
-    def compute(self, node: Node) -> Any:
-        """The value; Undefined outside the (real) domain."""
-        kind, args = node
-        if kind == "num":
-            return MP.mpf(args[0].numerator) / args[0].denominator
-        if node in self.values:
-            value = self.values[node]
-            return MP.mpf(value.numerator) / value.denominator
-        if kind == "const":
-            if args[0] == "oo":
-                raise Undefined("infinity")
-            return {"pi": +MP.pi, "e": +MP.e, "i": MP.j}[args[0]]
-        if kind == "unit":
-            return self.compute(tree.multiply(args[0], SCALES[args[1]]))
-        if kind == "pow" and args[1] == tree.MINUS_ONE and self.has_pole(args[0]):
-            return MP.zero
-        parts = [self.compute(arg) for arg in args if isinstance(arg, Node)]
-        value = combine_values(node, parts)
-        if not MP.isfinite(value):
-            raise Undefined(kind)
-        if self.real and MP.im(value):
-            raise Undefined(kind)
-        size = abs(int(MP.mag(value))) if value else 0
-        if size > 2 * MAX_BITS:
-            raise TooLarge
-        self.peak = max(self.peak, size)
-        return value
-
-    def has_pole(self, node: Node) -> bool:
-        """Whether a factor is the factorial of a negative whole number, 1 over which is 0 by custom: n!/(n - 3)!"""
-        factorials = [part for part in (node, *node.args) if isinstance(part, Node) and part.args[:1] == ("factorial",)]
-        values = [self.compute(part.args[1]) for part in factorials if node.kind in ("call", "mul")]
-        return any(MP.isint(value) and MP.re(value) < 0 for value in values)
+    if not MP.isfinite(value) or (real and MP.im(value)):
+        raise Undefined(name)
+    if value and abs(MP.mag(value)) > MP.prec // 4:
+        raise TooLarge
+    return value
 
 
 def evaluate(nodes: list[Node], values: dict[Node, Fraction], real: bool, budget: Budget) -> list[Any]:
     """The values of some trees at one point, None for one that is undefined there, to enough digits for all of them."""
     parts = [part for node in nodes for part in tree.iterate_parts(node)]
-    sizes = [tree.count_bits(part.args[0]) for part in parts if part.kind == "num"]
-    bits = 2 * (sum(sizes) + GUARD_BITS)
+    MP.prec = 2 * (GUARD_BITS + sum(tree.count_bits(part.args[0]) for part in parts if part.kind == "num"))
+    budget.spend(len(parts), MP.prec)
     results: list[Any] = []
-    evaluation = Evaluation(values, real)
-    for extra in (0, 4):
-        MP.prec = bits + extra * evaluation.peak
-        budget.spend(len(parts), MP.prec)
-        results = []
-        for node in nodes:
-            try:
-                results.append(evaluation.compute(node))
-            except Undefined:
-                results.append(None)
-        if evaluation.peak <= GUARD_BITS // 2:
-            break
-        if values and evaluation.peak > MAX_PEAK:
-            raise TooLarge
+    for node in nodes:
+        try:
+            results.append(compute(node, values, real))
+        except Undefined:
+            results.append(None)
     return results
 
 
@@ -220,8 +195,6 @@ WHOLE = [2, 3, 5, 1, 4, 6, 7, 8, 9, 10, 12, 23, 50, 101, 1009, 100_003]
 REAL = [
     Fraction(top, 64) for top in (83, 37, -45, 149, 1999, -467, -2503, 5, -7, 301, 64_007, -1201, 8009, -9001, -70_001)
 ]
-POINTS: int = 17  # the numbers above and those far out; a prime number, so that steps of any size reach all of them
-MANY_POINTS: int = 10  # of several unknowns
 MAX_NAMED: int = 4  # numbers in the answers at which they are compared, too
 MIN_POINTS: int = 3  # at which two expressions must have values
 WHOLE_NAMES = set("nmkN")
@@ -236,33 +209,23 @@ def find_whole(*nodes: Node) -> set[Node]:
     return named | set(tree.find_unknowns(*counted))
 
 
-def choose_value(name: str, position: int, index: int, far: int, is_whole: bool) -> Fraction:
-    r"""The value at a point of comparison of the unknown that is at this position in the list of all unknowns.
+def choose_points(a: Node, b: Node) -> Iterator[tuple[dict[Node, Fraction], bool]]:
+    r"""The points at which two expressions are compared, and whether they are special.
 
     Natural numbers are small and far out; x and most small letters are real numbers of both signs and of several sizes;
-    other letters (r, R, G, M, \rho: lengths, masses, ...) are positive. The last points are far out: beyond all numbers
-    in the answers.
-
-    >>> [str(choose_value(name, 0, 2, 10**6, name == "n")) for name in ("n", "x", "R")]
-    ['5', '-45/64', '45/64']
+    other letters (r, R, G, M, \rho: lengths, masses, ...) are positive. Far out is beyond all numbers in the answers.
+    Special points are 0, 1, -1 and the numbers that expressions of one real unknown name.
     """
-    values = [*WHOLE, far] if is_whole else [*REAL, far + REAL[0], -far - REAL[1]]
-    value = Fraction(values[(index * (2 * position + 1) + 3 * position) % POINTS])
-    if is_whole:
-        return value
-    value += Fraction(position, 128)
-    return value if name.split("_")[0].rstrip("'") in SIGNED_NAMES else abs(value)
-
-
-def choose_points(a: Node, b: Node) -> Iterator[tuple[dict[Node, Fraction], bool]]:
-    """The points at which two expressions are compared, and whether they are special: 0, 1, -1 and the numbers that
-    expressions of one real unknown name."""
     unknowns, whole = tree.find_unknowns(a, b), find_whole(a, b)
     numbers = [abs(part.args[0]) for part in (*tree.iterate_parts(a), *tree.iterate_parts(b)) if part.kind == "num"]
-    far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), MAX_PEAK - 100) + 1
-    count = POINTS if whole or len(unknowns) == 1 else MANY_POINTS
-    for index in range(count if unknowns else 1):
-        yield {u: choose_value(u.args[0], at, index, far, u in whole) for at, u in enumerate(unknowns)}, False
+    far = 2 ** min(20 + sum(map(tree.count_bits, numbers)), GUARD_BITS // 2) + 1
+    rng, columns = random.Random(0), []
+    for unknown in unknowns:
+        column = [*WHOLE, far] if unknown in whole else [*REAL, far + REAL[0], -far - REAL[1]]
+        is_signed = unknown in whole or unknown.args[0].split("_")[0].rstrip("'") in SIGNED_NAMES
+        columns.append([value if is_signed else abs(value) for value in rng.sample(column, len(column))])
+    for point in zip(*columns, strict=True) if unknowns else [()]:
+        yield dict(zip(unknowns, map(Fraction, point), strict=True)), False
     if len(unknowns) == 1 and not whole:
         for value in (Fraction(0), Fraction(1), *sorted({*numbers} - {0, 1})[:MAX_NAMED]):
             yield from (({unknowns[0]: sign * value}, True) for sign in (1, -1))
@@ -331,29 +294,24 @@ def count_places(value: Fraction) -> int:
     return next((places for places in range(MAX_PLACES) if (value * 10**places).denominator == 1), 0)
 
 
+def is_close(decimal: Node, exact: Node, budget: Budget, error: float = 0.99) -> bool:
+    r"""Whether a number differs from a value by at most so much of its last decimal, so that it may follow \approx."""
+    return decimal.kind == "num" and are_within(decimal, exact, error / 10 ** count_places(decimal.args[0]), budget)
+
+
 def is_rounded(decimal: Node, exact: Node, budget: Budget) -> bool:
-    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits,
-    or, up to 17 of them, as a double.
+    """Whether a decimal of at least 12 digits is an exact value that no decimal equals, rounded to just these digits;
+    of 16 digits, as a computer prints them, the last one may be another.
 
     >>> third = tree.number(Fraction(1, 3))
     >>> [is_rounded(tree.number(Fraction(text)), third, Budget()) for text in ("0.333333333333", "0.333333333334")]
     [True, False]
     """
-    if decimal.kind != "num" or tree.find_unknowns(exact):
-        return False
-    if exact.kind == "num" and 10**MAX_PLACES % exact.args[0].denominator == 0:
+    if decimal.kind != "num" or (exact.kind == "num" and 10**MAX_PLACES % exact.args[0].denominator == 0):
         return False
     places = count_places(decimal.args[0])
     digits = len(str(int(abs(decimal.args[0]) * 10**places)))
-    if not places or digits < 12:
-        return False
-    double = abs(float(decimal.args[0])) / 2**53 if digits <= 17 else 0
-    return are_within(decimal, exact, max(0.5 / 10**places, double), budget)
-
-
-def is_close(decimal: Node, exact: Node, budget: Budget) -> bool:
-    r"""Whether a number may follow a value and \approx: it differs by less than 1 in its last decimal."""
-    return decimal.kind == "num" and are_within(decimal, exact, 0.99 / 10 ** count_places(decimal.args[0]), budget)
+    return places > 0 and digits >= 12 and is_close(decimal, exact, budget, 0.5 if digits < 16 else 1)
 
 
 # Sets of real numbers -------------------------------------------------------------------------------------------------

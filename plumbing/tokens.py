@@ -1,19 +1,16 @@
-r"""LaTeX -> tokens, and which words and units are known.
+r"""LaTeX -> tokens.
 
 clean() gives one notation to what has several. tokenize() leaves out what only decorates (\left, spaces, \text around
-mathematics). Words stay words: which of them may stand beside a value is written down here, in BEFORE, COUNTED and
-UNITS; what is not in a list is not ignored.
+mathematics). Words stay words; which of them may stand beside a value says question.py.
 """
 
 import functools
 import re
-from collections import Counter
+import unicodedata
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import NamedTuple
 
 from plumbing import tree
-from plumbing.tree import Node
 
 
 class Token(NamedTuple):
@@ -24,23 +21,32 @@ class Token(NamedTuple):
 END = Token("end", "")
 
 # Text -> tokens -------------------------------------------------------------------------------------------------------
-UNICODE = {  # signs and their LaTeX
-    **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×✕", r"\times "), **dict.fromkeys("·⋅∙•", r"\cdot "),
-    **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u200a\u3000", " "), **dict.fromkeys("’‘′ʹ", "'"), "″": "''",
-    "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ",
-    "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
-    "°": r"^\circ ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "，": ",", "（": "(", "）": ")",
-    "、": ",", "；": ";", "％": "%", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}", "⅔": r"\frac{2}{3}", "∖": r"\setminus ", "…": r"\ldots ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "√": r"\sqrt ", "µ": r"\mu ", "Å": r"\AA ", "∉": r"\notin ",
-    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}", "∀": r"\forall ",
-    "Ω": r"\Omega ", "\u200b": "", "\ufeff": "",
-}  # fmt: skip
 GREEK = tree.words("alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega")
-UNICODE |= dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True))
-UNICODE_TABLE = str.maketrans(UNICODE)
-RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
-ON_THE_LINE = str.maketrans(RAISED + LOWERED, "0123456789+-()n" * 2)
+UNICODE = str.maketrans({  # signs and their LaTeX
+    **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("×✕", r"\times "), **dict.fromkeys("·⋅∙•", r"\cdot "),
+    **dict.fromkeys("’‘′ʹ", "'"), **dict.fromkeys("÷∕⁄", "/"), **dict.fromkeys("≤⩽", r"\le "), "″": "''", "、": ",",
+    **dict.fromkeys("≥⩾", r"\ge "), "∞": r"\infty ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ",
+    "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "∖": r"\setminus ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "√": r"\sqrt ", "µ": r"\mu ", "Å": r"\AA ", "∉": r"\notin ", "∀": r"\forall ", "Ω": r"\Omega ",
+    "€": r"\text{euros}", "£": r"\text{pounds sterling}", "¥": r"\text{yen}", "¢": r"\text{cents}",
+    "\u200b": "", "\ufeff": "",
+    **dict(zip("αβγδεζηθλμνξπρστφχψω", (f"\\{name} " for name in GREEK), strict=True)),
+})  # fmt: skip
+RAISED, LOWERED, FRACTION = (re.compile(signs) for signs in ("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", "[₀-₉₊₋₍₎ₙ]+", "[¼-¾⅐-⅞]"))
+to_ascii = functools.partial(unicodedata.normalize, "NFKC")  # ² is 2, ½ is 1⁄2, ３ is 3
+
+
+def replace_unicode(text: str) -> str:
+    r"""ASCII and LaTeX for other signs.
+
+    >>> replace_unicode("½x² ≤ ３")
+    '\\frac{1}{2}x^{2} \\le  3'
+    """
+    text = RAISED.sub(lambda m: f"^{{{to_ascii(m[0])}}}", text)
+    text = LOWERED.sub(lambda m: f"_{{{to_ascii(m[0])}}}", text)
+    text = FRACTION.sub(lambda m: r"\frac{{{}}}{{{}}}".format(*to_ascii(m[0]).split("⁄")), text)
+    return to_ascii(text.translate(UNICODE)).translate(UNICODE)
 
 
 SCRIPT = r"\{?((?<=\{)\w+(?=\})|\w)\}?"  # a group or one sign
@@ -49,47 +55,32 @@ REWRITES: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [  # indepe
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\[hv]?phantom\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}", ""),  # not seen
-        (r"(\\\\)\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\1 "),  # \\[2mm]
         (r"(?<![\d.,])[1-9]\d{0,2}(?:(?:\{,\}|\\,)\s*\d{3})+(?!\d)", lambda m: re.sub(r"\D", "", m[0])),  # 1{,}234
         (r"(\d+\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", r"\1…\2"),  # 0.\overline{3}
-        (f"[{RAISED}]+", lambda m: f"^{{{m[0].translate(ON_THE_LINE)}}}"),  # x²
-        (f"[{LOWERED}]+", lambda m: f"_{{{m[0].translate(ON_THE_LINE)}}}"),  # x₁
         (r"\b([apAP])\. ?([mM])\b\.?", r"\1\2"),  # p.m.
         (r"(\\[dtc]?frac|\\[dt]?binom)\s*(\d)(?:\s*(\d)|(?=\{))", r"\1{\2}\3 "),  # \frac12
         (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),  # {1 \over 2}
         (r"\{([^{}]*)\\choose\b([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"-\s*\\\$", r"\\$-"),  # -\$5
         (r"\\mathring\s*\{(?:\\mathrm\s*\{)?A\}?\}", r"\\AA "),  # the angstrom
-        (
-            r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*(?:[CF]\b|\\(?:text|mathrm)\s*\{\s*[CF]\s*\}))?",
-            r"\\circ ",
-        ),  # 5^{\circ}
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(\s*([CF]\b|\\(?:text|mathrm)\s*\{\s*[CF]\s*\}))?", r"\\circ "),
         (r"\\(sin|cos|tan|cot|sec|csc)\s*\^\s*\{\s*-\s*1\s*\}", r"\\arc\1 "),  # \sin^{-1}
-        (r"\\log_(\d)(\d+)(?!\s*[\w({\\|.])", r"\\log_{\1}{\2}"),  # \log_264, as TeX reads it
         (rf"(?<![\w}}])(?:\{{\s*\}})?_{SCRIPT}\s*C_{SCRIPT}", r"\\binom{\1}{\2}"),  # {}_{10}C_3
         (rf"(?<![\w}}])(?:\{{\s*\}})?_{SCRIPT}\s*P_{SCRIPT}", r"\\frac{\1!}{(\1-\2)!}"),  # {}_5P_2
-        (r"-\s*(?=\\\{)", r"\\setminus "),  # \mathbb{R} - \{0\}
-        (r"\b(?:np|math|sympy)\.", ""),
-        (r"\{:\}", ":"),
         (rf"\bC_{SCRIPT}\^{SCRIPT}", r"\\binom{\1}{\2}"),  # C_{10}^3
+        (r"-\s*(?=\\\{)", r"\\setminus "),  # \mathbb{R} - \{0\}
+        (r"\{:\}", ":"),
+        (r"\b(?:np|math|sympy)\.", ""),
+        (r"\\log_(\d)(\d+)(?!\s*[\w({\\|.])", r"\\log_{\1}{\2}"),  # \log_264, as TeX reads it
         (r"\\(d?)dot\s*\{?\s*" + LETTER + r"\}?", lambda m: f"{m[2]}'{'d' and len(m[1]) * chr(39)}"),  # \ddot{x}
-        (
-            r"\\d?frac\s*\{\s*d\s*(?:\^\s*\{?(\d)\}?)?\s*"
-            + LETTER
-            + r"(_\{?\w+\}?)?\s*\}\s*\{\s*d[^{}]*(?:\{\d\})?\s*\}",
-            lambda m: f"{m[2]}{m[3] or ''}{chr(39) * int(m[1] or 1)} ",  # \frac{d^2 x}{dt^2}
-        ),
+        (r"\\d?frac\s*\{\s*d\s*(?:\^\s*\{?(\d)\}?)?\s*" + LETTER + r"(_\{?\w+\}?)?\s*\}\s*\{\s*d[^{}]*(?:\{\d\})?\s*\}",
+         lambda m: f"{m[2]}{m[3] or ''}{chr(39) * int(m[1] or 1)} "),  # \frac{d^2 x}{dt^2}
         (r"\bd([A-Za-z])/d[a-z]\b", r"\1'"),  # dx/dt
-        (
-            r"\^\s*(?:\{\s*((?:\\prime\s*|')+)\}|\\prime|')",
-            lambda m: "'" * max(1, len(re.findall("prime|'", m[0]))),
-        ),  # x^{\prime}
-        (
-            r"(\d+) ?\\circ\s*(\d+)\s*'(?:\s*(\d+)\s*'')?",
-            r"(\1+\\frac{\2}{60}+\\frac{0\3}{3600})\\circ ",  # 30\circ 15' 20''
-        ),
+        (r"\^\s*(?:\{\s*((?:\\prime\s*|')+)\}|\\prime|')",
+         lambda m: "'" * max(1, len(re.findall("prime|'", m[0])))),  # x^{\prime}
+        (r"(\d+) ?\\circ\s*(\d+)\s*'(?:\s*(\d+)\s*'')?", r"(\1+\\frac{\2}{60}+\\frac{0\3}{3600})\\circ "),  # 5\circ 7'
     )
-]
+]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8192)
@@ -99,7 +90,7 @@ def clean(text: str) -> str:
     >>> clean(r"\ddot{x} + 2x(t) = 1{,}000²")
     "x'' + 2x = 1000^{2}"
     """
-    text = text.translate(UNICODE_TABLE).replace(r",\!", "{,}").replace(r"\!", "").replace("\\\n", " ")
+    text = replace_unicode(text).replace(r",\!", "{,}").replace(r"\!", "").replace("\\\n", " ")
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
     return re.sub(r"(?<=[A-Za-z'}])\s*\([tx]\)", "", text) if "'" in text else text
@@ -196,117 +187,3 @@ def tokenize(text: str) -> tuple[Token, ...]:
     ['(', '\\frac', '{', 'x', '}', '2', ',', '1000', 'cm', ')']
     """
     return tuple(scan(clean(text), False, END))
-
-
-# Words and units ------------------------------------------------------------------------------------------------------
-BEFORE = set(  # harmless before a value
-    tree.words(
-        "a an the option choice answer final result is are be equals equal to so thus hence therefore it its we "
-        "get have there of total value exactly approximately about solution solutions only area perimeter volume set"
-    )
-)
-COUNTED = set(
-    tree.words(
-        "apple ball balls book box boxes boy call card case children cookie coin combination couple customer "
-        "different digit distinct divisor edge element employee face factor function game girl handshake hat "
-        "homework integer interval line lines man marble match matches meal member men move multiple number odd "
-        "ordered orange outcome page pair path people pencil pen permutation person piece player point possible "
-        "positive possibility prime problem question real region right root row side single solution sock "
-        "sphere square step student subset term ticket toy triangle triple truck value vertex vertices way women "
-        "word votes votes cat dog car chair tree house song sequence arrangement diagonal polygon rectangle circle "
-        "intersection committee team table seat stamp flower bead color colour choice candy candies tile cube "
-        "block brick guest gift egg shirt bird fish horse sheep cow"
-    )
-)
-METRIC = {"m": "meter", "g": "gram", "s": "second", "l": "liter", "hz": "hertz", "j": "joule", "w": "watt"}
-METRIC |= {"v": "volt", "n": "newton", "pa": "pascal", "ev": "electronvolt", "mol": "mole", "k": "kelvin"}
-METRIC |= {"a": "ampere", "t": "tesla", "c": "coulomb"}
-PREFIXES = {("", ""): 0, ("k", "kilo"): 3, ("c", "centi"): -2, ("m", "milli"): -3, ("d", "deci"): -1, ("n", "nano"): -9}
-PREFIXES |= {("u", "micro"): -6, ("micro", "micro"): -6, ("mega", "mega"): 6}
-OTHER_UNITS = """
-1 meter metre; 0.0254 meter inch in inche; 12 inch foot ft feet; 3 foot yard yd; 1760 yard mile mi; 1e-6 meter micron
-1e-10 meter angstrom; 3.0857e16 meter parsec pc; 1 gram gm; 453.59237 gram pound lb; 1/16 pound ounce oz
-2000 pound ton; 1 liter litre; 1 second sec; 60 second minute min; 60 minute hour h hr
-24 hour day; 7 day week; 1 month month; 12 month year yr; 1 dollar dollar usd; 1/100 dollar cent; 1 dyne dyne dyn
-1e6 electronvolt mev; 1 quart quart; 1/2 quart pint; 1/4 quart cup; 4 quart gallon; 1 sterling sterling
-1 rupee rupee rs; 1 euro euro; 1 yen yen; 1 acre acre; 1 am am; 1 pm pm; 1 erg erg; 1 ohm ohm; 1 gauss gauss
-1 atmosphere atmosphere atm; 1 degree degree; 1 percent percent; 1 radian radian rad
-"""  # how many of which unit the other names are
-
-
-class Unit(NamedTuple):
-    """How many of a product of basic units: km/h is 5/18 of meter^1 second^-1. A counted noun has the power 0."""
-
-    size: Fraction = Fraction(1)
-    powers: tuple[tuple[str, int], ...] = ()
-
-
-def list_units() -> dict[str, Unit]:
-    """The units by their names and abbreviations."""
-    units = {}
-    for short, name in METRIC.items():
-        for (letter, prefix), exponent in PREFIXES.items():
-            units[letter + short] = units[prefix + name] = Unit(Fraction(10) ** exponent, ((name, 1),))
-    for size, base, *names in map(str.split, OTHER_UNITS.replace("\n", ";").strip(";").split(";")):
-        one = units.get(base, Unit(Fraction(1), ((base, 1),)))
-        units |= dict.fromkeys(names, Unit(Fraction(size) * one.size, one.powers))
-    return units
-
-
-NO_UNIT = Unit()
-UNITS = list_units()
-UNIT_PART = re.compile(r" *(?:(/|\bper\b) *)?([a-z]+)(?: *\^ *(-? *\d\d?))?")
-UNIT_SPELLINGS = {  # other ways to write a unit
-    r"\\frac \{ (.*) \} \{ (.*) \}": r"\1 / \2", r"[(){}*]": "", r"\bsq(?:uare)? (\w+)": r"\1 ^2",
-    r"\bcubic (\w+)": r"\1 ^3", " squared": " ^2", " cubed": " ^3", r"\\mu ": "micro", r"\bM(?=W|Hz|J|V|N|Pa)": "mega",
-    r"\bmph\b": "mile / hour", r"\bkph\b": "km / h", r"\bk\b": "?",  # 42 k is no 42
-    r"degrees? +(?:[CF]|celsius|fahrenheit)\b": "degree",
-}  # fmt: skip
-
-
-def singular(word: str) -> str:
-    """metres -> metre, inches -> inche (which UNITS knows)"""
-    return word[:-1] if len(word) > 2 and word[-1] == "s" and word[-2] != "s" else word
-
-
-@functools.lru_cache(maxsize=1024)
-def read_unit(text: str) -> Unit | None:
-    r"""A unit from its tokens or its words; None if one of them is no unit. "Square units" are none that counts.
-
-    >>> read_unit(r"\frac { km } { min }"), read_unit("thousand")
-    (Unit(size=Fraction(50, 3), powers=(('meter', 1), ('second', -1))), None)
-    """
-    for pattern, replacement in UNIT_SPELLINGS.items():
-        text = re.sub(pattern, replacement, text)
-    text = text.casefold().strip()
-    if modulus := re.fullmatch(r"\\?p?mod +(\d+)", text):
-        return Unit(powers=((f"mod {modulus[1]}", 1),))
-    size, powers = Fraction(1), Counter[str]()
-    for slash, name, power in UNIT_PART.findall(text):
-        unit = NO_UNIT if name in ("unit", "units") else UNITS.get(name) or UNITS.get(singular(name))
-        if not unit:
-            return None
-        times = int(power.replace(" ", "") or 1) * (-1 if slash else 1)
-        size *= unit.size**times
-        powers.update({base: exponent * times for base, exponent in unit.powers})
-    return None if UNIT_PART.sub("", text) else Unit(size, tuple(sorted(powers.items())))
-
-
-NUMERALS = tree.words("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")
-NUMERALS += tree.words("sixteen seventeen eighteen nineteen")
-BASES = {name: str(at) for at, name in enumerate(NUMERALS[2:10], 2)} | {"binary": "2"}
-TENS = tree.words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
-
-
-def read_words(words: list[str]) -> Node:
-    """Words alone: a number (five, twenty-five, five apples), or a text."""
-    value, used = 0, 1
-    if words[0] in TENS[2:]:
-        value = 10 * TENS.index(words[0])
-        used = 2 if words[1:] and words[1] in NUMERALS[1:10] else 1
-    if words[used - 1] in NUMERALS:
-        value += NUMERALS.index(words[used - 1])
-    elif not value:
-        return Node("text", (" ".join(words),))
-    rest = " ".join(words[used:])
-    return Node("said", (tree.number(value), "", rest)) if rest else tree.number(value)

@@ -5,7 +5,7 @@ A node has a kind and arguments, which are nodes or texts:
 - "add", "mul", "pow"; "call", a known function, its name first; "ratio": 3:2; "unit", degrees or percent; "based".
 - "rel", a chain of relations, its signs first; "list", values between commas; "set"; "matrix" of "row"s.
 - "tuple", opening and closing bracket first: a point, or an interval; "union", "intersection", "minus" of sets.
-- "text", words only; "said", a value, the words before it and those after it; "mixed": 2 hours 30 minutes.
+- "text", words only; "said", a value, the words before it and those after it.
 - "piece", a value and its condition in a function by cases; "clause", what an unknown ranges over: k \in \mathbb{Z}.
 
 The functions below build nodes. They compute rational numbers exactly and leave everything else as it is.
@@ -218,7 +218,7 @@ def find_unknowns(*nodes: Node) -> list[Node]:
 
 # What kind of answer a tree is ----------------------------------------------------------------------------------------
 NO_SCALAR = {"list", "set", "tuple", "matrix", "row", "text", "rel", "based", "union", "intersection", "minus", "piece"}
-NO_SCALAR |= {"clause", "said", "mixed"}
+NO_SCALAR |= {"clause", "said"}
 
 
 def is_length(node: Node) -> bool:
@@ -237,17 +237,14 @@ def is_name(node: Node) -> bool:
     return node.kind in ("sym", "opaque", "text")
 
 
-def is_long_name(node: Node) -> bool:
+def is_sum_of_letters(node: Node) -> bool:
     """What an answer may have before "=", besides: different letters, added, multiplied or divided (m + n, x/y), and
-    whole multiples of letters that are not x, y, z, the unknowns of equations: 100m + n."""
+    sums of multiples of letters that are not x, y, z, the unknowns of equations: 100m + n."""
     parts = [part for part in iterate_parts(node) if part.kind not in ("add", "mul", "pow") and part != MINUS_ONE]
-    letters = [part for part in parts if part.kind == "sym"]
+    letters = [part.args[0] for part in parts if part.kind == "sym"]
     numbers = [part for part in parts if part.kind == "num"]
-    if len(set(letters)) < len(letters) or len(letters) + len(numbers) < len(parts):
-        return False
-    multiples = node.kind == "add" and not {letter.args[0] for letter in letters} & {"x", "y", "z"}
-    powers = [part.args[1] for part in iterate_parts(node) if part.kind == "pow"]
-    return not is_name(node) and (multiples or not numbers) and all(power == MINUS_ONE for power in powers)
+    multiples = not numbers or (node.kind == "add" and not {"x", "y", "z"} & set(letters))
+    return multiples and len(set(letters)) == len(letters) == len(parts) - len(numbers) > 1
 
 
 def list_elements(node: Node) -> list[Node]:

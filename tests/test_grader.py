@@ -46,9 +46,9 @@ RULES = r"""
 7 == 7.0 == 07 == +7 == 7 == 7. != 8 != -7 != 70 != 0.7 != 7x != 7i != 7\sqrt2 != 7,8 != 7 or 8 != \frac17 != ?
     != \ldots != 7\pm 1
 1234567 == 1,234,567 == 1{,}234{,}567 == 1{,}\!234{,}\!567 == 1,\!234,\!567 == 1\,234\,567 == 1 234 567
-0.5 == .5 == 1/2 == \frac{1}{2} == \frac12 == \dfrac{1}2 == \frac{3}{6} == ½ == 5\times 10^{-1} == 5e-1
+0.5 == .5 == 1/2 == \frac{1}{2} == \frac12 == \dfrac{1}2 == \frac{3}{6} == ½ == 5\times 10^{-1} == 5e-1 == one half
 6.02e23 == 6.02\times 10^{23} == 10^{23}\cdot 6.02 == 6.02 × 10²³ == 6.02E23 == 602 * 10^21
-25 == twenty-five == \text{twenty-five} == \sqrt{625}
+25 == twenty-five == 0.000025 million == \text{twenty-five} == \sqrt{625}
 384 == 8!!
 5/4 == 1\frac{1}{4} == 1 1/4 == 1.25
 1/3 == 0.333333333333 == 0.3333333333333333 != 0.333 != 0.33333333333 != 3 != 33\%
@@ -69,7 +69,7 @@ RULES = r"""
 5\text{ cm} == 5 == 5 cm == 5\,\mathrm{cm} == 5 centimeters == \text{5 cm} == 5 \mbox{ cm}. != 5\text{ m} != 5 inches
     != 6 cm != 5\text{ cm}^2
 12\text{ m}^2 == 12 == 12\text{ square meters} == 12\,\mathrm{m^2} == 12 \text{ m}^{2}
--\$4.50 == -4.5 == -4.50\text{ dollars} == \$-4.50 == -4.50 dollars
+-\$4.50 == -4.5 == -4.50\text{ dollars} == \$-4.50 == -4.50 dollars == negative 4.5
 60\text{ km/h} == 60 == 60 \mathrm{~km} / \mathrm{h} == 60 kilometers per hour
 40^\circ == 40 == 40° == 40 degrees == 40^{\circ} == 40\text{ degrees} == \frac{2\pi}{9}
 25\% == 25 == 0.25 == \frac14 == 25 percent == 25%
@@ -77,7 +77,7 @@ RULES = r"""
 3 \pmod 7 == 3 == 3 \mod 7 == x \equiv 3 \pmod{7} != 3 \pmod 5 != 4 \pmod 7
 8 == \text{The answer is } 8 == x = 8 == = 8 == 8 apples
 \text{east} == East == EAST == \textbf{east} == east. == \mathbf{east}
-\text{4:30 p.m.} == 4:30 P.M. == 4:30 pm != \frac{2}{15} != 4:30 a.m. != 4:31 p.m.
+\text{4:30 p.m.} == 4:30 P.M. == 4:30 pm != 4:30 a.m. != 4:31 p.m.
 1\text{ day }2\text{ hours }30\text{ minutes} == 26.5\text{ hours}
 2\text{ hours }30\text{ minutes} == 150\text{ minutes} == 2.5\text{ hours} == 2\text{ hours and }30\text{ minutes}
     != 2.3\text{ hours} != 5\text{ MW}
@@ -182,12 +182,11 @@ Is $\frac12$ or $\frac13$ larger? | \frac{1}{2} == \frac12 == 1/2
 in order from least to greatest | f(2),f(1) == f(2)<f(1)
 - | f(2),f(1) != f(2)>f(1)
 in decreasing order | f(2),f(1) == f(2)>f(1)
-Find $a$ and $h$. | 2,-1 != -1,2 == h=-1, a=2
 Find the ordered pair. | (1,2) != 1<x<2
 Write it in base $5$. | 204_5 == 204
 What is the wavelength in angstroms? | 6630 != 6630\text{ nm} == 6630\,\AA
 - | 80 == AB^2 = 80 != x^2 = 80 != 2AB = 80
-- | 7 == 7\text{ cats} == 100m+n = 7 != 2x = 7 != 7 widgets
+- | 7 == 7\text{ balls} == 100m+n = 7 != 2x = 7 != 7 widgets
 How many feet long is it? | 85 != 85 inches == 85 ft
 Find ${9\choose 3}$. | 84 != \binom{9}{3}
 What is its degree measure? | 45 != 45 rad == 45°
