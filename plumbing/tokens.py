@@ -126,7 +126,7 @@ UNIT_WORDS = set(  # words in formulas that are no product of letters, as xy is
     tree.words(
         "cm mm km nm ft in kg lb lbs oz mL mi yd sq cups unit inch feet foot mile yard gram cent hr hrs hour mins "
         "min sec secs day days week year mph kph rad deg Hz kHz MHz eV keV MeV USD am pm AM PM per men boys girls "
-        "ways pts yes no Yes No not kJ kW Pa kPa atm mol erg dyn gm mod two one zero four five six nine ten true "
+        "ways pts yes no Yes No not kJ kW Pa kPa atm mol erg dyn gm mod two one zero four five six nine ten half true "
         "True or odd even None none"
     )
 )
