@@ -55,7 +55,7 @@ from typing import Any
 from plumbing import numeric, sandbox, tree
 from plumbing.constants import Count
 from plumbing.latex import MAX_CHARS, read_answer, split_name
-from plumbing.question import NO_UNIT, Question, convert_mixed, list_pieces, read_question, singular
+from plumbing.question import NO_UNIT, Question, convert_mixed, list_pieces, read_product, read_question, singular
 from plumbing.sandbox import ProgramTests
 from plumbing.tokens import replace_unicode, tokenize
 from plumbing.tree import NO_SCALAR, Node, is_name, is_region, is_set_of_reals, is_sum_of_letters, list_elements
@@ -223,6 +223,10 @@ class Judge:
         """Values with units. A value without one has the unit that the question asks for or names, if any, else the
         other's; only degrees, radians, percent and mixed units (2 hours 30 minutes) are converted."""
         left, right = self.question.split_quantity(a), self.question.split_quantity(b)
+        if left and right and left[1] != NO_UNIT == right[1]:
+            right = read_product(b) or right
+        if left and right and right[1] != NO_UNIT == left[1]:
+            left = read_product(a) or left
         if not left or not right:
             return False
         (value_a, unit_a), (value_b, unit_b) = left, right
@@ -251,7 +255,7 @@ class Judge:
         return (name, value) if named or not tree.find_unknowns(*values) else None
 
     def is_same_point(self, named: Node, other: Node) -> bool | None:
-        """x = 1, y = 2 is the point (1, 2), or the list 1, 2: values in the order of their letters, Greek ones last.
+        """x = 1, y = 2 is the point (1, 2), or the list 1, 2: values in the order of the question, or of their letters.
         f(1) < f(2) is the list f(1), f(2). None if these are no such pair."""
         if other.kind not in ("tuple", "list") or any(x.kind == "rel" for x in other.args if isinstance(x, Node)):
             return None
@@ -263,13 +267,15 @@ class Judge:
             by_name = {str(pair[0].args[0]).replace("\\", "~"): pair[1] for pair in pairs if pair}
             if len(by_name) < 2 or len(by_name) < len(pairs):
                 return None
-            found = [by_name[name] for name in sorted(by_name)]
+            order = self.question.names if set(self.question.names) == by_name.keys() else sorted(by_name)
+            found = [by_name[name] for name in order]
         return len(found) == len(values) and all(map(self.is_same, found, values))
 
     def has_same_elements(self, a: Node, b: Node) -> bool:
         """Sets: each element of one is in the other; where the question asks for an order, one by one."""
         left, right = list_elements(a), list_elements(b)
-        if self.question.is_ordered and a.kind == b.kind == "list" and len(left) == len(right):
+        asked = self.question.is_ordered or len(self.question.names) == len(right) > 1
+        if asked and a.kind == b.kind == "list" and len(left) == len(right):
             return all(map(self.is_same, left, right))
         return all(any(self.is_same(x, y) for y in right) for x in left) and all(
             any(self.is_same(x, y) for x in left) for y in right

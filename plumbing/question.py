@@ -122,6 +122,23 @@ def convert_mixed(node: Node) -> list[Node]:
     return [Node("said", (total, *item.args[1:])) for total, item in zip(totals, node.args, strict=True)]
 
 
+def read_product(node: Node) -> tuple[Node, Unit] | None:
+    """5 m/s, which is read as a product of a number and letters, as a quantity."""
+    if node.kind != "mul":
+        return None
+    words, values = [], []
+    for part in node.args:
+        base, power = part.args if part.kind == "pow" else (part, tree.ONE)
+        if base.kind == "sym" and power.kind == "num":
+            words.append(f"{base.args[0]} ^{power.args[0]}" if power != tree.ONE else base.args[0])
+        else:
+            values.append(part)
+    unit = read_unit(" ".join(words))
+    if not unit or unit == NO_UNIT or not values or tree.find_unknowns(*values):
+        return None
+    return tree.multiply(*values), unit
+
+
 # The question ---------------------------------------------------------------------------------------------------------
 FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 BARE_FORMULA = re.compile(r"(?<!\S)[^\s,;:?]*\d[^\s,;:?]*(?:\s*[-+*/^=]\s*[^\s,;:?]+)*")
@@ -129,6 +146,11 @@ ORDERED = re.compile(
     r"in \w+ order\b|\border (?:of|from)|from (?:the )?(?:least|small|great|larg|low|high)|arrange|rank", re.I
 )
 DECREASING = re.compile(r"decreasing|descending|from (?:the )?(?:great|larg|high)", re.I)
+ASKED_NAMES = re.compile(
+    r"(?:find|determine|what|values? of|compute|solve)[^.?]*?"
+    r"((?:\$[a-zA-Z]\$(?:,? and |, ))+\$[a-zA-Z]\$|\$\((?:[a-zA-Z], ?)+[a-zA-Z]\)\$)",
+    re.I,
+)
 POINT = re.compile(r"ordered (?:pair|triple)|coordinates|\bpoint\b|\bvector\b", re.I)
 BASE = re.compile(rf"\bbase[- ]?\$?_?\{{?(\d+|{'|'.join(BASES)})\b|\b(binary)\b")
 NAMED_UNIT = re.compile(  # 5 m, a meter, in $\mathrm{km/s}$
@@ -171,6 +193,8 @@ class Question:
         self.formulas += [run for run in BARE_FORMULA.findall(FORMULA.sub(" ", text)) if re.search(r"[-+*/^=]", run)]
         self.is_ordered = bool(ORDERED.search(text))
         self.is_decreasing = bool(DECREASING.search(text))
+        names = ASKED_NAMES.search(text)
+        self.names = re.findall(r"[a-zA-Z](?![a-z])", names[1].replace("and", "")) if names else []
         self.wants_point = bool(POINT.search(text)) and "interval" not in text
         self.bases = {BASES.get(name or "binary", name) for name, _ in BASE.findall(text)}
         plurals = set(map(singular, re.findall(r"[a-z]+s\b", text.casefold())))

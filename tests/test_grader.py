@@ -68,7 +68,7 @@ RULES = r"""
 # units and words
 5\text{ cm} == 5 == 5 cm == 5\,\mathrm{cm} == 5 centimeters == \text{5 cm} == 5 \mbox{ cm}. != 5\text{ m} != 5 inches
     != 6 cm != 5\text{ cm}^2
-12\text{ m}^2 == 12 == 12\text{ square meters} == 12\,\mathrm{m^2} == 12 \text{ m}^{2}
+12\text{ m}^2 == 12 m^2 == 12 == 12\text{ square meters} == 12\,\mathrm{m^2} == 12 \text{ m}^{2}
 -\$4.50 == -4.5 == -4.50\text{ dollars} == \$-4.50 == -4.50 dollars == negative 4.5
 60\text{ km/h} == 60 == 60 \mathrm{~km} / \mathrm{h} == 60 kilometers per hour
 40^\circ == 40 == 40° == 40 degrees == 40^{\circ} == 40\text{ degrees} == \frac{2\pi}{9}
@@ -183,6 +183,7 @@ in order from least to greatest | f(2),f(1) == f(2)<f(1)
 - | f(2),f(1) != f(2)>f(1)
 in decreasing order | f(2),f(1) == f(2)>f(1)
 Find the ordered pair. | (1,2) != 1<x<2
+Find $a$ and $h$. | 2,-1 != -1,2 == h=-1, a=2
 Write it in base $5$. | 204_5 == 204
 What is the wavelength in angstroms? | 6630 != 6630\text{ nm} == 6630\,\AA
 - | 80 == AB^2 = 80 != x^2 = 80 != 2AB = 80
