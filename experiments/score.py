@@ -11,6 +11,7 @@ What the paper takes out one by one are further METHODS, each with SCoRe's budge
 """
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     world = runs.make_world("arrows", folder / "arrows", f"SEED={seed}", *WORLD.split())
     runs.run_trainings(list_trainings(seed, world, folder))
     names = [name for name in NAMES if name in METHODS or name == "warm_start"]
-    names.sort(key=lambda name: name != SCORE)  # the first: evaluate.py takes it from each of the others
+    names.sort(key=lambda name: name != SCORE)  # first in the table
     models = [world / "warm_start" if name == "warm_start" else folder / name / "policy" for name in names]
     arguments = ["MAX_ATTEMPTS=2", "RESAMPLES=0", f"SEED={seed}"]
     evaluation = runs.evaluate_models(models, world, folder / "evaluation", arguments)
@@ -116,14 +117,16 @@ def select_columns(test: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def select_differences(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """{model: its accuracy at the second attempt minus SCoRe's, {"value", "low", "high"}}."""
-    bounds = {"value": "difference", "low": "low", "high": "high"}
-    return {
-        c["models"][1]: {name: c[bound][1] for name, bound in bounds.items()}
-        for c in comparisons
-        if c["models"][0] == SCORE
-    }
+def select_differences(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """{"a - b": {"Acc@t1": {"value", "low", "high"}, "Acc@t2": ...}} of any two models."""
+    differences: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for c in comparisons:
+        first, second = c["models"]
+        for attempt, column in enumerate(("Acc@t1", "Acc@t2")):
+            value, low, high = (c[bound][attempt] for bound in ("difference", "low", "high"))
+            differences[f"{second} - {first}"][column] = {"value": value, "low": low, "high": high}
+            differences[f"{first} - {second}"][column] = {"value": -value, "low": -high, "high": -low}
+    return differences
 
 
 def split_by_arrows(records: list[dict], lengths: dict[str, int]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -170,12 +173,13 @@ def show_dialogues(played: dict[str, list[dict]], problems: list[dict], lengths:
 # What is shown --------------------------------------------------------------------------------------------------------
 def make_table(results: dict[str, Any]) -> str:
     """Markdown, in percent: the columns of each model, accuracy by the number of arrows, and a dialogue of each."""
-    lengths, none = list(results["by_arrows"]["warm_start"]), {"value": None}
+    lengths, none = list(results["by_arrows"]["warm_start"]), {"Acc@t2": {"value": None}}
     rows = [["model", *COLUMNS, "from SCoRe"]]
     by_arrows = [["model", *(f"{length} arrows, {t}" for length in lengths for t in ("t1", "t2"))]]
     for name, columns in results["models"].items():
         cells = [format_share(**x, sign="+" if column == "Δ(t1,t2)" else "") for column, x in columns.items()]
-        rows.append([NAMES[name], *cells, format_share(**results["differences"].get(name, none), sign="+")])
+        difference = results["differences"].get(f"{name} - {SCORE}", none)["Acc@t2"]
+        rows.append([NAMES[name], *cells, format_share(**difference, sign="+")])
         split = results["by_arrows"][name]
         by_arrows.append([NAMES[name], *(format_share(**x) for length in lengths for x in split[length].values())])
     dialogues = "\n".join(["```", *results["dialogues"], "```"])

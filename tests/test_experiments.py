@@ -190,11 +190,8 @@ def test_score_says_what_was_played(tmp_path):
         assert len(records) == results["n"] == 40
         assert [x["value"] for x in results["models"][name].values()] == pytest.approx([n / 40 for n in counts])
         shown = [float(cell.split(" ±")[0]) for cell in read_table(printed)[score.NAMES[name]] if cell]
-        points = (
-            []
-            if name == "score_stage2"
-            else [2.5 * counts[1] - 100 * results["models"]["score_stage2"]["Acc@t2"]["value"]]
-        )
+        of_score = 100 * results["models"]["score_stage2"]["Acc@t2"]["value"]
+        points = [2.5 * counts[1] - of_score] if name != "score_stage2" else []
         assert shown == pytest.approx([*(2.5 * n for n in counts), *points], abs=0.051)
     rows = [row for run in ("score_stage1", "score_stage2") for row in read_jsonl(seed / run / "metrics.jsonl")]
     seconds = results["curves"]["score_stage2"]["accuracy_at_2"]
