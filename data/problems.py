@@ -47,15 +47,6 @@ def load_problems(path: str | Path) -> list[dict[str, Any]]:
     return list(problems.values())
 
 
-def find_rows(path: str | Path, ids: list[str]) -> list[str]:
-    """Where problems stand in their file, to name them in an error: ["line 3 (id)", ...], in the file's order."""
-    path, found = Path(path), []
-    for where, number, row in read_rows(path):
-        name = to_problem(row, f"{path.stem}/{number}", f"{path}, {where} {number}")["id"]
-        found += [f"{where} {number} ({name})"] if name in ids else []
-    return found
-
-
 def read_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
     """("line" or "row", its number from 1, its content), in order. The suffix says how to read the file."""
     at = ""

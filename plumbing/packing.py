@@ -1,8 +1,8 @@
 """Dialogues -> micro-batches of a forward pass, equally many on every rank; and attention over them.
 
 On a GPU the dialogues of a micro-batch lie end to end in one row, and a kernel keeps attention inside each of them. On
-a CPU, where there is no such kernel, they lie in several rows, no wider than the longest dialogue, because a mask keeps
-them apart there and costs the square of the width.
+a CPU, where there is no such kernel, they lie in several short rows: a mask keeps them apart there, and attention costs
+the square of a row's width.
 """
 
 import dataclasses
@@ -99,9 +99,8 @@ def make_micro_batch(
     length = [torch.tensor([lengths[i] for i in row]) for row in rows]
     dialogues = [torch.tensor(row).repeat_interleave(n) for row, n in zip(rows, length, strict=True)]
     times = [torch.cat([torch.arange(lengths[i]) for i in row]) for row in rows]
-    dialogue, time = (
-        nn.utils.rnn.pad_sequence(x, batch_first=True).to(ids.device) for x in (dialogues, times)
-    )  # (R, L)
+    padded = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (dialogues, times))
+    dialogue, time = (x.to(ids.device) for x in padded)  # (R, L)
     row, column = mask[dialogue, time].nonzero(as_tuple=True)  # (A,)
     micro = MicroBatch(ids[dialogue, time], time, (row, column - 1), (dialogue[row, column], time[row, column]))
     if kernel:  # there is one row
